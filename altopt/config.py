@@ -1,0 +1,75 @@
+"""Settings that change results: the network, the training loop, the proposals. No torch here.
+
+Each field carries the source of its default, which ``altopt recipe`` prints. Defaults are py-faster-rcnn's for VGG16 on
+VOC 2007 (``pfr`` in the sources), so that a recipe only states what it does differently.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def sourced(default: Any, source: str) -> Any:
+    """Return a dataclass field with a default and the place that the default comes from."""
+    return field(default=default, metadata={"source": source})
+
+
+NETWORKS = ("vgg16", "alexnet", "squeezenet1_1", "small")
+SOLVER = "pfr models/pascal_voc/VGG16/faster_rcnn_alt_opt/*solver*.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The network, and the frame in which it sees pictures and places anchors."""
+
+    name: Literal["vgg16", "alexnet", "squeezenet1_1", "small"] = sourced("vgg16", "the network of the paper")
+    short_side: int = sourced(600, "Faster R-CNN, section 3.3; pfr TRAIN.SCALES")
+    max_side: int = sourced(1000, "pfr TRAIN.MAX_SIZE")
+    anchor_base: int = sourced(16, "pfr generate_anchors: the stride of conv5")
+    anchor_ratios: tuple[float, ...] = sourced((0.5, 1.0, 2.0), "Faster R-CNN, section 3.3")
+    anchor_scales: tuple[float, ...] = sourced((8.0, 16.0, 32.0), "Faster R-CNN, section 3.3: 128, 256, 512 px")
+    rpn_channels: int = sourced(512, "Faster R-CNN, section 3.1; 256 for ZF")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One run of the training loop."""
+
+    iterations: int = sourced(80_000, SOLVER)
+    images_per_batch: int = sourced(1, "pfr TRAIN.IMS_PER_BATCH")
+    lr: float = sourced(1e-3, SOLVER)
+    schedule: Literal["step", "one-cycle"] = sourced("step", SOLVER)
+    lr_steps: tuple[int, ...] = sourced((60_000,), SOLVER)
+    lr_gamma: float = sourced(0.1, SOLVER)
+    warmup: int = sourced(0, "pfr has none")
+    momentum: float = sourced(0.9, SOLVER)
+    weight_decay: float = sourced(5e-4, SOLVER)
+    bias_lr: float = sourced(2.0, "pfr *.pt: biases learn at twice the rate")
+    bias_decay: float = sourced(1.0, "pfr *.pt: decay applies to trained biases too")
+    clip_gradient: float = sourced(0.0, "pfr has none (0 is none)")
+    flips: bool = sourced(True, "pfr TRAIN.USE_FLIPPED: mirrored copies are further entries, not a coin toss")
+    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
+    seed: int = sourced(3, "pfr RNG_SEED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProposalRule:
+    """How the RPN's boxes become proposals; sides are in pixels of the original picture."""
+
+    pre_nms: int = sourced(0, "pfr rpn_generate: no limit (0) for the proposals that stages train on")
+    nms: float = sourced(0.7, "Faster R-CNN, section 3.3")
+    post_nms: int = sourced(2000, "Faster R-CNN, section 3.3")
+    min_side: float = sourced(16.0, "pfr RPN_MIN_SIZE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRule:
+    """How scores and boxes become detections."""
+
+    pre_nms: int = sourced(6000, "pfr TEST.RPN_PRE_NMS_TOP_N")
+    rpn_nms: float = sourced(0.7, "Faster R-CNN, section 3.3")
+    proposals: int = sourced(300, "pfr TEST.RPN_POST_NMS_TOP_N")
+    min_side: float = sourced(16.0, "pfr RPN_MIN_SIZE")
+    score: float = sourced(0.05, "pfr test_net: floor on class scores")
+    nms: float = sourced(0.3, "pfr TEST.NMS")
+    per_picture: int = sourced(100, "pfr test_net: detections kept for a picture, over all classes")
+    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")

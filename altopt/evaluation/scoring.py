@@ -1,0 +1,67 @@
+"""One door to the scorers: detections and ground truth in, a score that states its convention out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from altopt.errors import UsageError
+from altopt.evaluation.coco import CocoScore, score_coco
+from altopt.evaluation.detections import Detections, read_detections
+from altopt.evaluation.ground_truth import Annotated, read_ground_truth
+from altopt.evaluation.voc import VocRules, VocScore, score_voc
+
+Protocol = Literal["voc07", "voc10", "coco"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+Score = VocScore | CocoScore  # both have .map, .ap by class, .convention and .as_dict()
+
+
+def score(
+    protocol: Protocol,
+    ground_truth: Mapping[str, Annotated],
+    detections: Mapping[str, Detections],
+    classes: Sequence[str],
+    *,
+    iou: float = 0.5,
+    strict: bool = True,
+    plus_one: bool = False,
+    devkit_rounding: bool = False,
+) -> Score:
+    """Score detections, both mappings keyed by picture id.
+
+    ``iou``, ``strict``, ``plus_one`` and ``devkit_rounding`` vary the VOC rules (``VocRules``). Raises UsageError for
+    an unknown protocol, an IoU outside (0, 1] and VOC options with COCO, DataError for detections of a picture that
+    the ground truth does not have.
+    """
+    if protocol == "coco":
+        _check_coco_options(VocRules(iou=iou, strict=strict, plus_one=plus_one, devkit_rounding=devkit_rounding))
+        return score_coco(ground_truth, detections, classes)
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    if not 0 < iou <= 1:
+        raise UsageError(f"an IoU threshold of {iou:g} is meaningless: choose one above 0 and at most 1")
+    return score_voc(ground_truth, detections, classes, VocRules(protocol, iou, strict, plus_one, devkit_rounding))
+
+
+def score_files(
+    protocol: Protocol,
+    ground_truth: Path,
+    detections: Path,
+    *,
+    iou: float = 0.5,
+    strict: bool = True,
+    plus_one: bool = False,
+    devkit_rounding: bool = False,
+) -> Score:
+    """Score a COCO results json against a COCO ground truth json, by any protocol; options as in ``score``."""
+    truth = read_ground_truth(ground_truth)
+    found = read_detections(detections, truth.objects, truth.category_ids)
+    return score(
+        protocol, truth.objects, found, truth.classes,
+        iou=iou, strict=strict, plus_one=plus_one, devkit_rounding=devkit_rounding,
+    )
+
+
+def _check_coco_options(rules: VocRules) -> None:
+    if rules != VocRules():
+        raise UsageError("IoU threshold, matching rule, +1 and devkit rounding belong to voc07 and voc10: "
+                         "leave them out for coco, which fixes its own")

@@ -1,0 +1,124 @@
+"""Fast R-CNN: the head on pooled regions, its training losses, and what makes detections of its output.
+
+Letters: B pictures, R RoIs, K classes without background, P the RoI-pool grid.
+Source: Fast R-CNN, section 2; numbers from py-faster-rcnn.
+"""
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from altopt import boxes as bx
+from altopt.backbones import STRIDE
+from altopt.config import DetectionRule
+from altopt.pictures import Batch
+from altopt.randomness import generator
+from altopt.roi_pool import roi_pool
+from altopt.rpn import smooth_l1
+from altopt.sampling import RoIRule, RoISample, sample_rois
+
+
+class FastRCNNHead(nn.Module):
+    """Class scores (background first) and, for every class, box deltas in units of that class's spread.
+
+    ``bbox_means`` and ``bbox_stds``, ``Tensor[K + 1, 4]``, belong to the weights of ``bbox_pred`` and travel with them,
+    so nobody can read one without the other (py-faster-rcnn folds them into its snapshots, but not into what it
+    trains, and a warm start from such a file is wrong by a factor of five to ten).
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(features, classes + 1)
+        self.bbox_pred = nn.Linear(features, 4 * (classes + 1))
+        self.register_buffer("bbox_means", torch.zeros(classes + 1, 4))
+        self.register_buffer("bbox_stds", torch.ones(classes + 1, 4))
+        self.bbox_means: Tensor
+        self.bbox_stds: Tensor
+
+    def initialise(self, random: torch.Generator) -> None:
+        """Draw the weights anew: standard deviation 0.01 for scores and 0.001 for boxes, biases 0."""
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std, generator=random)
+            nn.init.zeros_(layer.bias)
+
+    @torch.no_grad()
+    def renormalise(self, means: Tensor, stds: Tensor) -> None:
+        """Change the units of ``bbox_pred`` to other statistics, keeping the boxes that it predicts."""
+        old_means, old_stds = self.bbox_means.flatten(), self.bbox_stds.flatten()
+        factor = old_stds / stds.flatten()
+        self.bbox_pred.weight.mul_(factor[:, None])
+        self.bbox_pred.bias.copy_(self.bbox_pred.bias * factor + (old_means - means.flatten()) / stds.flatten())
+        self.bbox_means.copy_(means)
+        self.bbox_stds.copy_(stds)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits ``Tensor[R, K + 1]`` and normalised deltas ``Tensor[R, K + 1, 4]``."""
+        return self.cls_score(hidden).float(), self.bbox_pred(hidden).float().unflatten(1, (-1, 4))
+
+    def deltas(self, normalised: Tensor) -> Tensor:
+        """Return the deltas in plain units; ``Tensor[R, K + 1, 4]``."""
+        return normalised * self.bbox_stds + self.bbox_means
+
+
+class FastRCNNTraining(nn.Module):
+    """Convolutional layers, fully connected layers and head, from a batch with proposals to the two losses."""
+
+    def __init__(self, conv: nn.Sequential, fc: nn.Sequential, head: FastRCNNHead, *, roi_size: int, rule: RoIRule,
+                 rois_per_image: int, fg_fraction: float, box_weight: float, key: tuple[object, ...]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.head = conv, fc, head
+        self.roi_size, self.rule, self.rois_per_image = roi_size, rule, rois_per_image
+        self.fg_fraction, self.box_weight, self.key = fg_fraction, box_weight, key
+
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """Return ``cls``, softmax loss over the sampled RoIs, and ``box``, smooth L1 of foreground RoIs.
+
+        Both are divided by the number of RoIs of the batch.
+        """
+        samples = self._sample(batch, iteration)
+        features = self.conv(batch.images)
+        pooled = roi_pool(features, [sample.rois for sample in samples], self.roi_size, 1 / STRIDE)
+        logits, normalised = self.head(self.fc(pooled.flatten(1)))
+        labels = torch.cat([sample.labels for sample in samples])
+        deltas = torch.cat([sample.deltas for sample in samples])
+        return fast_rcnn_losses(self.head, logits, normalised, labels, deltas, self.box_weight)
+
+    def _sample(self, batch: Batch, iteration: int) -> list[RoISample]:
+        samples = []
+        for sample in batch.samples:
+            assert sample.proposals is not None
+            samples.append(sample_rois(
+                sample.proposals, sample.objects, sample.classes, count=self.rois_per_image,
+                fg_fraction=self.fg_fraction, rule=self.rule,
+                generator=generator(*self.key, iteration, sample.id, sample.flipped),
+            ))
+        return samples
+
+
+def fast_rcnn_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, labels: Tensor, deltas: Tensor,
+                     box_weight: float) -> dict[str, Tensor]:
+    """Return the two losses of ``Tensor[R, K + 1]`` logits and ``Tensor[R, K + 1, 4]`` normalised deltas.
+
+    ``labels`` is int64 ``Tensor[R]``, 0 background; ``deltas`` ``Tensor[R, 4]`` in plain units.
+    """
+    fg = torch.nonzero(labels > 0)[:, 0]
+    targets = (deltas[fg] - head.bbox_means[labels[fg]]) / head.bbox_stds[labels[fg]]
+    box = smooth_l1(normalised[fg, labels[fg]], targets, sigma=1.0) / max(len(labels), 1)
+    return {"cls": F.cross_entropy(logits, labels), "box": box_weight * box}
+
+
+def detections_of(logits: Tensor, deltas: Tensor, rois: Tensor, size: tuple[int, int],
+                  rule: DetectionRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a picture's detections, best first: boxes ``Tensor[D, 4]``, scores ``Tensor[D]``, classes ``Tensor[D]``.
+
+    ``logits`` is ``Tensor[R, K + 1]``, ``deltas`` ``Tensor[R, K + 1, 4]`` in plain units, ``rois`` ``Tensor[R, 4]`` and
+    the result in the input frame, whose ``size`` is (width, height). Classes count from 0. Suppression is class by
+    class; the cut to ``rule.per_picture`` is over all classes.
+    """
+    scores = logits.softmax(dim=1)[:, 1:]  # (R, K)
+    boxes = bx.clip(bx.decode(deltas[:, 1:], rois), size)  # (R, K, 4)
+    roi, label = torch.nonzero(scores > rule.score, as_tuple=True)
+    boxes, scores = boxes[roi, label], scores[roi, label]
+    kept = torchvision.ops.batched_nms(boxes, scores, label, rule.nms)[: rule.per_picture]
+    return boxes[kept], scores[kept], label[kept]

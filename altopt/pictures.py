@@ -1,0 +1,110 @@
+"""From data sets to network input: resizing, flipping, and batches.
+
+Two frames: a picture's *original* pixels, in which data sets, proposal files and detections keep their boxes, and the
+*input* frame, the resized picture that the network sees. ``Sample.scale`` leads from the first to the second, and this
+module is the only place that multiplies by it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from altopt import boxes as bx
+from altopt.config import NetworkConfig
+from altopt.datasets.dataset import Dataset
+
+# The statistics that torchvision's ImageNet weights were trained with, RGB in 0..1.
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture as the network sees it, boxes in the input frame.
+
+    ``pixels`` is uint8 ``Tensor[3, H, W]``; ``objects`` ``Tensor[G, 4]``; ``classes`` int64 ``Tensor[G]`` from 0;
+    ``proposals`` ``Tensor[K, 4]`` or None; ``scale`` is input pixels for one original pixel.
+    """
+
+    id: str
+    flipped: bool
+    pixels: Tensor
+    scale: float
+    objects: Tensor
+    classes: Tensor
+    proposals: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in the input frame."""
+        return self.pixels.shape[2], self.pixels.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples on a device, and their pixels as one ``Tensor[B, 3, H, W]``, normalised, zero-padded at the end."""
+
+    samples: list[Sample]
+    images: Tensor
+
+
+def scale_of(size: tuple[int, int], short_side: int, max_side: int) -> float:
+    """Return the factor that brings the shorter side to ``short_side``, unless the longer would pass ``max_side``."""
+    return min(short_side / min(size), max_side / max(size))
+
+
+def resized(image: np.ndarray, scale: float) -> np.ndarray:
+    """Return the picture, uint8 [H, W, 3], scaled bilinearly (with antialiasing where it shrinks)."""
+    height, width = image.shape[:2]
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    if size == (width, height):
+        return image
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+
+def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: bool = False,
+                proposals: np.ndarray | None = None) -> Sample:
+    """Read one picture with its usable objects, and proposals given in the original frame (float32 [K, 4])."""
+    image = dataset.image(id)
+    width = image.shape[1]
+    scale = scale_of((width, image.shape[0]), network.short_side, network.max_side)
+    pixels = resized(image, scale)
+    if flipped:
+        pixels = pixels[:, ::-1]
+    objects = dataset.objects(id).usable()
+
+    def framed(boxes: np.ndarray) -> Tensor:
+        original = torch.from_numpy(np.array(boxes, dtype=np.float32)).reshape(-1, 4)
+        return (bx.flip(original, width) if flipped else original) * scale
+
+    return Sample(
+        id, flipped, torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), scale,
+        framed(objects.boxes), torch.from_numpy(np.array(objects.labels, dtype=np.int64)),
+        None if proposals is None else framed(proposals),
+    )
+
+
+def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
+    """Return boxes of the input frame in the original one, cut off at its edges; not for flipped samples."""
+    return bx.clip(boxes / sample.scale, size)
+
+
+def make_batch(samples: list[Sample], device: torch.device) -> Batch:
+    """Move the samples to the device and stack their pixels, smaller pictures padded with the mean colour."""
+    height = max(sample.pixels.shape[1] for sample in samples)
+    width = max(sample.pixels.shape[2] for sample in samples)
+    images = torch.zeros(len(samples), 3, height, width, device=device).to(memory_format=torch.channels_last)
+    mean = torch.tensor(PIXEL_MEAN, device=device).mul(255)[:, None, None]
+    std = torch.tensor(PIXEL_STD, device=device).mul(255)[:, None, None]
+    moved = []
+    for image, sample in zip(images, samples, strict=True):
+        pixels = sample.pixels.to(device, non_blocking=True)
+        image[:, : pixels.shape[1], : pixels.shape[2]] = (pixels - mean) / std
+        moved.append(Sample(
+            sample.id, sample.flipped, pixels, sample.scale, sample.objects.to(device), sample.classes.to(device),
+            None if sample.proposals is None else sample.proposals.to(device),
+        ))
+    return Batch(moved, images)

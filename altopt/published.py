@@ -1,0 +1,100 @@
+"""Published figures for VOC2007 test with VGG16 and 300 proposals, and a measured result beside them.
+
+All figures are average precisions in per cent, by the 11-point rule of VOC2007.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from altopt.datasets.voc import VOC_CLASSES
+from altopt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published result: the AP of each of VOC_CLASSES and their mean as its source states it."""
+
+    name: str
+    trained_on: str
+    average_precisions: tuple[float, ...]
+    mean: float
+    source: str
+
+
+_PAPER = "Ren et al., Faster R-CNN, arXiv 1506.01497v3, table 6"
+
+PAPER_SHARED = Published(
+    name="paper, shared",
+    trained_on="VOC07 trainval",
+    average_precisions=(
+        *(70.0, 80.6, 70.1, 57.3, 49.9, 78.2, 80.4, 82.0, 52.2, 75.3),
+        *(67.2, 80.3, 79.8, 75.0, 76.3, 39.1, 68.3, 67.3, 81.1, 67.6),
+    ),
+    mean=69.9,
+    source=_PAPER,
+)
+PAPER_UNSHARED = Published(
+    name="paper, unshared",
+    trained_on="VOC07 trainval",
+    average_precisions=(
+        *(74.1, 77.2, 67.7, 53.9, 51.0, 75.1, 79.2, 78.9, 50.7, 78.0),
+        *(61.1, 79.1, 81.9, 72.2, 75.9, 37.2, 71.4, 62.5, 77.4, 66.4),
+    ),
+    mean=68.5,
+    source=_PAPER,
+)
+PY_FASTER_RCNN = Published(
+    name="py-faster-rcnn",
+    trained_on="VOC07 trainval",
+    average_precisions=(
+        *(68.5, 79.6, 67.4, 57.0, 50.5, 76.7, 79.7, 79.0, 49.5, 75.3),
+        *(67.6, 78.0, 80.5, 75.4, 76.7, 38.6, 68.2, 64.2, 75.9, 70.1),
+    ),
+    mean=68.9,
+    source="rbgirshick/py-faster-rcnn, issue 797: a user's run of the alternating optimisation",
+)
+PAPER_07_12 = Published(
+    name="paper, 07+12",
+    trained_on="VOC07 trainval and VOC12 trainval",
+    average_precisions=(
+        *(76.5, 79.0, 70.9, 65.5, 52.1, 83.1, 84.7, 86.4, 52.0, 81.9),
+        *(65.7, 84.8, 84.6, 77.5, 76.7, 38.8, 73.6, 73.9, 83.0, 72.6),
+    ),
+    mean=73.2,
+    source=_PAPER,
+)
+PUBLISHED = (PAPER_SHARED, PAPER_UNSHARED, PY_FASTER_RCNN, PAPER_07_12)
+# What the seven stages on VOC07 trainval alone are to be compared with.
+VOC07_VGG16 = (PAPER_SHARED, PAPER_UNSHARED, PY_FASTER_RCNN)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, in per cent: a class or "mAP", what was measured, and what each column published."""
+
+    name: str
+    measured: float | None
+    published: tuple[float, ...]
+
+
+def beside(measured: Mapping[str, float | None], columns: Sequence[Published] = VOC07_VGG16) -> list[Row]:
+    """Return a row for each of VOC_CLASSES and one for the mean, from each class's measured AP as a fraction in [0, 1].
+
+    A class without a measured AP (absent, None or NaN) has None, and then the mean has None too: a mean of fewer
+    classes compares with nothing. Raises UsageError when a class is none of VOC's.
+    """
+    unknown = [name for name in measured if name not in VOC_CLASSES]
+    if unknown:
+        raise UsageError(f'class "{unknown[0]}" is none of VOC2007\'s 20 classes: only they have published figures')
+    rows = [
+        Row(name, _per_cent(measured.get(name)), tuple(column.average_precisions[index] for column in columns))
+        for index, name in enumerate(VOC_CLASSES)
+    ]
+    values = [row.measured for row in rows if row.measured is not None]
+    mean = sum(values) / len(values) if len(values) == len(VOC_CLASSES) else None
+    return [*rows, Row("mAP", mean, tuple(column.mean for column in columns))]
+
+
+def _per_cent(fraction: float | None) -> float | None:
+    return None if fraction is None or math.isnan(fraction) else 100 * fraction

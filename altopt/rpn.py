@@ -1,0 +1,127 @@
+"""The region proposal network: two modules, one that computes and one that scores, and what makes proposals of it.
+
+Letters: B pictures, H and W of the feature map, A anchors at a position, N = H * W * A anchors in all.
+Source: Faster R-CNN, section 3.1; numbers from py-faster-rcnn.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from altopt import boxes as bx
+from altopt.anchors import reference_anchors, shifted_anchors
+from altopt.backbones import STRIDE
+from altopt.config import NetworkConfig, ProposalRule
+from altopt.pictures import Batch, Sample
+from altopt.randomness import generator
+from altopt.sampling import label_anchors, sample_anchors
+
+
+class RPNHead(nn.Module):
+    """A 3 x 3 convolution and two sibling 1 x 1 convolutions: scores (background, object) and box deltas."""
+
+    def __init__(self, channels: int, network: NetworkConfig) -> None:
+        super().__init__()
+        self.network = network
+        count = len(network.anchor_ratios) * len(network.anchor_scales)
+        self.conv = nn.Conv2d(channels, network.rpn_channels, 3, padding=1)
+        self.cls_score = nn.Conv2d(network.rpn_channels, 2 * count, 1)
+        self.bbox_pred = nn.Conv2d(network.rpn_channels, 4 * count, 1)
+
+    def initialise(self, random: torch.Generator) -> None:
+        """Draw all weights anew: gaussian, standard deviation 0.01, biases 0 (Faster R-CNN, section 3.1.3)."""
+        for layer in (self.conv, self.cls_score, self.bbox_pred):
+            nn.init.normal_(layer.weight, std=0.01, generator=random)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return class logits ``Tensor[B, N, 2]`` and deltas ``Tensor[B, N, 4]``, in the anchors' order.
+
+        As in py-faster-rcnn the first A score channels are background and the next A object.
+        """
+        hidden = F.relu(self.conv(features))
+        logits = self.cls_score(hidden).unflatten(1, (2, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)  # (B, N, 2)
+        deltas = self.bbox_pred(hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)  # (B, N, 4)
+        return logits.float(), deltas.float()
+
+    def anchors_for(self, features: Tensor) -> Tensor:
+        """Return all anchors of a feature map, ``Tensor[N, 4]`` in the input frame."""
+        network = self.network
+        reference = reference_anchors(network.anchor_base, network.anchor_ratios, network.anchor_scales)
+        return shifted_anchors(reference.to(features.device), features.shape[2], features.shape[3], STRIDE)
+
+
+@dataclass(frozen=True)
+class RPNRule:
+    """How anchors are labelled, sampled and scored."""
+
+    positive: float
+    negative: float
+    anchors_per_image: int
+    positive_fraction: float
+    sigma: float
+    box_weight: float
+
+
+class RPNTraining(nn.Module):
+    """Convolutional layers and RPN head, from a batch to the RPN's two losses."""
+
+    def __init__(self, conv: nn.Sequential, rpn: RPNHead, rule: RPNRule, key: tuple[object, ...]) -> None:
+        super().__init__()
+        self.conv, self.rpn, self.rule, self.key = conv, rpn, rule, key
+
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """Return ``rpn_cls``, softmax loss over the sampled anchors, and ``rpn_box``, smooth L1 over positive ones.
+
+        Both are divided by the number of sampled anchors of a picture, and averaged over the pictures.
+        """
+        features = self.conv(batch.images)
+        logits, deltas = self.rpn(features)
+        anchors = self.rpn.anchors_for(features)
+        losses = [
+            self._losses(sample, anchors, logits[b], deltas[b], iteration) for b, sample in enumerate(batch.samples)
+        ]
+        classification, box = (torch.stack(each).mean() for each in zip(*losses, strict=True))
+        return {"rpn_cls": classification, "rpn_box": self.rule.box_weight * box}
+
+    def _losses(self, sample: Sample, anchors: Tensor, logits: Tensor, deltas: Tensor,
+                iteration: int) -> tuple[Tensor, Tensor]:
+        rule = self.rule
+        labels, matched = label_anchors(anchors, sample.objects, sample.size, rule.positive, rule.negative)
+        labels = sample_anchors(labels, rule.anchors_per_image, rule.positive_fraction,
+                                generator(*self.key, iteration, sample.id, sample.flipped))
+        used = torch.nonzero(labels >= 0)[:, 0]
+        positive = torch.nonzero(labels == 1)[:, 0]
+        count = max(len(used), 1)
+        classification = F.cross_entropy(logits[used], labels[used], reduction="sum") / count
+        if len(positive) == 0:
+            return classification, deltas.sum() * 0
+        targets = bx.encode(sample.objects[matched[positive]], anchors[positive])
+        return classification, smooth_l1(deltas[positive], targets, rule.sigma) / count
+
+
+def smooth_l1(predicted: Tensor, target: Tensor, sigma: float) -> Tensor:
+    """Return the sum of Fast R-CNN's robust loss; quadratic where the difference is below 1 / sigma^2."""
+    return F.smooth_l1_loss(predicted, target, beta=1 / sigma**2, reduction="sum")
+
+
+def proposals_of(logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample,
+                 rule: ProposalRule) -> tuple[Tensor, Tensor]:
+    """Return a picture's proposals, ``Tensor[K, 4]`` in the input frame, and scores ``Tensor[K]``, best first.
+
+    ``logits`` is ``Tensor[N, 2]``, ``deltas`` ``Tensor[N, 4]``. Order of work as in py-faster-rcnn: decode, clip, drop
+    small, sort, cut, suppress, cut. Border-crossing anchors take part. Boxes that do not stay finite are dropped.
+    """
+    scores = logits.softmax(dim=1)[:, 1]
+    boxes = bx.clip(bx.decode(deltas, anchors), sample.size)
+    usable = bx.large_enough(boxes, rule.min_side * sample.scale) & scores.isfinite()
+    boxes, scores = boxes[usable], scores[usable]
+    order = scores.argsort(descending=True, stable=True)
+    if rule.pre_nms:
+        order = order[: rule.pre_nms]
+    boxes, scores = boxes[order], scores[order]
+    kept = torchvision.ops.nms(boxes, scores, rule.nms)[: rule.post_nms]
+    return boxes[kept], scores[kept]

@@ -1,0 +1,191 @@
+"""The one training loop: iterations of stochastic gradient descent over a module that turns a batch into losses."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from altopt.batches import Ahead
+from altopt.config import TrainingConfig
+from altopt.errors import DivergedError
+from altopt.pictures import Batch, Sample, make_batch
+from altopt.randomness import seed_of
+
+
+class Snapshots(Protocol):
+    """Where the loop keeps its state, so that it can be stopped at any moment."""
+
+    def load(self) -> tuple[int, dict[str, Tensor], float] | None:
+        """Return the iterations done, the tensors and the seconds spent so far; None to begin at the beginning."""
+
+    def due(self) -> bool:
+        """Return whether it is time to save."""
+
+    def save(self, iteration: int, tensors: dict[str, Tensor], seconds: float) -> None:
+        """Keep the state after ``iteration`` iterations."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop reports, averaged since the last report."""
+
+    iteration: int
+    iterations: int
+    lr: float
+    losses: dict[str, float]
+    images_per_second: float
+    wait_share: float
+    seconds: float
+
+
+def learning_rate(config: TrainingConfig, iteration: int) -> float:
+    """Return the learning rate of an iteration, counted from 0."""
+    warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
+    if config.schedule == "one-cycle":
+        after = max(0, iteration - config.warmup) / max(1, config.iterations - config.warmup)
+        return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
+    return config.lr * warm * config.lr_gamma ** sum(iteration >= step for step in config.lr_steps)
+
+
+def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
+    """Return SGD over the trainable parameters; biases form a group with their own rate and decay."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if not name.endswith("bias")], "rate": 1.0,
+         "weight_decay": config.weight_decay},
+        {"params": [p for name, p in trained if name.endswith("bias")], "rate": config.bias_lr,
+         "weight_decay": config.weight_decay * config.bias_decay},
+    ]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+
+
+def train(module: nn.Module, read: Callable[[int], list[Sample]], config: TrainingConfig, *, key: tuple[object, ...],
+          device: torch.device, workers: int = 0, snapshots: Snapshots | None = None,
+          report: Callable[[Progress], None] | None = None, report_every: int = 20,
+          diverged: Callable[[Batch, int], str] | None = None) -> float:
+    """Train the module in place for ``config.iterations`` and return the seconds it took, resumed parts included.
+
+    ``module(batch, iteration)`` returns a dict of losses; ``read(iteration)`` the iteration's samples, called from
+    threads. ``key`` (with the seed in it) makes the randomness of the whole run. Raises ``DivergedError`` at the first
+    loss that is not finite, after ``diverged(batch, iteration)`` had the chance to keep the batch and say where.
+    """
+    module.to(device=device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(module, config)
+    start, spent = _resume(module, optimizer, snapshots)
+    meter = _Meter(config, start, spent)
+    with Ahead(read, range(start, config.iterations), workers) as ahead:
+        for iteration in range(start, config.iterations):
+            batch = make_batch(next(ahead), device)
+            losses = _step(module, optimizer, batch, config, iteration, key)
+            if not math.isfinite(sum(losses.values())):
+                where = diverged(batch, iteration) if diverged else ""
+                raise DivergedError(_divergence(losses, batch, iteration, config, where))
+            meter.add(losses, len(batch.samples), ahead.waited)
+            done = iteration + 1
+            if report and (done % report_every == 0 or done == config.iterations):
+                report(meter.progress(done))
+            if snapshots and done < config.iterations and snapshots.due():
+                snapshots.save(done, _state(module, optimizer), meter.seconds())
+    return meter.seconds()
+
+
+def _step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig, iteration: int,
+          key: tuple[object, ...]) -> dict[str, float]:
+    lr = learning_rate(config, iteration)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["rate"]
+    torch.manual_seed(seed_of(*key, "dropout", iteration))  # dropout alone reads torch's own generator
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        losses: dict[str, Tensor] = module(batch, iteration)
+    optimizer.zero_grad(set_to_none=True)
+    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    if config.clip_gradient:
+        nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.clip_gradient)
+    values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
+    if math.isfinite(sum(values.values())):
+        optimizer.step()
+    return values
+
+
+def _divergence(losses: dict[str, float], batch: Batch, iteration: int, config: TrainingConfig, where: str) -> str:
+    pictures = ", ".join(sample.id + (" (mirrored)" if sample.flipped else "") for sample in batch.samples)
+    broken = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
+    return (f"iteration {iteration + 1}: {broken or 'the total loss is not finite'} on {pictures}{where}: "
+            f"lower the learning rate ({config.lr:g}), warm up, or clip gradients")
+
+
+def _state(module: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
+    """Return what a resumed run needs: trained weights, their momenta, and buffers, by name."""
+    state = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            state[f"weight.{name}"] = parameter.detach()
+            momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                state[f"momentum.{name}"] = momentum
+    return state | {f"buffer.{name}": buffer for name, buffer in module.named_buffers()}
+
+
+@torch.no_grad()
+def _resume(module: nn.Module, optimizer: torch.optim.SGD, snapshots: Snapshots | None) -> tuple[int, float]:
+    found = snapshots.load() if snapshots else None
+    if found is None:
+        return 0, 0.0
+    iteration, tensors, seconds = found
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(tensors[f"weight.{name}"])
+            if f"momentum.{name}" in tensors:
+                momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
+                optimizer.state[parameter]["momentum_buffer"] = momentum
+    for name, buffer in module.named_buffers():
+        buffer.copy_(tensors[f"buffer.{name}"])
+    return iteration, seconds
+
+
+class _Meter:
+    """Averages between two reports, and the clock."""
+
+    def __init__(self, config: TrainingConfig, start: int, spent: float) -> None:
+        self.config, self.spent = config, spent
+        self.began = self.since = time.perf_counter()
+        self.waited_before = self.waited = 0.0
+        self.sums: dict[str, float] = {}
+        self.steps = self.images = 0
+
+    def seconds(self) -> float:
+        return self.spent + time.perf_counter() - self.began
+
+    def add(self, losses: dict[str, float], images: int, waited: float) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps, self.images, self.waited = self.steps + 1, self.images + images, waited
+
+    def progress(self, done: int) -> Progress:
+        now = time.perf_counter()
+        elapsed = max(now - self.since, 1e-9)
+        progress = Progress(
+            done, self.config.iterations, learning_rate(self.config, done - 1),
+            {name: total / self.steps for name, total in self.sums.items()},
+            self.images / elapsed, (self.waited - self.waited_before) / elapsed, self.seconds(),
+        )
+        self.since, self.waited_before, self.sums, self.steps, self.images = now, self.waited, {}, 0, 0
+        return progress
+
+
+def freeze(conv: nn.Sequential, blocks: Iterable[str]) -> None:
+    """Take the named blocks out of training: no gradient, and so not in the optimizer; unknown names are an error."""
+    for name in blocks:
+        conv.get_submodule(name).requires_grad_(False)
+
+
+def describe(progress: Progress) -> dict[str, Any]:
+    """Return a report as plain values, for the log."""
+    return {
+        "iteration": progress.iteration, "lr": progress.lr, "images_per_second": round(progress.images_per_second, 3),
+        "wait_share": round(progress.wait_share, 4), "seconds": round(progress.seconds, 3), **progress.losses,
+    }

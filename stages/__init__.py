@@ -1,0 +1,32 @@
+"""The training schemes, each a list of steps: what is made, by which stage, from what."""
+
+from stages.assemble import add_rpn_layers
+from stages.detect import detect_shared, detect_unshared
+from stages.fast_rcnn import train_fast_rcnn, train_fast_rcnn_frozen_conv
+from stages.pretrained import load_imagenet_weights, pretrain_on_crops
+from stages.proposals import generate_proposals
+from stages.rpn import train_rpn, train_rpn_frozen_conv
+from stages.step import Step
+
+# M0 comes from before the list; a recipe has the table of one of the two.
+PRETRAINED = [
+    Step("M0", load_imagenet_weights),
+    Step("M0", pretrain_on_crops),
+]
+
+# Girshick, "Training R-CNNs of various velocities"; Faster R-CNN, section 3.2.
+ALTERNATING = [
+    Step("M1", train_rpn, "M0"),
+    Step("P1", generate_proposals, "M1"),
+    Step("M2", train_fast_rcnn, "M0", "P1"),
+    Step("M3", train_rpn_frozen_conv, "M2"),
+    Step("P2", generate_proposals, "M3"),
+    Step("M4", train_fast_rcnn_frozen_conv, "M3", "P2"),
+    Step("M5", add_rpn_layers, "M4", "M3"),
+]
+
+# What is evaluated: two networks that share nothing (the paper's "unshared"), and the one of the last step.
+DETECTIONS = [
+    Step("D2", detect_unshared, "M1", "M2"),
+    Step("D5", detect_shared, "M5"),
+]

@@ -1,0 +1,72 @@
+"""Detection on the test split, for evaluation: by one network, or by an RPN and a Fast R-CNN that share nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from altopt.config import DetectionRule, NetworkConfig, sourced
+from altopt.datasets.dataset import DataConfig
+from stages.step import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detect(DetectionRule):
+    """How pictures of the test split are detected on."""
+
+    version: ClassVar[int] = 1
+    split: ClassVar[str] = "test"
+    table: ClassVar[str] = "detect"
+    network: NetworkConfig
+    data: DataConfig
+    images_per_batch: int = sourced(1, "pfr test_net: one picture at a time")
+
+
+def detect_shared(detector: Path, *, out: Path, config: Detect, runtime: Runtime) -> dict[str, Any]:
+    """Detect on the test split with one network, RPN and Fast R-CNN on the same conv layers."""
+    return _detect([(detector, ("conv", "rpn", "fc", "head"))], out, config, runtime)
+
+
+def detect_unshared(rpn: Path, detector: Path, *, out: Path, config: Detect, runtime: Runtime) -> dict[str, Any]:
+    """Detect on the test split with a Fast R-CNN on the proposals of a separate RPN."""
+    return _detect([(rpn, ("conv", "rpn")), (detector, ("conv", "fc", "head"))], out, config, runtime)
+
+
+def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: Detect,
+            runtime: Runtime) -> dict[str, Any]:
+    import time
+
+    import torch
+
+    from altopt.detector import detect_on, propose_on, test_time_rule
+    from altopt.evaluation.detections import Detections, to_coco_results
+    from altopt.evaluation.ground_truth import counted
+    from altopt.evaluation.recall import proposal_recall
+    from altopt.pictures import to_original
+    from cache.files import write_json_atomic
+    from stages.inference import Inference
+
+    inference = Inference(checkpoints, config, runtime, split="test")
+    rpn, detector = inference.networks[0], inference.networks[-1]
+    dataset = inference.dataset
+    found: dict[str, Detections] = {}
+    covered = []
+    seconds = 0.0
+    for batch in inference.batches(config.images_per_batch):
+        started = time.perf_counter()
+        with torch.inference_mode(), inference.autocast():
+            features = rpn.conv(batch.images)
+            proposals = [boxes for boxes, _ in propose_on(rpn, features, batch, test_time_rule(config))]
+            if detector is not rpn:
+                features = detector.conv(batch.images)
+            results = detect_on(detector, features, batch, proposals, config)
+        for sample, rois, result in zip(batch.samples, proposals, results, strict=True):
+            size = dataset.size(sample.id)
+            boxes, scores, labels = (each.cpu().numpy() for each in (to_original(result[0], sample, size), *result[1:]))
+            found[sample.id] = Detections(boxes, scores, labels)
+            objects = dataset.objects(sample.id)
+            covered.append((objects.boxes[counted(objects)], to_original(rois, sample, size).cpu().numpy()))
+        seconds += time.perf_counter() - started
+    write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
+    recall = proposal_recall(covered, (config.proposals,))
+    return {"seconds_per_picture": round(seconds / max(len(found), 1), 5),
+            "recall_at_0.5": float(recall.at(config.proposals)[0]), "average_recall": recall.average(config.proposals)}

@@ -1,0 +1,102 @@
+"""Scores of a run: mAP of the unshared pair and of the final network, recall of the cached proposals."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from altopt.datasets.opening import open_dataset
+from altopt.errors import ArtifactError
+from altopt.evaluation.detections import read_detections
+from altopt.evaluation.ground_truth import counted
+from altopt.evaluation.recall import LIMITS, proposal_recall
+from altopt.evaluation.scoring import score
+from cache.files import write_json_atomic
+from cache.proposals import ProposalFile
+from stages import DETECTIONS
+from stages.run import Run
+from stages.step import Step
+
+NAMES = {"D2": "M1+M2 (unshared)", "D5": "M5 (shared)"}
+
+
+def detection_step(word: str) -> Step:
+    """Return the detection step for ``M5`` or ``M1+M2``."""
+    from altopt.errors import UsageError
+
+    for step in DETECTIONS:
+        if word.upper().replace(" ", "") in ("+".join(step.inputs), step.output):
+            return step
+    raise UsageError(f"there is nothing to evaluate under {word!r}: choose M5, or M1+M2 for the unshared pair")
+
+
+def possible(run: Run, step: Step) -> bool:
+    """Return whether everything that a detection step needs is in the folder."""
+    return all(run.path(name).is_file() for name in step.inputs)
+
+
+def evaluate(run: Run, step: Step, protocol: str) -> dict[str, Any]:
+    """Return the score of a network on the test split, detecting first if its detections are not up to date.
+
+    Kept in metrics.json under the detections' hash, so asking again costs nothing.
+    """
+    for name in step.inputs:
+        if not run.path(name).is_file():
+            raise ArtifactError(f"{name} is not in {run.folder}: make it with altopt stage {name}, or run-all")
+    if not run.verdict(step).valid:
+        run.make(step)
+    record = run.record(step.output)
+    assert record is not None
+    key = {"detections": record.sha256, "data": record.data, "protocol": protocol}
+    return _cached(run, f"{step.output} {protocol}", key, lambda: _score(run, step, protocol, record.metrics))
+
+
+def _score(run: Run, step: Step, protocol: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    dataset = open_dataset(run.recipe.config(step).data, "test", run.runtime.data_root)
+    found = read_detections(run.path(step.output), dataset.ids, dataset.category_ids)
+    result = score(protocol, {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
+    return {"name": NAMES[step.output], "protocol": protocol, "pictures": len(dataset.ids), **result.as_dict(), **metrics}
+
+
+def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS) -> dict[str, Any]:
+    """Return the recall of a proposal file on the training split, for each number of proposals."""
+    path = run.path(artifact)
+    if not path.is_file():
+        raise ArtifactError(f"{path.name} is not in {run.folder}: make it with altopt stage {artifact}")
+    step = next(step for step in run.recipe.steps if step.output == artifact)
+    key = {"proposals": run.memo.sha256(path), "data": run.data_digest(step), "limits": list(limits)}
+    return _cached(run, f"{artifact} recall", key, lambda: _recall(run, step, path, limits))
+
+
+def _recall(run: Run, step: Step, path: Path, limits: Sequence[int]) -> dict[str, Any]:
+    dataset = open_dataset(run.recipe.config(step).data, "train", run.runtime.data_root)
+    with ProposalFile(path) as file:
+        pairs = ((objects.boxes[counted(objects)], file.get(id)[0])
+                 for id in dataset.ids for objects in (dataset.objects(id),))
+        result = proposal_recall(pairs, tuple(limits))
+    return {"proposals": path.name, "split": dataset.name, **result.as_dict()}
+
+
+def _cached(run: Run, name: str, key: dict[str, Any], compute: Any) -> dict[str, Any]:
+    path = run.folder / "metrics.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = {}
+    if kept.get(name, {}).get("key") != key:
+        kept[name] = {"key": key, "result": json.loads(json.dumps(compute()))}
+        write_json_atomic(path, kept)
+    result: dict[str, Any] = kept[name]["result"]
+    return result
+
+
+def summary(run: Run, protocol: str) -> dict[str, Any]:
+    """Return what ``run-all`` ends with: scores of what can be evaluated, recalls, and the time of each stage."""
+    scores = [evaluate(run, step, protocol) for step in DETECTIONS if possible(run, step)]
+    recalls = {name: recall(run, name) for name in ("P1", "P2") if run.path(name).is_file()}
+    times = {}
+    for step in run.recipe.steps:
+        record = run.record(step.output)
+        if record is not None:
+            times[step.output] = {"stage": step.name, "seconds": record.seconds, "given": record.given}
+    return {"recipe": run.recipe.name, "folder": str(run.folder), "scores": scores, "recall": recalls, "stages": times}

@@ -1,0 +1,74 @@
+"""What stages share that run networks over a whole split: weights on a device, and batches of equal size."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from altopt.datasets.opening import open_dataset
+
+from altopt.batches import Ahead
+from altopt.datasets.dataset import Dataset
+from altopt.detector import FasterRCNN
+from altopt.errors import ArtifactError
+from altopt.pictures import Batch, Sample, make_batch, read_sample
+from altopt.randomness import generator
+from cache.checkpoints import load_checkpoint
+from stages.step import Runtime
+from stages.training import device_of, require_network, require_same_frame
+
+
+class Inference:
+    """Networks in evaluation mode, and a split of the data set to run them on."""
+
+    def __init__(self, checkpoints: Sequence[tuple[Path, Sequence[str]]], config: Any, runtime: Runtime,
+                 split: Any) -> None:
+        self.config, self.runtime = config, runtime
+        self.device = device_of(runtime)
+        self.dataset: Dataset = open_dataset(config.data, split, runtime.data_root)
+        self.networks = [self._load(path, parts) for path, parts in checkpoints]
+
+    def _load(self, path: Path, parts: Sequence[str]) -> FasterRCNN:
+        tensors, description = load_checkpoint(path)
+        require_network(path, description, self.config.network)
+        if "rpn" in parts:
+            require_same_frame(path, description, self.config.network)
+        classes: Sequence[str] = self.dataset.classes
+        if "head" in parts and list(classes) != description.get("classes"):
+            raise ArtifactError(f"{path.name} knows the classes {', '.join(description.get('classes', []))} and the "
+                                f"data set has {', '.join(classes)}: evaluate it on the data set it was trained for")
+        network = FasterRCNN(self.config.network, len(classes))
+        drawn = network.fill(tensors, generator("unused"))
+        if missing := set(drawn) & set(parts):
+            raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
+        return network.to(device=self.device, memory_format=torch.channels_last).eval()
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which networks compute with the config's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield the split in its order, up to ``size`` neighbours of equal size at a time; reports progress."""
+        groups = _runs_of_equal_size(self.dataset, size)
+
+        def read(ids: list[str]) -> list[Sample]:
+            return [read_sample(self.dataset, id, self.config.network) for id in ids]
+
+        done = 0
+        with Ahead(read, groups, self.runtime.workers) as ahead:
+            for samples in ahead:
+                yield make_batch(samples, self.device)
+                done += len(samples)
+                self.runtime.report({"event": "pictures", "done": done, "total": len(self.dataset.ids)})
+
+
+def _runs_of_equal_size(dataset: Dataset, size: int) -> list[list[str]]:
+    groups: list[list[str]] = []
+    last = None
+    for id in dataset.ids:
+        extent = dataset.size(id)
+        if extent != last or len(groups[-1]) == size:
+            groups.append([])
+        groups[-1].append(id)
+        last = extent
+    return groups

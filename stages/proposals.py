@@ -1,0 +1,45 @@
+"""Stages 2 and 5: what the RPN proposes on every training picture, cached on disk."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from altopt.config import NetworkConfig, ProposalRule, sourced
+from altopt.datasets.dataset import DataConfig
+from stages.step import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateProposals(ProposalRule):
+    """How the RPN's boxes are made into proposals."""
+
+    version: ClassVar[int] = 1
+    split: ClassVar[str] = "train"
+    network: NetworkConfig
+    data: DataConfig
+    images_per_batch: int = sourced(1, "pfr rpn_generate: one picture at a time")
+    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
+
+
+def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> dict[str, Any]:
+    """Cache the RPN's proposals for every training picture, upright only."""
+    from altopt.detector import propose
+    from altopt.pictures import to_original
+    from cache.files import sha256_file
+    from cache.proposals import ProposalWriter
+    from stages.inference import Inference
+
+    inference = Inference([(rpn, ("conv", "rpn"))], config, runtime, split="train")
+    network = inference.networks[0]
+    count = 0
+    attributes = {"model": sha256_file(rpn), "settings": asdict(config)}
+    with ProposalWriter(out, attributes) as writer:
+        for batch in inference.batches(config.images_per_batch):
+            with inference.autocast():
+                proposals = propose(network, batch, config)
+            for sample, (boxes, scores) in zip(batch.samples, proposals, strict=True):
+                original = to_original(boxes, sample, inference.dataset.size(sample.id))
+                writer.append(sample.id, original.cpu().numpy(), scores.cpu().numpy())
+                count += len(scores)
+    pictures = len(inference.dataset.ids)
+    return {"pictures": pictures, "proposals": count, "per_picture": round(count / max(pictures, 1), 1)}

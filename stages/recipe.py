@@ -1,0 +1,251 @@
+"""Recipes: one experiment each, as TOML, and what becomes of one when stages take their settings from it.
+
+A recipe has the tables ``network``, ``data``, one for each stage function, and ``all``, whose values go to every stage
+that has such a field. A stage's config is its dataclass's defaults, then ``all``, then the stage's own table. The
+comment behind a value is its source.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from altopt.config import NetworkConfig
+from altopt.datasets.dataset import DataConfig
+from altopt.errors import UsageError
+from stages import ALTERNATING, DETECTIONS, PRETRAINED
+from stages.step import Step
+
+HEADER = ("title", "description", "data_root", "protocol", "expect")
+SHARED: dict[str, type] = {"network": NetworkConfig, "data": DataConfig}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A setting and where it comes from."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as read: header values, and tables of settings with their sources."""
+
+    name: str
+    header: dict[str, Any]
+    tables: dict[str, dict[str, Value]]
+
+    @property
+    def pretrained(self) -> Step:
+        """The step that makes M0: the one that the recipe has a table for."""
+        named = [step for step in PRETRAINED if step.table in self.tables]
+        return named[0] if named else PRETRAINED[0]
+
+    @property
+    def steps(self) -> list[Step]:
+        """Return M0's step and the seven stages."""
+        return [self.pretrained, *ALTERNATING]
+
+    def values(self, step: Step) -> dict[str, Value]:
+        """Return the settings that a step's config takes from this recipe, defaults included."""
+        own = self.tables.get(step.table, {})
+        values = {}
+        for each in fields(step.config_class):
+            if each.name in ("network", "data", "backbone"):
+                continue
+            default = Value(each.default, each.metadata.get("source", ""))
+            values[each.name] = own.get(each.name, self.tables.get("all", {}).get(each.name, default))
+        return values
+
+    def config(self, step: Step) -> Any:
+        """Return the step's config. Raises ``UsageError`` for a value of the wrong kind."""
+        cls = step.config_class
+        given: dict[str, Any] = {name: each.value for name, each in self.values(step).items()}
+        names = {each.name for each in fields(cls)}
+        for shared, shared_class in SHARED.items():
+            if shared in names:
+                given[shared] = _build(shared_class, self.tables.get(shared, {}), shared)
+        if "backbone" in names:
+            given["backbone"] = _build(NetworkConfig, self.tables.get("network", {}), "network").name
+        return _construct(cls, given, step.table)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every setting with its source, JSON-able."""
+        tables = {table: _shared_values(cls) | self.tables.get(table, {}) for table, cls in SHARED.items()}
+        tables |= {step.table: self.values(step) for step in [*self.steps, *DETECTIONS]}
+        return self.header | {
+            table: {key: {"value": each.value, "source": each.source} for key, each in values.items()}
+            for table, values in tables.items()
+        }
+
+    def text(self) -> str:
+        """Return the resolved recipe as TOML: every setting of every stage, its source as a comment."""
+        lines = [f"{key} = {json.dumps(value)}" for key, value in self.header.items()]
+        for table, cls in SHARED.items():
+            lines += _table(table, _shared_values(cls) | self.tables.get(table, {}))
+        for table, step in {step.table: step for step in [*self.steps, *DETECTIONS]}.items():
+            lines += _table(table, self.values(step))
+        return "\n".join(lines) + "\n"
+
+
+def stage_tables() -> dict[str, type]:
+    """Return {table name: config class} of every stage that a recipe can speak of."""
+    return {step.table: step.config_class for step in [*PRETRAINED, *ALTERNATING, *DETECTIONS]}
+
+
+def packaged() -> dict[str, Path]:
+    """Return {name: file} of the recipes that come with altopt."""
+    folder = Path(str(files("stages.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read_recipe(name_or_path: str, sets: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or file, with ``table.field=value`` overrides. Raises ``UsageError``."""
+    known = packaged()
+    path = known.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise UsageError(f"there is no recipe {name_or_path!r}{_nearest(name_or_path, known)}: choose one of "
+                         f"{', '.join(known)}, or give a .toml file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    tables = _tables(content, _sources(text), str(path))
+    for assignment in sets:
+        _override(tables, assignment)
+    header = {key: content[key] for key in HEADER if key in content}
+    recipe = Recipe(header.get("title", path.stem), {"title": path.stem} | header, tables)
+    for step in [*recipe.steps, *DETECTIONS]:
+        recipe.config(step)
+    return recipe
+
+
+def _tables(content: dict[str, Any], sources: dict[str, str], where: str) -> dict[str, dict[str, Value]]:
+    tables: dict[str, dict[str, Value]] = {}
+    for name, table in content.items():
+        if name in HEADER:
+            continue
+        if not isinstance(table, dict):
+            raise UsageError(f"{where}: {name} stands outside of a table; a recipe's own keys are {', '.join(HEADER)}")
+        for key in table:
+            _require_field(name, key, where)
+        tables[name] = {key: Value(value, sources.get(f"{name}.{key}", "")) for key, value in table.items()}
+    return tables
+
+
+def _require_field(table: str, key: str, where: str) -> None:
+    classes = stage_tables()
+    names = [*SHARED, "all", *classes]
+    if table not in names:
+        raise UsageError(f"{where}: there is no table {table!r}{_nearest(table, names)}; tables are {', '.join(names)}")
+    if table == "all":
+        known = sorted({each.name for cls in classes.values() for each in fields(cls)} - {"network", "data"})
+    else:
+        cls = SHARED.get(table) or classes[table]
+        known = [each.name for each in fields(cls) if each.name not in ("network", "data", "backbone")]
+    if key not in known:
+        raise UsageError(f"{where}: {table} has no field {key!r}{_nearest(key, known)}; its fields are "
+                         f"{', '.join(known)}")
+
+
+def _nearest(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _override(tables: dict[str, dict[str, Value]], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    table, dot, name = key.strip().partition(".")
+    if not equals or not dot:
+        raise UsageError(f"--set {assignment}: write TABLE.FIELD=VALUE, such as train_rpn.lr=0.01")
+    _require_field(table, name, f"--set {assignment}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    tables.setdefault(table, {})[name] = Value(value, "--set")
+
+
+def _sources(text: str) -> dict[str, str]:
+    """Return {"table.key": comment} of the lines ``key = value  # comment``; a table's own comment covers its keys."""
+    sources, table = {}, ""
+    for line in text.splitlines():
+        if header := re.match(r"\[(\w+)\]", line):
+            table = header[1]
+        elif match := re.match(r"(\w+)\s*=\s*(?:\"[^\"]*\"|[^#\"]|\"[^\"]*\")*#\s*(.*)$", line):
+            sources[f"{table}.{match[1]}"] = match[2].strip()
+    return sources
+
+
+def _build(cls: type, table: dict[str, Value], name: str) -> Any:
+    return _construct(cls, {key: each.value for key, each in table.items()}, name)
+
+
+def _construct(cls: type, given: dict[str, Any], table: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    missing = [each.name for each in fields(cls)
+               if each.name not in given and each.default is MISSING and each.default_factory is MISSING]
+    if missing:
+        raise UsageError(f"the recipe does not say {table}.{missing[0]}: add it, or --set {table}.{missing[0]}=...")
+    return cls(**{key: _converted(value, hints[key], f"{table}.{key}") for key, value in given.items()})
+
+
+def _converted(value: Any, hint: Any, name: str) -> Any:
+    """Return the value as the type of its field, or raise ``UsageError`` in the field's own words."""
+    if is_dataclass(hint):
+        return value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise UsageError(f"{name} = {value!r}{_nearest(str(value), map(str, arguments))}: it is one of "
+                         f"{', '.join(map(str, arguments))}")
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_converted(each, arguments[0], name) for each in value)
+        raise UsageError(f"{name} = {value!r}: it is a list, such as [1, 2]")
+    if origin is types.UnionType:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UsageError(f"{name} = {value!r}: it is of type {hint.__name__}")
+
+
+def _shared_values(cls: type) -> dict[str, Value]:
+    return {each.name: Value(each.default, each.metadata.get("source", "")) for each in fields(cls)
+            if each.default is not MISSING}
+
+
+def describe_config(step: Step) -> str:
+    """Return a stage's settings with their defaults and sources, a line each, for its help."""
+    lines = [f"Settings (--set {step.table}.FIELD=VALUE), with py-faster-rcnn's values as defaults:"]
+    for each in fields(step.config_class):
+        if each.name not in ("network", "data", "backbone"):
+            value = list(each.default) if isinstance(each.default, tuple) else each.default
+            lines.append(f"  {each.name} = {json.dumps(value)}  ({each.metadata.get('source', '')})")
+    return "\n".join(lines if len(lines) > 1 else ["It has no settings."])
+
+
+def describe_recipes() -> dict[str, str]:
+    """Return {name: description} of the recipes that come with altopt."""
+    return {name: tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")
+            for name, path in packaged().items()}
+
+
+def _table(name: str, values: dict[str, Value]) -> list[str]:
+    lines = ["", f"[{name}]"]
+    for key, each in values.items():
+        value = list(each.value) if isinstance(each.value, tuple) else each.value
+        assignment = f"{key} = {json.dumps(value)}"
+        lines.append(f"{assignment:<44}# {each.source}" if each.source else assignment)
+    return lines

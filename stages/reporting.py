@@ -1,0 +1,168 @@
+"""What a person sees: progress on stderr, tables on stdout."""
+
+import logging
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stages.run import Verdict
+
+PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
+MARKS = {"done": "green", "given": "cyan", "not needed": "dim", "waits": "yellow", "stale": "yellow", "missing": "dim"}
+
+
+class Reporter:
+    """Turns the events of stages into a progress bar on a terminal, and into plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.last_line = 0.0
+        logging.getLogger("altopt").addHandler(_LogLines(self))
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        kind, artifact = event["event"], event.get("artifact", "")
+        if kind == "started":
+            made_of = f" from {', '.join(event['inputs'])}" if event["inputs"] else ""
+            self.line(f"{artifact}: {event['stage']}{made_of}")
+            self._start_bar(artifact)
+        elif kind == "progress":
+            losses = " ".join(f"{name} {value:.4f}" for name, value in event.items() if name in LOSSES)
+            text = (f"{losses}  lr {event['lr']:.2g}  {event['images_per_second']:.1f} images/s  "
+                    f"wait {event['wait_share']:.0%}")
+            self._advance(artifact, event["iteration"], event["iterations"], text, event["seconds"])
+        elif kind == "pictures":
+            self._advance(artifact, event["done"], event["total"], "pictures", None)
+        elif kind == "finished":
+            self.close()
+            self.line(f"{artifact}: done in {duration(event['seconds'])}")
+        elif kind == "resumed":
+            self.line(f"{artifact}: goes on after iteration {event['iteration']}")
+        elif kind == "reason":
+            self.line(f"{artifact}: {event['text']}")
+        elif kind == "note":
+            self.line(event["text"])
+        elif kind == "weights" and event["drawn"]:
+            self.line(f"{artifact}: drawn anew: {', '.join(event['drawn'])}")
+        elif kind == "warning":
+            self.line(f"warning: {event['text']}")
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _start_bar(self, artifact: str) -> None:
+        self.last_line = time.monotonic()
+        if self.console.is_terminal:
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+                                console=self.console, transient=True)
+            self.task = self.bar.add_task(artifact, total=None, text="")
+            self.bar.start()
+
+    def _advance(self, artifact: str, done: int, total: int, text: str, seconds: float | None) -> None:
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, total=total, text=text)
+        elif time.monotonic() - self.last_line >= PLAIN_INTERVAL:
+            self.last_line = time.monotonic()
+            left = f"  {duration(seconds / done * (total - done))} left" if seconds else ""
+            self.line(f"{artifact}: {done}/{total}  {text}{left}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+LOSSES = ("rpn_cls", "rpn_box", "cls", "box")
+
+
+class _LogLines(logging.Handler):
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__()
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reporter.line(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 8.4 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plan_table(verdicts: list[Verdict], seconds: dict[str, float]) -> Table:
+    """Return the steps with their verdicts and the reasons."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "output", "stage", "from", "verdict", "why"):
+        table.add_column(heading, overflow="fold")
+    for number, verdict in enumerate(verdicts):
+        step = verdict.step
+        why = "; ".join(verdict.reasons) or duration(seconds.get(step.output, 0.0))
+        table.add_row(str(number), step.output, step.name, ", ".join(step.inputs),
+                      f"[{MARKS[verdict.state]}]{verdict.state}", why)
+    return table
+
+
+def summary_tables(summary: dict[str, Any]) -> list[Table]:
+    """Return what run-all ends with: scores, recall of the proposals, time of each stage."""
+    scores = Table(title="Detection on the test split", box=None, pad_edge=False, title_justify="left")
+    for heading in ("network", "protocol", "mAP", "recall@0.5 of its proposals", "s/picture"):
+        scores.add_column(heading)
+    for each in summary["scores"]:
+        scores.add_row(each["name"], each["protocol"], number(each["map"]), number(each["recall_at_0.5"]),
+                       f"{each['seconds_per_picture']:.3f}")
+    recalls = Table(title="Proposals on the training split: recall at IoU 0.5", box=None, pad_edge=False,
+                    title_justify="left")
+    recalls.add_column("file")
+    limits = list(next(iter(summary["recall"].values()))["limits"]) if summary["recall"] else []
+    for limit in limits:
+        recalls.add_column(f"{limit} proposals")
+    for name, each in summary["recall"].items():
+        recalls.add_row(name, *(number(each["limits"][limit]["areas"]["all"]["recall"][0]) for limit in limits))
+    times = Table(title="Time", box=None, pad_edge=False, title_justify="left")
+    for heading in ("output", "stage", "time"):
+        times.add_column(heading)
+    for name, each in summary["stages"].items():
+        times.add_row(name, each["stage"], "given" if each["given"] else duration(each["seconds"]))
+    times.add_row("", "total", duration(sum(each["seconds"] for each in summary["stages"].values())))
+    return [scores, recalls, times]
+
+
+def score_table(result: dict[str, Any]) -> Table:
+    """Return per-class AP and the mean."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class")
+    table.add_column("AP")
+    for name, each in result["classes"].items():
+        table.add_row(name, number(each["ap"] if isinstance(each, dict) else each))
+    table.add_row("mean", number(result["map"]), style="bold")
+    return table
+
+
+def recall_table(result: dict[str, Any]) -> Table:
+    """Return recall against IoU, a row for each number of proposals, and the average recall."""
+    table = Table(title=f"{result['proposals']} on {result['split']}: {result['convention']}", box=None, pad_edge=False,
+                  title_justify="left")
+    table.add_column("proposals")
+    for threshold in result["thresholds"]:
+        table.add_column(f"{threshold:.2f}")
+    table.add_column("AR")
+    for limit, each in result["limits"].items():
+        of_all = each["areas"]["all"]
+        table.add_row(limit, *(number(value) for value in of_all["recall"]), number(of_all["average_recall"]))
+    return table
+
+
+def number(value: float | None) -> str:
+    """Return a share with three decimals; a dash where it is not defined."""
+    return "-" if value is None else f"{value:.3f}"

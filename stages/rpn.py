@@ -1,0 +1,66 @@
+"""Stages 1 and 4: training a region proposal network, with its conv layers and on top of frozen ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from altopt.config import NetworkConfig, TrainingConfig, sourced
+from altopt.datasets.dataset import DataConfig
+from stages.step import Runtime
+
+TARGETS = "Faster R-CNN, section 3.1.2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPNConfig(TrainingConfig):
+    """How an RPN is trained: anchors labelled by IoU, sampled, scored (Faster R-CNN, section 3.1)."""
+
+    version: ClassVar[int] = 1
+    split: ClassVar[str] = "train"
+    network: NetworkConfig
+    data: DataConfig
+    positive_iou: float = sourced(0.7, TARGETS)
+    negative_iou: float = sourced(0.3, TARGETS)
+    anchors_per_image: int = sourced(256, "Faster R-CNN, section 3.1.3; pfr RPN_BATCHSIZE")
+    positive_fraction: float = sourced(0.5, "Faster R-CNN, section 3.1.3; pfr RPN_FG_FRACTION")
+    sigma: float = sourced(3.0, "pfr train.pt: smooth L1 of the RPN is quadratic below 1/9")
+    box_weight: float = sourced(1.0, "pfr train.pt loss_weight")
+    init: str = sourced("", "the list's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRPN(RPNConfig):
+    """Stage 1, where the later conv blocks learn too."""
+
+    freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "pfr stage1_rpn_train.pt: conv1_1 to conv2_2 at rate 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRPNFrozenConv(RPNConfig):
+    """Stage 4, where all conv layers stay as they are."""
+
+
+def train_rpn(init: Path, *, out: Path, config: TrainRPN, runtime: Runtime) -> dict[str, Any]:
+    """Train an RPN, and the conv layers under it, from pre-trained weights."""
+    return _train(init, out, config, runtime, config.freeze)
+
+
+def train_rpn_frozen_conv(init: Path, *, out: Path, config: TrainRPNFrozenConv, runtime: Runtime) -> dict[str, Any]:
+    """Train an RPN on top of a detector's conv layers, which do not change."""
+    return _train(init, out, config, runtime, None)
+
+
+def _train(init: Path, out: Path, config: RPNConfig, runtime: Runtime,
+           freeze: tuple[str, ...] | None) -> dict[str, Any]:
+    from altopt.rpn import RPNRule, RPNTraining
+    from stages.training import Training
+
+    training = Training("train_rpn" if freeze is not None else "train_rpn_frozen_conv", init, out, config, runtime)
+    network = training.network()
+    training.freeze(network, freeze)
+    rule = RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
+                   config.sigma, config.box_weight)
+    facts = training.run(RPNTraining(network.conv, network.rpn, rule, training.key), training.entries(), None)
+    kept = [part for part in ("fc", "head") if part in training.parts]
+    training.save(network, ["conv", "rpn", *kept])
+    return facts

@@ -1,0 +1,65 @@
+"""One step of a scheme: a stage function, the artifact it makes, and the artifacts it makes it from.
+
+A stage is an ordinary function ``stage(input, ..., *, out, config, runtime)`` that writes one file and returns a dict
+of facts for its record. The class of its ``config`` stands in its signature; its fields are the staleness key.
+Stage functions import torch when they run, not when they are imported, so that ``altopt plan`` answers at once.
+"""
+
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = {"M": ".safetensors", "P": ".h5", "D": ".json"}
+
+
+class Step:
+    """``Step("M2", train_fast_rcnn, "M0", "P1")``: M2 is made by train_fast_rcnn from M0 and P1."""
+
+    def __init__(self, output: str, stage: Callable[..., dict[str, Any]], *inputs: str) -> None:
+        self.output, self.stage, self.inputs = output, stage, inputs
+
+    @property
+    def name(self) -> str:
+        """The stage function's name."""
+        return self.stage.__name__
+
+    @property
+    def table(self) -> str:
+        """The table of a recipe that the config comes from: the stage's name, unless its class names another."""
+        return getattr(self.config_class, "table", self.name)
+
+    @property
+    def config_class(self) -> type:
+        """The dataclass of the stage's config."""
+        return typing.cast(type, typing.get_type_hints(self.stage)["config"])
+
+    @property
+    def summary(self) -> str:
+        """The first line of the stage's docstring."""
+        return (self.stage.__doc__ or "").strip().splitlines()[0]
+
+    def inputs_for(self, config: Any) -> tuple[str, ...]:
+        """Return the inputs, with the initial weights that the config's ``init`` asks for in place of the list's."""
+        init = getattr(config, "init", "")
+        return (init, *self.inputs[1:]) if init else self.inputs
+
+
+def file_name(artifact: str) -> str:
+    """Return the name of an artifact's file in a run folder: M1.safetensors, P1.h5, D5.detections.json."""
+    kind = SUFFIXES[artifact[0]]
+    return f"{artifact}.detections{kind}" if artifact[0] == "D" else f"{artifact}{kind}"
+
+
+@dataclass(kw_only=True)
+class Runtime:
+    """Everything a stage needs that does not change its result."""
+
+    device: str = "auto"
+    workers: int = 1
+    data_root: Path | None = None
+    snapshot_seconds: float = 30.0
+    report_every: int = 20
+    inputs_key: str = ""  # hashes of the inputs: a snapshot made from others is not resumed
+    report: Callable[[dict[str, Any]], None] = field(default=lambda event: None)

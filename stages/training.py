@@ -1,0 +1,232 @@
+"""What every trained stage does around the training loop: read weights, freeze, keep snapshots, verify, write."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from altopt.datasets.opening import open_dataset
+from torch import Tensor, nn
+
+from altopt.batches import BatchOrder, Entry
+from altopt.box_statistics import fixed_statistics, measure
+from altopt.config import NetworkConfig, TrainingConfig
+from altopt.datasets.dataset import Dataset
+from altopt.detector import FasterRCNN
+from altopt.errors import ArtifactError, UsageError
+from altopt.pictures import Batch, Sample, read_sample
+from altopt.randomness import generator
+from altopt.sampling import RoIRule, has_samples
+from altopt.training import Progress, describe, freeze, train
+from cache.checkpoints import digest, load_checkpoint, save_checkpoint
+from cache.proposals import ProposalFile
+from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
+from stages.interruption import Stop, deferred_signals
+from stages.step import Runtime
+
+
+def device_of(runtime: Runtime) -> torch.device:
+    """Return the device that the runtime asks for; ``auto`` is CUDA where there is one."""
+    if runtime.device != "auto":
+        if runtime.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"--device {runtime.device}: this PyTorch sees no CUDA device; use --device cpu")
+        return torch.device(runtime.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe_network(network: NetworkConfig, classes: Sequence[str]) -> dict[str, Any]:
+    """Return what a checkpoint says of itself."""
+    plain: dict[str, Any] = json.loads(json.dumps({"network": asdict(network), "classes": list(classes)}))
+    return plain
+
+
+def require_network(path: Path, description: dict[str, Any], network: NetworkConfig) -> None:
+    """Raise ``ArtifactError`` unless a checkpoint holds the network that a config speaks of."""
+    held = description.get("network", {}).get("name")
+    if held != network.name:
+        raise ArtifactError(f"{path.name} holds {held or 'no network known to altopt'}, and {network.name} is asked "
+                            "for: choose the recipe it was made with, or import it with --from M0=FILE")
+
+
+def require_same_frame(path: Path, description: dict[str, Any], network: NetworkConfig) -> None:
+    """Raise ``ArtifactError`` unless an RPN was trained with the anchors and picture sizes of the config."""
+    held = description.get("network", {})
+    for name, value in json.loads(json.dumps(asdict(network))).items():
+        if held.get(name) != value:
+            raise ArtifactError(f"the RPN of {path.name} was trained with {name} = {held.get(name)}, and the recipe "
+                                f"says {value}: set network.{name} to what it was, or train the RPN anew")
+
+
+class Training:
+    """One trained stage: its inputs, its key, and the steps that it shares with the others."""
+
+    def __init__(self, stage: str, init: Path, out: Path, config: Any, runtime: Runtime) -> None:
+        self.stage, self.out, self.config, self.runtime = stage, out, config, runtime
+        self.tensors, self.description = load_checkpoint(init)
+        require_network(init, self.description, config.network)
+        self.parts = {name.split(".")[0] for name in self.tensors}
+        self.dataset: Dataset = open_dataset(config.data, "train", runtime.data_root)
+        self.key: tuple[object, ...] = (config.seed, stage)
+        self.device = device_of(runtime)
+        self._frozen: list[str] = []
+
+    def network(self, fresh: Sequence[str] = ()) -> FasterRCNN:
+        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are drawn anew."""
+        classes = len(self.dataset.classes)
+        scores = self.tensors.get("head.cls_score.weight")
+        if scores is not None and "head" not in fresh and len(scores) != classes + 1:
+            raise ArtifactError(f"the initial weights score {len(scores) - 1} classes and the data set has {classes}: "
+                                "train the head anew, or give weights for these classes")
+        network = FasterRCNN(self.config.network, classes)
+        drawn = network.fill(self.tensors, generator(*self.key, "weights"), fresh)
+        used = [part for part in drawn if part != ("head" if self.stage.startswith("train_rpn") else "rpn")]
+        self.runtime.report({"event": "weights", "drawn": used})
+        return network
+
+    def freeze(self, network: FasterRCNN, blocks: Sequence[str] | None) -> None:
+        """Freeze the named conv blocks, or all of them for None."""
+        names = [name for name, _ in network.conv.named_children()]
+        for block in blocks or ():
+            if block not in names:
+                raise UsageError(f"freeze: {self.config.network.name} has no block {block!r}: choose among "
+                                 f"{', '.join(names)}")
+        self._frozen = names if blocks is None else list(blocks)
+        freeze(network.conv, self._frozen)
+
+    def entries(self) -> list[Entry]:
+        """Return every picture of the training split, and with ``flips`` its mirror image."""
+        return entries_of(self.dataset, self.dataset.ids, self.config.flips)
+
+    def run(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None") -> dict[str, Any]:
+        """Train the module on the entries and return facts for the record."""
+        order = BatchOrder(entries, self.config.images_per_batch, *self.key)
+
+        def read(iteration: int) -> list[Sample]:
+            return [
+                read_sample(self.dataset, entry.id, self.config.network, flipped=entry.flipped,
+                            proposals=cached.get(entry.id) if cached else None)
+                for entry in order[iteration]
+            ]
+
+        return run_loop(module, read, self.config, self.out, self.runtime, self.key, self.device)
+
+    def save(self, network: FasterRCNN, parts: Sequence[str]) -> None:
+        """Write the output, after making sure that frozen layers are what they were."""
+        tensors = network.tensors(parts)
+        for block in self._frozen:
+            before = digest(_under(self.tensors, f"conv.{block}."))
+            if digest(_under(tensors, f"conv.{block}.")) != before:
+                raise AssertionError(f"{self.stage} changed {block}, which is frozen")
+        classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
+        save_checkpoint(self.out, tensors, describe_network(self.config.network, classes))
+        remove_snapshot(snapshot_path(self.out))
+
+
+def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, runtime: Runtime,
+             key: tuple[object, ...], device: torch.device) -> dict[str, Any]:
+    """Run the training loop with snapshots beside ``out`` and reports to the runtime; return facts for the record."""
+    text = json.dumps([runtime.inputs_key, asdict(config)], sort_keys=True)
+
+    def report(progress: Progress) -> None:
+        runtime.report({"event": "progress", "iterations": progress.iterations, **describe(progress)})
+
+    def keep_batch(batch: Batch, iteration: int) -> str:
+        path = out.with_name(f"{out.stem}.diverged.safetensors")
+        pictures = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
+        save_checkpoint(path, {"images": batch.images}, {"iteration": iteration, "pictures": pictures})
+        return f" (its pixels are in {path.name})"
+
+    with deferred_signals() as stop:
+        snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)
+        seconds = train(module, read, config, key=key, device=device, workers=runtime.workers, snapshots=snapshots,
+                        report=report, report_every=runtime.report_every, diverged=keep_batch)
+    return {"train_seconds": round(seconds, 2), "iterations": config.iterations}
+
+
+def snapshot_path(out: Path) -> Path:
+    """Return where the state inside a stage lies while it runs: beside its output."""
+    return out.with_name(f"{out.stem}.snapshot.safetensors")
+
+
+class FileSnapshots:
+    """The training loop's state in a file; written when the clock says so, and when a signal asks to stop."""
+
+    def __init__(self, path: Path, key: str, runtime: Runtime, stop: Stop) -> None:
+        self.path, self.key, self.runtime, self.stop = path, key, runtime, stop
+        self.clock = SnapshotClock(runtime.snapshot_seconds)
+
+    def load(self) -> tuple[int, dict[str, Tensor], float] | None:
+        """Return what the last process of the same stage, inputs and config left; None if nothing fits."""
+        found = load_snapshot(self.path, self.key)
+        if found is None:
+            return None
+        self.runtime.report({"event": "resumed", "iteration": found.iteration})
+        return found.iteration, found.tensors, found.seconds
+
+    def due(self) -> bool:
+        """Return whether to save now."""
+        return self.stop.signal is not None or self.clock.due()
+
+    def save(self, iteration: int, tensors: dict[str, Tensor], seconds: float) -> None:
+        """Save, and then stop if a signal asked for it."""
+        with self.clock.writing():
+            save_snapshot(self.path, key=self.key, iteration=iteration, tensors=tensors, seconds=seconds)
+        self.stop.raise_it()
+
+
+class CachedProposals:
+    """A proposal file read picture by picture, cut to the ``limit`` best of each."""
+
+    def __init__(self, path: Path, dataset: Dataset, limit: int) -> None:
+        self.file, self.limit = ProposalFile(path), limit
+        missing = [id for id in dataset.ids if id not in set(self.file.image_ids)] if len(self.file) else dataset.ids
+        if missing:
+            raise ArtifactError(f"{path.name} has no proposals for picture {missing[0]} and {len(missing) - 1} others "
+                                f"of {dataset.name}: make it anew with altopt stage 2, or import one for this data set")
+
+    def get(self, id: str) -> Any:
+        """Return a picture's boxes, float32 [K, 4] in the original frame, best first."""
+        return self.file.get(id)[0][: self.limit]
+
+
+def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]:
+    """Return the entries of the pictures, each followed by its mirror image if ``flips``."""
+    entries = []
+    for id in ids:
+        width, height = dataset.size(id)
+        entries += [Entry(id, flipped, width >= height) for flipped in ((False, True) if flips else (False,))]
+    return entries
+
+
+def trainable_entries(training: Training, cached: CachedProposals, rule: RoIRule) -> tuple[list[Entry], int]:
+    """Return the entries of pictures with at least one foreground or background RoI, and how many have none."""
+    dataset = training.dataset
+    usable = [
+        id for id in dataset.ids
+        if has_samples(torch.from_numpy(cached.get(id)), torch.from_numpy(dataset.objects(id).usable().boxes), rule)
+    ]
+    if not usable:
+        raise ArtifactError("no picture has a foreground or background RoI: look at the proposals with altopt recall")
+    return entries_of(dataset, usable, training.config.flips), len(dataset.ids) - len(usable)
+
+
+def box_statistics(training: Training, cached: CachedProposals, kind: str, overlap: float) -> tuple[Tensor, Tensor]:
+    """Return the means and deviations of box deltas, each ``Tensor[K + 1, 4]``: measured on the proposals, or fixed."""
+    dataset = training.dataset
+    if kind == "fixed":
+        return fixed_statistics(len(dataset.classes))
+
+    def pictures() -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        for id in dataset.ids:
+            objects = dataset.objects(id).usable()
+            yield (torch.from_numpy(cached.get(id)), torch.from_numpy(objects.boxes),
+                   torch.from_numpy(objects.labels), dataset.size(id)[0])
+
+    return measure(pictures(), len(dataset.classes), overlap, training.config.flips)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

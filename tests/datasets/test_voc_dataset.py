@@ -1,0 +1,314 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from altopt.datasets.dataset import DataConfig, to_coco
+from altopt.datasets.opening import open_dataset
+from altopt.datasets.voc import VOC_CLASSES, VocDataset, parse_annotation
+from altopt.errors import DataError, UsageError
+
+BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+
+
+def thing(name, xmin, ymin, xmax, ymax, rest=""):
+    return f"<object><name>{name}</name>{rest}{BOX.format(xmin, ymin, xmax, ymax)}</object>"
+
+
+def add_picture(folder, picture_id, *objects, size=(30, 20), annotated=(30, 20), suffix=".jpg"):
+    """Write picture and annotation of one id; ``annotated`` None leaves the size out."""
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(folder / "JPEGImages" / f"{picture_id}{suffix}")
+    words = f"<size><width>{annotated[0]}</width><height>{annotated[1]}</height></size>" if annotated else ""
+    path = folder / "Annotations" / f"{picture_id}.xml"
+    path.write_text(f"<annotation><filename>{picture_id}</filename>{words}{''.join(objects)}</annotation>")
+    return path
+
+
+def add_list(folder, name, *lines):
+    (folder / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+def data_set(folder, *objects, split="train", invalid="error", classes=(), **picture):
+    """A data set of the one picture "a" with these objects."""
+    add_picture(folder, "a", *objects, **picture)
+    add_list(folder, split, "a")
+    return VocDataset(folder, (split,), invalid=invalid, classes=classes)
+
+
+def test_coordinates_become_continuous(tmp_path):
+    dataset = data_set(tmp_path, thing("dog", 1, 1, 30, 20), thing("cat", 5.5, 2, 6.5, 3))
+    objects = dataset.objects("a")
+    assert objects.boxes.tolist() == [[0, 0, 30, 20], [4.5, 1, 6.5, 3]]
+    assert (objects.boxes.dtype, objects.labels.dtype) == (np.float32, np.int64)
+    assert objects.labels.tolist() == [1, 0]
+    assert not objects.crowd.any()
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.category_ids == (1, 2)
+    assert dataset.coco_image_id("a") == "a"
+    assert dataset.check() == []
+
+
+def test_parts_are_no_objects_and_difficult_is_a_flag(tmp_path):
+    part = f"<part><name>head</name>{BOX.format(2, 2, 3, 3)}</part>"
+    dataset = data_set(
+        tmp_path,
+        thing("person", 4, 4, 9, 9, rest=part + "<difficult>0</difficult>"),
+        thing("person", 5, 5, 9, 9, rest="<difficult>1</difficult>"),
+    )
+    objects = dataset.objects("a")
+    assert objects.boxes[:, 0].tolist() == [3, 4]
+    assert objects.difficult.tolist() == [False, True]
+    assert dataset.classes == ("person",)
+    assert [a["difficult"] for a in to_coco(dataset)["annotations"]] == [0, 1]
+
+
+def test_pictures_without_objects_stay(tmp_path):
+    add_picture(tmp_path, "a")
+    add_picture(tmp_path, "b", thing("dog", 1, 1, 2, 2))
+    add_list(tmp_path, "train", "a", "b")
+    dataset = VocDataset(tmp_path, ("train",))
+    assert dataset.ids == ("a", "b")
+    assert dataset.objects("a").boxes.shape == (0, 4)
+    assert len(dataset.objects("a").usable()) == 0
+    assert dataset.check() == []
+
+
+@pytest.mark.parametrize("where", ["VOCdevkit/VOC2007", "VOC2007"])
+def test_year_split_is_found_with_or_without_the_devkit_level(tmp_path, where):
+    add_picture(tmp_path / where, "a", thing("dog", 1, 1, 2, 2))
+    add_list(tmp_path / where, "trainval", "a")
+    dataset = VocDataset(tmp_path, ("2007_trainval",))
+    assert dataset.objects("a").labels.tolist() == [VOC_CLASSES.index("dog")]
+    assert dataset.classes == VOC_CLASSES
+    assert dataset.name == "VOC 2007_trainval"
+    assert VocDataset(tmp_path / where, ("2007_trainval",)).ids == ("a",)
+    with pytest.raises(DataError, match="VOC2012"):
+        _ = VocDataset(tmp_path, ("2012_trainval",)).ids
+
+
+def test_joined_splits(tmp_path):
+    for year, picture_id in (("2007", "000001"), ("2012", "2008_000001")):
+        add_picture(tmp_path / f"VOC{year}", picture_id, thing("dog", 1, 1, 2, 2))
+        add_list(tmp_path / f"VOC{year}", "trainval", picture_id)
+    dataset = VocDataset(tmp_path, ("2007_trainval", "2012_trainval"))
+    assert dataset.ids == ("000001", "2008_000001")
+    assert len(dataset.files()) == 6
+    assert dataset.check() == []
+
+
+def test_an_id_must_not_occur_twice(tmp_path):
+    data_set(tmp_path)
+    for splits in (("train", "train"), ("train", "more")):
+        add_list(tmp_path, "more", "a")
+        with pytest.raises(DataError, match="picture a occurs twice"):
+            _ = VocDataset(tmp_path, splits).ids
+
+
+def test_list_lines(tmp_path):
+    add_picture(tmp_path, "a")
+    (tmp_path / "ImageSets/Main/train.txt").write_bytes(b"\xef\xbb\xbfa -1\r\nb  1\r\n\r\nmy picture 01\n c\n")
+    assert VocDataset(tmp_path, ("train",)).ids == ("a", "b", "my picture 01", "c")
+
+
+def test_unreadable_lists_are_named(tmp_path):
+    data_set(tmp_path)
+    add_list(tmp_path, "empty", "")
+    with pytest.raises(DataError, match=r"empty\.txt lists no picture"):
+        _ = VocDataset(tmp_path, ("empty",)).ids
+    with pytest.raises(DataError, match=r"val\.txt .*here are empty, train"):
+        _ = VocDataset(tmp_path, ("val",)).ids
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".JPEG", ".png"])
+def test_extensions_of_either_case(tmp_path, suffix):
+    dataset = data_set(tmp_path, thing("dog", 1, 1, 2, 2), suffix=suffix)
+    assert dataset.image("a").shape == (20, 30, 3)
+    assert dataset.files()[-1].name == f"a{suffix}"
+
+
+def test_missing_and_ambiguous_files_are_named(tmp_path):
+    dataset = data_set(tmp_path, thing("dog", 1, 1, 2, 2))
+    add_picture(tmp_path, "a", thing("dog", 1, 1, 2, 2), suffix=".png")
+    with pytest.raises(DataError, match="JPEGImages: 2 files are called 'a'"):
+        dataset.files()
+    add_list(tmp_path, "val", "b")
+    with pytest.raises(DataError, match="Annotations: no file is called 'b'"):
+        VocDataset(tmp_path, ("val",)).files()
+
+
+@pytest.mark.parametrize(
+    ("box", "rule"),
+    [
+        ((0, 5, 9, 9), "xmin 0: VOC coordinates start at 1"),
+        ((5, 0, 9, 9), "ymin 0: VOC coordinates start at 1"),
+        ((-3, 5, 9, 9), "xmin -3: VOC coordinates start at 1"),
+        ((9, 5, 8, 9), "xmax 8 is less than xmin 9"),
+        ((5, 9, 9, 8), "ymax 8 is less than ymin 9"),
+        ((5, 5, 31, 9), "xmax 31 lies outside the picture of 30 x 20: "),
+        ((5, 5, 20, 30), r"ymax 30 lies outside the picture of 30 x 20 \(it would fit with width and height swapped\)"),
+        ((5, 5, "nan", 9), "not four numbers"),
+        ((5, 5, "", 9), "not four numbers"),
+        ((5, 5, "inf", 9), "not four numbers"),
+    ],
+)
+def test_an_unusable_box_is_named_with_its_rule(tmp_path, box, rule):
+    dataset = data_set(tmp_path, thing("cat", 1, 1, 2, 2), thing("dog", *box))
+    for look in (dataset.check, lambda: dataset.objects("a")):
+        with pytest.raises(DataError, match=rf"a\.xml, object 2 \(dog\): .*{rule}"):
+            look()
+
+
+def test_an_unusable_object_can_be_left_out(tmp_path):
+    good, bad = thing("cat", 3, 3, 6, 6), thing("dog", 0, 1, 2, 2)
+    dataset = data_set(tmp_path, bad, good, bad, invalid="leave-out")
+    assert dataset.objects("a").boxes.tolist() == [[2, 2, 6, 6]]
+    assert dataset.classes == ("cat", "dog")
+    warnings = dataset.check()
+    assert len(warnings) == 2
+    assert warnings[1].endswith("a.xml, object 3 (dog): xmin 0: VOC coordinates start at 1; the object is left out")
+
+
+def test_data_that_counts_from_zero_is_recognised(tmp_path):
+    dataset = data_set(tmp_path, *[thing("dog", 0, i, 5, 9) for i in range(1, 5)])
+    with pytest.raises(DataError, match=r"object 1 \(dog\).*4 objects start at 0.*; 3 more problems in VOC train$"):
+        dataset.check()
+
+
+def test_an_unknown_class_is_an_error(tmp_path):
+    dataset = data_set(tmp_path, thing("Dog", 1, 1, 2, 2), classes=("cat", "dog"))
+    with pytest.raises(DataError, match=r'object 1 \(Dog\): "Dog" is not one of the 2 classes \(is it "dog"\?\)'):
+        dataset.check()
+    assert VocDataset(tmp_path, ("train",), classes=("Dog", "cat")).objects("a").labels.tolist() == [0]
+
+
+def test_one_pixel_objects_are_usable_with_a_warning(tmp_path):
+    dataset = data_set(tmp_path, thing("dog", 1, 1, 9, 9), thing("dog", 7, 8, 7, 8), thing("dog", 5, 3, 5, 9))
+    assert dataset.objects("a").boxes.tolist()[1:] == [[6, 7, 7, 8], [4, 2, 5, 9]]
+    warnings = dataset.check()
+    assert len(warnings) == 2
+    assert "a.xml, object 2 (dog): xmin = xmax = 7 and ymin = ymax = 8: one pixel" in warnings[0]
+    assert "a.xml, object 3 (dog): xmin = xmax = 5: one pixel" in warnings[1]
+
+
+@pytest.mark.parametrize("annotated", [None, (0, 0)])
+def test_a_missing_size_falls_back_to_the_pictures(tmp_path, annotated):
+    dataset = data_set(tmp_path, thing("dog", 1, 1, 30, 20), annotated=annotated)
+    assert dataset.size("a") == (30, 20)
+    assert len(dataset.objects("a")) == 1
+    assert [w.split(": ")[1] for w in dataset.check()] == ["no size given, the picture's own is taken"]
+
+
+def test_a_size_that_is_not_the_pictures_is_an_error(tmp_path):
+    for invalid in ("error", "leave-out"):
+        dataset = data_set(tmp_path, annotated=(20, 30), classes=("dog",), invalid=invalid)
+        for look in (dataset.check, lambda dataset=dataset: dataset.image("a")):
+            with pytest.raises(DataError, match=r"a\.jpg has 30 x 20 pixels.*20 x 30, width and height swapped"):
+                look()
+
+
+def test_a_truncated_picture_stays_an_error(tmp_path):
+    dataset = data_set(tmp_path, thing("dog", 1, 1, 2, 2), invalid="leave-out")
+    path = tmp_path / "JPEGImages" / "a.jpg"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.jpg cannot be read"):
+        dataset.check()
+    with pytest.raises(DataError, match=r"a\.jpg cannot be read"):
+        dataset.image("a")
+
+
+def test_check_counts_broken_files(tmp_path):
+    for picture_id in "abc":
+        add_picture(tmp_path, picture_id, thing("dog", 1, 1, 2, 2))
+        (tmp_path / "JPEGImages" / f"{picture_id}.jpg").write_text("none")
+    add_list(tmp_path, "train", *"abc")
+    with pytest.raises(DataError, match=r"a\.jpg is neither.*; 2 more problems in VOC train$"):
+        VocDataset(tmp_path, ("train",)).check()
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("<annotation>", "no element found"),
+        ("", "no element found"),
+        ('<!DOCTYPE a [<!ENTITY b "bbb">]><annotation>&b;</annotation>', "entities"),
+        ('<!DOCTYPE a [<!ENTITY b SYSTEM "/etc/passwd">]><annotation>&b;</annotation>', "entities"),
+        ("<annotation><size><width>x</width></size></annotation>", "size is not two whole numbers"),
+    ],
+)
+def test_malformed_xml_is_refused(tmp_path, text, cause):
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / "a.xml").write_text(text, encoding)
+        with pytest.raises(DataError, match=rf"a\.xml.*{cause}"):
+            parse_annotation(tmp_path / "a.xml")
+
+
+def test_listed_names_cannot_leave_the_root(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    data_set(root, thing("dog", 1, 1, 2, 2))
+    add_picture(outside, "secret", thing("dog", 1, 1, 2, 2))
+    add_list(root, "up", "../../outside/JPEGImages/secret")
+    with pytest.raises(DataError, match="no file is called"):
+        VocDataset(root, ("up",), classes=("dog",)).check()
+    (root / "JPEGImages" / "linked.jpg").symlink_to(outside / "JPEGImages" / "secret.jpg")
+    (root / "Annotations" / "linked.xml").write_text("<annotation/>")
+    add_list(root, "link", "linked")
+    for look in (lambda d: d.image("linked"), lambda d: d.files(), lambda d: d.check()):
+        with pytest.raises(DataError, match="leads out of the data root"):
+            look(VocDataset(root, ("link",), classes=("dog",)))
+    with pytest.raises(DataError, match="leads out"):
+        _ = VocDataset(root, ("../../train",)).ids
+
+
+def test_root_and_picture_folder_may_be_links(tmp_path):
+    real, far = tmp_path / "real", tmp_path / "far"
+    data_set(real, thing("dog", 1, 1, 2, 2))
+    (real / "JPEGImages").rename(far)
+    (real / "JPEGImages").symlink_to(far)
+    (tmp_path / "root").symlink_to(real)
+    dataset = VocDataset(tmp_path / "root", ("train",))
+    assert dataset.check() == []
+    assert dataset.image("a").shape == (20, 30, 3)
+
+
+def test_both_splits_have_the_classes_of_the_train_split(tmp_path):
+    add_picture(tmp_path, "a", thing("wolf", 1, 1, 2, 2), thing("ape", 1, 1, 2, 2))
+    add_picture(tmp_path, "b", thing("wolf", 1, 1, 2, 2))
+    add_list(tmp_path, "train", "a")
+    add_list(tmp_path, "test", "b")
+    config = DataConfig(format="voc", train=("train",), test=("test",))
+    test = open_dataset(config, "test", tmp_path)
+    assert test.classes == open_dataset(config, "train", tmp_path).classes == ("ape", "wolf")
+    assert test.objects("b").labels.tolist() == [1]
+    assert test.description()["classes"] == {"found in": ["train"]}
+    assert [path.name for path in test.files()] == ["test.txt", "b.xml", "b.jpg", "a.xml"]
+    assert [path.name for path in VocDataset(tmp_path, ("test",), classes=("wolf",)).files()][-1] == "b.jpg"
+    add_picture(tmp_path, "b", thing("bear", 1, 1, 2, 2))
+    with pytest.raises(DataError, match='"bear" is not one of the 2 classes'):
+        open_dataset(config, "test", tmp_path).check()
+
+
+def test_opening_reads_nothing_but_says_what_is_missing(tmp_path):
+    config = DataConfig(format="voc", train=("2007_trainval",), test=("2007_test",))
+    assert open_dataset(config, "test", tmp_path).classes == VOC_CLASSES
+    with pytest.raises(UsageError, match="--data-root"):
+        open_dataset(config, "train", None)
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        open_dataset(config, "train", tmp_path / "nowhere")
+    twice = DataConfig(format="voc", train=("train",), test=(), classes=("dog", "dog"))
+    with pytest.raises(UsageError, match="once"):
+        open_dataset(twice, "train", tmp_path)
+
+
+@pytest.mark.skipif("ALTOPT_DATA" not in os.environ, reason="ALTOPT_DATA names no folder of data sets")
+def test_real_data_sets():
+    root = Path(os.environ["ALTOPT_DATA"])
+    voc = VocDataset(root / "voc07-mini", ("2007_trainval", "2007_test"))
+    assert len(voc.ids) == 1600
+    assert voc.check() == []
+    cells = VocDataset(root / "bccd-mini", ("train", "val"))
+    assert cells.classes == ("Platelets", "RBC", "WBC")
+    assert ["BloodImage_00343" in cells.check()[0], "BloodImage_00338" in cells.check()[1]] == [True, True]
