@@ -64,7 +64,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 
 RUN_OPTIONS = [
-    option("--recipe", metavar="NAME|FILE", help="The experiment. Default: the run folder's own recipe.toml, or shapes."),
+    option("--recipe", metavar="NAME|FILE", help="The experiment. Default: the run folder's own, or shapes."),
     option("--run", "run_name", metavar="NAME", help="The folder runs/NAME. Default: the recipe's name."),
     option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting, e.g. train_rpn.lr=0.01."),
     option("--data-root", type=click.Path(path_type=Path), help="Where the data set lies. Default: the recipe's."),
@@ -423,7 +423,7 @@ def run() -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run a command and return its exit code; unexpected exceptions keep their traceback."""
     from altopt.errors import AltoptError
-    from stages.interruption import Terminated, raise_on_sigterm
+    from altopt.interruption import Terminated, raise_on_sigterm
 
     raise_on_sigterm()
     try:
@@ -443,7 +443,7 @@ def exit_code(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
             return complain("out of memory: lower images_per_batch or short_side (--set), or use --device cpu", 6)
         raise
     return 0

@@ -53,6 +53,12 @@ class FasterRCNN(nn.Module):
                 drawn.append(name)
         return drawn
 
+    def set_dropout(self, probability: float) -> None:
+        """Set the share of features that training drops after fc6 and fc7."""
+        for layer in self.fc.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = probability
+
     def tensors(self, parts: Sequence[str]) -> dict[str, Tensor]:
         """Return the named parts' weights, as a checkpoint holds them."""
         return {
@@ -106,7 +112,7 @@ def detect_on(network: FasterRCNN, features: Tensor, batch: Batch, proposals: Se
     return [
         detections_of(one_logits, one_deltas, rois, sample.size, rule)
         for one_logits, one_deltas, rois, sample
-        in zip(logits.split(counts), deltas.split(counts), proposals, batch.samples, strict=True)
+        in zip(torch.split(logits, counts), torch.split(deltas, counts), proposals, batch.samples, strict=True)
     ]
 
 

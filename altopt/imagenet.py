@@ -1,6 +1,8 @@
 """ImageNet weights from torchvision: their names here, and fetching them with their hash checked."""
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from urllib.error import URLError
 
 import torch
@@ -27,6 +29,7 @@ def download(name: str, url: str = "") -> dict[str, Tensor]:
     """
     url = url or WEIGHTS[name].url
     try:
+        _check_cached(url.rsplit("/", 1)[1])
         state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True, progress=False
         )
@@ -37,6 +40,17 @@ def download(name: str, url: str = "") -> dict[str, Tensor]:
             "with --from M0=FILE, or put it into torch's cache (TORCH_HOME/hub/checkpoints)"
         ) from error
     return state
+
+
+def _check_cached(name: str) -> None:
+    """Raise ``OSError`` for a damaged file in torch's cache: torch checks only what it has just fetched."""
+    path, promised = Path(torch.hub.get_dir(), "checkpoints", name), torch.hub.HASH_REGEX.search(name)
+    if not path.exists() or promised is None:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(promised[1]):
+        raise OSError(f"{path} has sha256 {digest[:8]}, not that of its name: delete it")
 
 
 def from_torchvision(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

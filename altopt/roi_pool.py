@@ -23,7 +23,7 @@ def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatia
     rois = torch.cat([_with_index(each, b) for b, each in enumerate(boxes)])  # (R, 5)
     inclusive = rois - rois.new_tensor([0, 0, 0, 1, 1])
     # The kernel knows float and double only, and under autocast features may be bfloat16.
-    pooled = torchvision.ops.roi_pool(
+    pooled: Tensor = torchvision.ops.roi_pool(
         features.float() if features.dtype in (torch.bfloat16, torch.float16) else features,
         inclusive.to(features.dtype if features.dtype == torch.float64 else torch.float32),
         output_size,

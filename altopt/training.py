@@ -73,7 +73,7 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
     threads. ``key`` (with the seed in it) makes the randomness of the whole run. Raises ``DivergedError`` at the first
     loss that is not finite, after ``diverged(batch, iteration)`` had the chance to keep the batch and say where.
     """
-    module.to(device=device, memory_format=torch.channels_last).train()
+    module.to(device).to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(module, config)
     start, spent = _resume(module, optimizer, snapshots)
     meter = _Meter(config, start, spent)

@@ -55,7 +55,23 @@ def _score(run: Run, step: Step, protocol: Any, metrics: dict[str, Any]) -> dict
     dataset = open_dataset(run.recipe.config(step).data, "test", run.runtime.data_root)
     found = read_detections(run.path(step.output), dataset.ids, dataset.category_ids)
     result = score(protocol, {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
-    return {"name": NAMES[step.output], "protocol": protocol, "pictures": len(dataset.ids), **result.as_dict(), **metrics}
+    return {"name": NAMES[step.output], "pictures": len(dataset.ids), **result.as_dict(), **metrics}
+
+
+def beside_published(run: Run) -> list[dict[str, Any]]:
+    """Return rows of AP in per cent: this run's unshared pair and M5 beside the paper's and py-faster-rcnn's."""
+    from altopt.published import VOC07_VGG16, beside
+
+    columns = []
+    for step in DETECTIONS:
+        result = evaluate(run, step, "voc07")
+        measured = {name: each["ap"] for name, each in result["classes"].items()}
+        columns.append({row.name: row for row in beside(measured)})
+    return [
+        {"class": name, "M1+M2 (unshared)": columns[0][name].measured, "M5 (shared)": row.measured,
+         **{each.name: value for each, value in zip(VOC07_VGG16, row.published, strict=True)}}
+        for name, row in columns[1].items()
+    ]
 
 
 def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS) -> dict[str, Any]:

@@ -74,11 +74,10 @@ def _train(init: Path, proposals: Path, out: Path, config: FastRCNNConfig, runti
     cached = CachedProposals(proposals, training.dataset, config.proposals)
     rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
     entries, unusable = trainable_entries(training, cached, rule)
-    network = training.network(fresh)
+    network = training.network(("conv", "fc", "head"), fresh)
     training.freeze(network, freeze)
     network.head.renormalise(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
-    for layer in (network.fc.drop6, network.fc.drop7):
-        layer.p = config.dropout
+    network.set_dropout(config.dropout)
     module = FastRCNNTraining(
         network.conv, network.fc, network.head, roi_size=network.roi_size, rule=rule,
         rois_per_image=max(1, config.rois_per_batch // config.images_per_batch), fg_fraction=config.fg_fraction,

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from altopt.datasets.opening import open_dataset
 
 from altopt.batches import Ahead
 from altopt.datasets.dataset import Dataset
+from altopt.datasets.opening import open_dataset
 from altopt.detector import FasterRCNN
 from altopt.errors import ArtifactError
 from altopt.pictures import Batch, Sample, make_batch, read_sample
@@ -41,7 +41,8 @@ class Inference:
         drawn = network.fill(tensors, generator("unused"))
         if missing := set(drawn) & set(parts):
             raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
-        return network.to(device=self.device, memory_format=torch.channels_last).eval()
+        network.to(self.device).to(memory_format=torch.channels_last)
+        return network.eval()
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks compute with the config's precision."""

@@ -42,12 +42,10 @@ def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Ru
 
 def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -> dict[str, Any]:
     """Train the network to classify crops of the training split's objects ("stage 0")."""
-    import torch
-    from altopt.datasets.opening import open_dataset
-
     from altopt import backbones
     from altopt.batches import BatchOrder
     from altopt.classification import CropClassifier, draw_crop
+    from altopt.datasets.opening import open_dataset
     from altopt.detector import initialise
     from altopt.randomness import generator
     from cache.checkpoints import save_checkpoint

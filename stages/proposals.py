@@ -1,6 +1,6 @@
 """Stages 2 and 5: what the RPN proposes on every training picture, cached on disk."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +32,9 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     inference = Inference([(rpn, ("conv", "rpn"))], config, runtime, split="train")
     network = inference.networks[0]
     count = 0
-    attributes = {"model": sha256_file(rpn), "settings": asdict(config)}
+    settings = {field.name: getattr(config, field.name) for field in fields(ProposalRule)}
+    settings |= {"network": asdict(config.network), "precision": config.precision}
+    attributes = {"dataset": runtime.data_digest, "model": sha256_file(rpn), "settings": settings}
     with ProposalWriter(out, attributes) as writer:
         for batch in inference.batches(config.images_per_batch):
             with inference.autocast():

@@ -7,6 +7,7 @@ comment behind a value is its source.
 
 import difflib
 import json
+import math
 import re
 import tomllib
 import types
@@ -24,6 +25,8 @@ from stages.step import Step
 
 HEADER = ("title", "description", "data_root", "protocol", "expect")
 SHARED: dict[str, type] = {"network": NetworkConfig, "data": DataConfig}
+AT_LEAST = {"iterations": 0, "warmup": 0} | dict.fromkeys(
+    ("images_per_batch", "short_side", "max_side", "rpn_channels", "crop_side", "anchors_per_image", "rois_per_batch"), 1)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Recipe:
 
     def text(self) -> str:
         """Return the resolved recipe as TOML: every setting of every stage, its source as a comment."""
-        lines = [f"{key} = {json.dumps(value)}" for key, value in self.header.items()]
+        lines = [f"{key} = {_toml(value)}" for key, value in self.header.items()]
         for table, cls in SHARED.items():
             lines += _table(table, _shared_values(cls) | self.tables.get(table, {}))
         for table, step in {step.table: step for step in [*self.steps, *DETECTIONS]}.items():
@@ -113,10 +116,10 @@ def read_recipe(name_or_path: str, sets: typing.Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise UsageError(f"there is no recipe {name_or_path!r}{_nearest(name_or_path, known)}: choose one of "
                          f"{', '.join(known)}, or give a .toml file")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     tables = _tables(content, _sources(text), str(path))
     for assignment in sets:
@@ -195,7 +198,11 @@ def _construct(cls: type, given: dict[str, Any], table: str) -> Any:
                if each.name not in given and each.default is MISSING and each.default_factory is MISSING]
     if missing:
         raise UsageError(f"the recipe does not say {table}.{missing[0]}: add it, or --set {table}.{missing[0]}=...")
-    return cls(**{key: _converted(value, hints[key], f"{table}.{key}") for key, value in given.items()})
+    values = {key: _converted(value, hints[key], f"{table}.{key}") for key, value in given.items()}
+    for key, least in AT_LEAST.items():
+        if key in values and values[key] < least:
+            raise UsageError(f"{table}.{key} = {values[key]}: it is at least {least}")
+    return cls(**values)
 
 
 def _converted(value: Any, hint: Any, name: str) -> Any:
@@ -222,7 +229,7 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
 
 
 def _shared_values(cls: type) -> dict[str, Value]:
-    return {each.name: Value(each.default, each.metadata.get("source", "")) for each in fields(cls)
+    return {each.name: Value(each.default, each.metadata.get("source", "altopt's default")) for each in fields(cls)
             if each.default is not MISSING}
 
 
@@ -245,7 +252,15 @@ def describe_recipes() -> dict[str, str]:
 def _table(name: str, values: dict[str, Value]) -> list[str]:
     lines = ["", f"[{name}]"]
     for key, each in values.items():
-        value = list(each.value) if isinstance(each.value, tuple) else each.value
-        assignment = f"{key} = {json.dumps(value)}"
+        assignment = f"{key} = {_toml(each.value)}"
         lines.append(f"{assignment:<44}# {each.source}" if each.source else assignment)
     return lines
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML: JSON, but for infinity and NaN, and for characters beyond ASCII."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -2,10 +2,21 @@
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from stages.run import Verdict
@@ -59,9 +70,10 @@ class Reporter:
     def _start_bar(self, artifact: str) -> None:
         self.last_line = time.monotonic()
         if self.console.is_terminal:
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
-                                console=self.console, transient=True)
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+                console=self.console, transient=True)
             self.task = self.bar.add_task(artifact, total=None, text="")
             self.bar.start()
 
@@ -161,6 +173,41 @@ def recall_table(result: dict[str, Any]) -> Table:
         of_all = each["areas"]["all"]
         table.add_row(limit, *(number(value) for value in of_all["recall"]), number(of_all["average_recall"]))
     return table
+
+
+def beside_table(rows: list[dict[str, Any]]) -> Table:
+    """Return per-class AP in per cent beside published ones; the last row is the mean."""
+    table = Table(box=None, pad_edge=False)
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for row in rows:
+        cells = [value if isinstance(value, str) else per_cent(value) for value in row.values()]
+        table.add_row(*cells, style="bold" if row is rows[-1] else "")
+    return table
+
+
+@contextmanager
+def download_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Give a callback (done bytes, total bytes) that draws a bar on a terminal, and a line now and then elsewhere."""
+    if console.is_terminal:
+        columns = (TextColumn("fetching"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = [0.0]
+
+    def line(done: int, total: int) -> None:
+        if time.monotonic() - last[0] >= PLAIN_INTERVAL or done == total:
+            last[0] = time.monotonic()
+            console.print(f"fetching: {done / 1e6:.0f} of {total / 1e6:.0f} MB", highlight=False)
+
+    yield line
+
+
+def per_cent(value: float | None) -> str:
+    """Return a percentage with one decimal; a dash where it is not defined."""
+    return "-" if value is None else f"{value:.1f}"
 
 
 def number(value: float | None) -> str:

@@ -56,7 +56,7 @@ def _train(init: Path, out: Path, config: RPNConfig, runtime: Runtime,
     from stages.training import Training
 
     training = Training("train_rpn" if freeze is not None else "train_rpn_frozen_conv", init, out, config, runtime)
-    network = training.network()
+    network = training.network(("conv", "rpn"))
     training.freeze(network, freeze)
     rule = RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
                    config.sigma, config.box_weight)

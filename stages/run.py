@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from altopt.datasets.opening import open_dataset
-
 from altopt.errors import AltoptError, ArtifactError, DataError
 from cache.files import Memo, digest_files, sha256_file, write_text_atomic
 from cache.records import Record, differences, plain, read_record, write_record
@@ -145,7 +144,8 @@ class Run:
         hashes = {name: self.memo.sha256(self.path(name)) for name in inputs}
         data = self.data_digest(step)
         runtime = dataclasses.replace(
-            self.runtime, inputs_key=json.dumps([hashes, data]), report=lambda event: self.report(step, event))
+            self.runtime, inputs_key=json.dumps([hashes, data]), data_digest=data or "",
+            report=lambda event: self.report(step, event))
         self.report(step, {"event": "started", "stage": step.name, "inputs": list(inputs)})
         started = time.perf_counter()
         facts = step.stage(*(self.path(name) for name in inputs), out=self.path(step.output), config=config,
@@ -317,8 +317,8 @@ def run_one(run: Run, step: Step, force: bool) -> list[Step]:
         name = verdict.step.output
         if name in step.inputs_for(run.recipe.config(step)) and not verdict.valid:
             raise ArtifactError(f"{step.output} needs {name}, and {name} is {verdict.state} "
-                                f"({'; '.join(verdict.reasons)}): make it with altopt stage {name}, or take it as it is "
-                                f"with --from {name}")
+                                f"({'; '.join(verdict.reasons)}): make it with altopt stage {name}, or take it as it "
+                                f"is with --from {name}")
     return run.bring_up_to_date([step], force)
 
 

@@ -62,4 +62,5 @@ class Runtime:
     snapshot_seconds: float = 30.0
     report_every: int = 20
     inputs_key: str = ""  # hashes of the inputs: a snapshot made from others is not resumed
+    data_digest: str = ""  # of the split that the stage reads, for what it writes down
     report: Callable[[dict[str, Any]], None] = field(default=lambda event: None)

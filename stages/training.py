@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from altopt.datasets.opening import open_dataset
 from torch import Tensor, nn
 
 from altopt.batches import BatchOrder, Entry
 from altopt.box_statistics import fixed_statistics, measure
 from altopt.config import NetworkConfig, TrainingConfig
 from altopt.datasets.dataset import Dataset
+from altopt.datasets.opening import open_dataset
 from altopt.detector import FasterRCNN
 from altopt.errors import ArtifactError, UsageError
+from altopt.interruption import Stop, deferred_signals
 from altopt.pictures import Batch, Sample, read_sample
 from altopt.randomness import generator
 from altopt.sampling import RoIRule, has_samples
@@ -24,7 +25,6 @@ from altopt.training import Progress, describe, freeze, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.proposals import ProposalFile
 from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
-from stages.interruption import Stop, deferred_signals
 from stages.step import Runtime
 
 
@@ -73,8 +73,11 @@ class Training:
         self.device = device_of(runtime)
         self._frozen: list[str] = []
 
-    def network(self, fresh: Sequence[str] = ()) -> FasterRCNN:
-        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are drawn anew."""
+    def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
+        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are drawn anew.
+
+        ``parts`` are those that the stage trains or runs; only they are worth a report.
+        """
         classes = len(self.dataset.classes)
         scores = self.tensors.get("head.cls_score.weight")
         if scores is not None and "head" not in fresh and len(scores) != classes + 1:
@@ -82,8 +85,7 @@ class Training:
                                 "train the head anew, or give weights for these classes")
         network = FasterRCNN(self.config.network, classes)
         drawn = network.fill(self.tensors, generator(*self.key, "weights"), fresh)
-        used = [part for part in drawn if part != ("head" if self.stage.startswith("train_rpn") else "rpn")]
-        self.runtime.report({"event": "weights", "drawn": used})
+        self.runtime.report({"event": "weights", "drawn": [part for part in drawn if part in parts]})
         return network
 
     def freeze(self, network: FasterRCNN, blocks: Sequence[str] | None) -> None:

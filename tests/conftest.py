@@ -1,0 +1,66 @@
+import logging
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_runs import make_all, open_tiny, write_recipe
+
+import cli
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with all artifacts and scores of the tiny recipe, not to be changed."""
+    from stages.evaluation import summary
+
+    folder = tmp_path_factory.mktemp("finished") / "tiny"
+    run = open_tiny(folder)
+    run.keep_recipe()
+    make_all(run)
+    summary(run, "voc07")
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder as the current one, with tiny.toml in it."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path / "tiny.toml")
+    return tmp_path
+
+
+@pytest.fixture
+def copied(workplace: Path, finished: Path) -> Path:
+    """A copy of the finished run as runs/tiny of the current folder."""
+    (workplace / "runs").mkdir()
+    write_recipe(workplace / "runs" / "tiny.toml")
+    return Path(shutil.copytree(finished, workplace / "runs" / "tiny"))
+
+
+@pytest.fixture
+def altopt(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Answer]]:
+    """Run the command line in this process."""
+    before, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("altopt")
+    handlers = list(logger.handlers)
+
+    def run(*arguments: object) -> Answer:
+        capsys.readouterr()
+        code = cli.exit_code([str(argument) for argument in arguments])
+        logger.handlers[:] = handlers
+        return Answer(code, *capsys.readouterr())
+
+    yield run
+    logger.handlers[:] = handlers
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,78 @@
+import ast
+import inspect
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+import stages
+from stages import ALTERNATING, DETECTIONS, PRETRAINED
+
+STEPS = [*PRETRAINED, *ALTERNATING, *DETECTIONS]
+EACH_STAGE = pytest.mark.parametrize("step", {step.name: step for step in STEPS}.values(), ids=lambda step: step.name)
+
+
+def test_alternating_optimisation_as_the_slides_have_it():
+    assert [(step.output, step.name, *step.inputs) for step in ALTERNATING] == [
+        ("M1", "train_rpn", "M0"),
+        ("P1", "generate_proposals", "M1"),
+        ("M2", "train_fast_rcnn", "M0", "P1"),
+        ("M3", "train_rpn_frozen_conv", "M2"),
+        ("P2", "generate_proposals", "M3"),
+        ("M4", "train_fast_rcnn_frozen_conv", "M3", "P2"),
+        ("M5", "add_rpn_layers", "M4", "M3"),
+    ]
+
+
+def test_everything_is_made_before_it_is_used():
+    made = {"M0"}
+    for step in ALTERNATING:
+        assert set(step.inputs) <= made
+        assert step.output not in made
+        made.add(step.output)
+    for step in DETECTIONS:
+        assert set(step.inputs) <= made
+    assert {(step.output, step.inputs) for step in PRETRAINED} == {("M0", ())}
+
+
+def test_schemes_are_plain_lists_and_nothing_else():
+    docstring, *body = ast.parse(Path(stages.__file__).read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    lists = [node for node in body if not isinstance(node, ast.ImportFrom)]
+    assert len(lists) == 3
+    for node in lists:
+        assert isinstance(node, ast.Assign)
+        assert isinstance(node.value, ast.List)
+        for element in node.value.elts:
+            assert isinstance(element, ast.Call)
+            assert isinstance(element.func, ast.Name)
+            assert element.func.id == "Step"
+
+
+@EACH_STAGE
+def test_stage_is_a_function_of_its_inputs_output_config_and_runtime(step):
+    parameters = inspect.signature(step.stage).parameters.values()
+    inputs = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    assert len(inputs) == len(step.inputs)
+    assert [each.name for each in parameters if each.kind is each.KEYWORD_ONLY] == ["out", "config", "runtime"]
+    assert all(each.default is each.empty for each in parameters)
+    assert step.summary.endswith(".")
+
+
+@EACH_STAGE
+def test_config_is_frozen_versioned_and_every_default_has_a_source(step):
+    config = step.config_class
+    assert is_dataclass(config)
+    assert config.__dataclass_params__.frozen
+    assert isinstance(config.version, int)
+    own = [each for each in fields(config) if each.name not in ("network", "data", "backbone")]
+    assert [each.name for each in own if not each.metadata.get("source")] == []
+
+
+def test_stages_that_read_a_split_say_which():
+    splits = {step.name: getattr(step.config_class, "split", None) for step in STEPS}
+    assert {name for name, split in splits.items() if split == "test"} == {"detect_shared", "detect_unshared"}
+    assert {name for name, split in splits.items() if split is None} == {"load_imagenet_weights", "add_rpn_layers"}
+    for step in STEPS:
+        assert ("data" in typing.get_type_hints(step.config_class)) == (splits[step.name] is not None)

@@ -1,0 +1,68 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("altopt", "cache", "stages", "cli", "tests")
+MAY_IMPORT = {"cli": {"stages", "altopt", "cache"}, "stages": {"stages", "altopt", "cache"},
+              "altopt": {"altopt"}, "cache": {"cache", "altopt"}}
+MODULES = [ROOT / "cli.py", *(path for top in ("altopt", "cache", "stages") for path in sorted((ROOT / top).rglob("*.py")))]
+EACH_MODULE = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+# Commands that answer at once: they must not wait for torch, which takes seconds to import.
+RUNNER = """
+import contextlib, io, sys
+import cli
+for arguments in {commands}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        code = cli.exit_code(arguments)
+    print(code, "torch" in sys.modules, *arguments)
+"""
+
+
+def imported(path):
+    """Every module that a file imports, at its top or inside a function."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@EACH_MODULE
+def test_imports_run_one_way(path):
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    ours = [name for name in imported(path) if name.split(".")[0] in OURS]
+    assert {name.split(".")[0] for name in ours} <= MAY_IMPORT[part]
+    if part == "cache":
+        assert all(name.startswith(("cache.", "altopt.errors.")) for name in ours)
+
+
+def test_the_scan_finds_imports_inside_functions():
+    names = imported(ROOT / "stages" / "assemble.py")
+    assert "cache.checkpoints.save_checkpoint" in names
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name == "__init__.py"],
+                         ids=lambda path: path.parent.relative_to(ROOT).as_posix())
+def test_packages_export_nothing_but_the_schemes(path):
+    assert (path.read_text() == "") == (path.parent != ROOT / "stages")
+
+
+def test_no_package_of_tests():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_quick_commands_do_not_import_torch(copied):
+    commands = [["--help"], ["plan", "--help"], ["recipes"], ["recipe", "shapes"], ["recipe", "tiny.toml", "--json"],
+                ["stage", "3", "--help"], ["plan"], ["status"], ["plan", "--run", "tiny"],
+                ["status", "--run", "tiny", "--json"], ["recall", "P1", "--run", "tiny"], ["--version"], ["pln"]]
+    done = subprocess.run([sys.executable, "-c", RUNNER.format(commands=commands)], cwd=copied.parents[1],
+                          capture_output=True, text=True, check=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout.splitlines() == [f"{0 if each != ['pln'] else 2} False {' '.join(each)}" for each in commands]

@@ -1,0 +1,116 @@
+"""A recipe that runs all seven stages in about a second, and what tests do with its run folders."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cache.files import sha256_file
+from stages.recipe import read_recipe
+from stages.run import Run
+from stages.step import Runtime, file_name
+
+ARTIFACTS = ("M0", "M1", "P1", "M2", "M3", "P2", "M4", "M5")
+STAGES = ("pretrain_on_crops", "train_rpn", "generate_proposals", "train_fast_rcnn", "train_rpn_frozen_conv",
+          "generate_proposals", "train_fast_rcnn_frozen_conv", "add_rpn_layers")
+
+TINY = """\
+title = "tiny"
+data_root = "."
+
+[network]
+name = "small"              # nine convolutions
+short_side = 80             # the pictures' own size
+max_side = 96               # the pictures' own size
+anchor_scales = [1.5, 3]    # squares of 24 and 48 px
+rpn_channels = 8            # few
+
+[data]
+format = "shapes"           # drawn on the spot
+train = ["train:6"]         # few
+test = ["test:4"]           # few
+width = 96                  # small
+height = 80                 # small
+
+[all]
+iterations = 4              # few
+images_per_batch = 2        # more than one
+lr = 0.001                  # low
+lr_steps = [3]              # before the last one
+min_side = 4                # px
+post_nms = 40               # few
+proposals = 40              # few
+
+[pretrain_on_crops]
+crop_side = 32              # small
+"""
+
+
+@dataclass
+class Reports:
+    """What a run reported, and something to do at a certain report."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    at: Callable[[dict[str, Any]], bool] = lambda event: False
+    act: Callable[[], None] = lambda: None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        if self.at(event):
+            self.act()
+
+    def texts(self) -> list[str]:
+        return [event["text"] for event in self.events if "text" in event]
+
+
+def write_recipe(path: Path, text: str = TINY) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def open_tiny(folder: Path, *sets: str, recipe: Path | None = None, report: Any = None, **runtime: Any) -> Run:
+    """The run in this folder, on the CPU, with a snapshot after every iteration; the recipe lies beside the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = recipe or folder.parent / "tiny.toml"
+    if not recipe.exists():
+        write_recipe(recipe)
+    settings: dict[str, Any] = {"device": "cpu", "snapshot_seconds": 0, "report_every": 1} | runtime
+    return Run(folder, read_recipe(str(recipe), sets), Runtime(report=report or Reports(), **settings))
+
+
+def make_all(run: Run) -> list[str]:
+    """Bring all steps up to date and name those that were made."""
+    return [step.output for step in run.bring_up_to_date(run.recipe.steps)]
+
+
+def hashes(folder: Path, *artifacts: str) -> dict[str, str]:
+    return {name: sha256_file(folder / file_name(name)) for name in artifacts or ARTIFACTS}
+
+
+def verdicts(run: Run) -> dict[str, str]:
+    return {each.step.output: each.state for each in run.survey(run.recipe.steps)}
+
+
+def reasons(run: Run, artifact: str) -> str:
+    return "; ".join(next(each for each in run.survey(run.recipe.steps) if each.step.output == artifact).reasons)
+
+
+def work_until_killed(folder: Path, artifact: str, event: str, count: int) -> None:
+    """Work in a folder, and die by SIGKILL at the count-th report of this kind from this step."""
+    seen = 0
+
+    def at(report: dict[str, Any]) -> bool:
+        nonlocal seen
+        seen += (report.get("artifact"), report["event"]) == (artifact, event)
+        return seen == count
+
+    make_all(open_tiny(folder, report=Reports(at=at, act=lambda: os.kill(os.getpid(), signal.SIGKILL))))
+
+
+def work(folder: Path, started: Any) -> None:
+    """Work in a folder; ``started`` is an event to set when it begins."""
+    run = open_tiny(folder)
+    started.set()
+    make_all(run)
