@@ -2,10 +2,9 @@
 
 import difflib
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +119,8 @@ def run_all(start: str | None, until: str | None, as_json: bool, **options: Any)
     from stages.evaluation import summary
     from stages.run import find_step, take_from
 
-    run = open_run(options, writes=True)
-    with locked(run):
+    run = open_run(options)
+    with working_in(run):
         steps = run.recipe.steps
         target = find_step(steps, until) if until else steps[-1]
         wanted = take_from(run, steps, start, target) if start else steps[: steps.index(target) + 1]
@@ -161,9 +160,9 @@ def stage_command(step: "Step") -> click.Command:
         from stages.run import find_step, run_one, take_from
 
         if init:
-            options["sets"] = (*options["sets"], f"{step.table}.init={init}")
-        run = open_run(options, writes=True)
-        with locked(run):
+            options["sets"] = (*options["sets"], f"{step.table}.init={init.upper()}")
+        run = open_run(options)
+        with working_in(run):
             target = find_step(run.recipe.steps, step.output)
             if start:
                 made = run.bring_up_to_date(take_from(run, run.recipe.steps, start, target), force=force)
@@ -188,7 +187,7 @@ def plan(as_json: bool, **options: Any) -> None:
     \b
     altopt plan --set train_rpn.lr=0.01
     """
-    print_survey(open_run(options, writes=False), as_json, all_steps=False)
+    print_survey(open_run(options), as_json, all_steps=False)
 
 
 @main.command()
@@ -200,7 +199,7 @@ def status(as_json: bool, **options: Any) -> None:
     \b
     altopt status --run shapes
     """
-    print_survey(open_run(options, writes=False), as_json, all_steps=True)
+    print_survey(open_run(options), as_json, all_steps=True)
 
 
 @main.command()
@@ -217,7 +216,7 @@ def evaluate(network: str, protocol: str | None, as_json: bool, **options: Any) 
     from stages.evaluation import detection_step
     from stages.evaluation import evaluate as score_network
 
-    run = open_run(options, writes=False)
+    run = open_run(options)
     with locked(run):
         result = score_network(run, detection_step(network), protocol or run.protocol)
     print_score(result, as_json)
@@ -257,7 +256,7 @@ def recall(proposals: str, limits: tuple[int, ...], as_json: bool, **options: An
     """
     from stages.evaluation import recall as recall_of
 
-    result = recall_of(open_run(options, writes=False), proposals.upper(), limits)
+    result = recall_of(open_run(options), proposals.upper(), limits)
     if as_json:
         print_json(result)
     else:
@@ -333,7 +332,7 @@ def beside(as_json: bool, **options: Any) -> None:
     """
     from stages.evaluation import beside_published
 
-    rows = beside_published(open_run(options, writes=False))
+    rows = beside_published(open_run(options))
     if as_json:
         print_json(rows)
     else:
@@ -342,8 +341,8 @@ def beside(as_json: bool, **options: Any) -> None:
         show(beside_table(rows))
 
 
-def open_run(options: dict[str, Any], *, writes: bool) -> "Run":
-    """Return the run that the options speak of; a command that works in it leaves its recipe there."""
+def open_run(options: dict[str, Any]) -> "Run":
+    """Return the run that the options speak of."""
     from stages.run import open_folder
     from stages.step import Runtime
 
@@ -355,7 +354,17 @@ def open_run(options: dict[str, Any], *, writes: bool) -> "Run":
         from stages.reporting import Reporter
 
         runtime.report = Reporter(stderr())
-    return open_folder(options["recipe"], options["run_name"], options["sets"], options["data_root"], runtime, writes)
+    return open_folder(options["recipe"], options["run_name"], options["sets"], options["data_root"], runtime)
+
+
+@contextmanager
+def working_in(run: "Run") -> Iterator[None]:
+    """Hold the run folder, made if need be, and leave the recipe there for later commands."""
+    from cache.lock import run_lock
+
+    with run_lock(run.folder):
+        run.keep_recipe()
+        yield
 
 
 def locked(run: "Run") -> AbstractContextManager[None]:
@@ -439,8 +448,7 @@ def exit_code(arguments: list[str]) -> int:
         return complain("stopped by Ctrl-C; run the same command again to go on", 130)
     except Terminated:
         return complain("stopped by SIGTERM; run the same command again to go on", 143)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:  # what click makes of a closed pipe; its code would mean a bug
         return 141
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):

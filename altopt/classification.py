@@ -5,6 +5,7 @@ afterwards each normalisation is folded into its convolution, so the stages see 
 """
 
 from collections import OrderedDict
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def with_batch_norm(block: nn.Module) -> nn.Sequential:
 def folded(block: nn.Module) -> nn.Sequential:
     """Return plain layers that compute what the normalised ones compute in evaluation mode."""
     plain: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, layer in block.eval().named_children():
+    for name, layer in deepcopy(block).eval().named_children():
         if isinstance(layer, nn.BatchNorm2d):
             name, convolution = plain.popitem()
             assert isinstance(convolution, nn.Conv2d)

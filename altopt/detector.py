@@ -116,6 +116,6 @@ def detect_on(network: FasterRCNN, features: Tensor, batch: Batch, proposals: Se
     ]
 
 
-def test_time_rule(rule: DetectionRule) -> ProposalRule:
+def own_proposals(rule: DetectionRule) -> ProposalRule:
     """Return how a detector makes its own proposals at test time."""
     return ProposalRule(pre_nms=rule.pre_nms, nms=rule.rpn_nms, post_nms=rule.proposals, min_side=rule.min_side)

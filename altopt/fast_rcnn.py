@@ -104,8 +104,10 @@ def fast_rcnn_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, lab
     """
     fg = torch.nonzero(labels > 0)[:, 0]
     targets = (deltas[fg] - head.bbox_means[labels[fg]]) / head.bbox_stds[labels[fg]]
-    box = smooth_l1(normalised[fg, labels[fg]], targets, sigma=1.0) / max(len(labels), 1)
-    return {"cls": F.cross_entropy(logits, labels), "box": box_weight * box}
+    count = max(len(labels), 1)
+    classification = F.cross_entropy(logits, labels, reduction="sum") / count
+    box = smooth_l1(normalised[fg, labels[fg]], targets, sigma=1.0) / count
+    return {"cls": classification, "box": box_weight * box}
 
 
 def detections_of(logits: Tensor, deltas: Tensor, rois: Tensor, size: tuple[int, int],

@@ -37,7 +37,7 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
 
     import torch
 
-    from altopt.detector import detect_on, propose_on, test_time_rule
+    from altopt.detector import detect_on, own_proposals, propose_on
     from altopt.evaluation.detections import Detections, to_coco_results
     from altopt.evaluation.ground_truth import counted
     from altopt.evaluation.recall import proposal_recall
@@ -55,7 +55,7 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
         started = time.perf_counter()
         with torch.inference_mode(), inference.autocast():
             features = rpn.conv(batch.images)
-            proposals = [boxes for boxes, _ in propose_on(rpn, features, batch, test_time_rule(config))]
+            proposals = [boxes for boxes, _ in propose_on(rpn, features, batch, own_proposals(config))]
             if detector is not rpn:
                 features = detector.conv(batch.images)
             results = detect_on(detector, features, batch, proposals, config)

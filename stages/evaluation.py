@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from altopt.datasets.opening import open_dataset
-from altopt.errors import ArtifactError
+from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.detections import read_detections
 from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import LIMITS, proposal_recall
 from altopt.evaluation.scoring import score
-from cache.files import write_json_atomic
+from cache.files import write_text_atomic
 from cache.proposals import ProposalFile
 from stages import DETECTIONS
 from stages.run import Run
@@ -22,8 +22,6 @@ NAMES = {"D2": "M1+M2 (unshared)", "D5": "M5 (shared)"}
 
 def detection_step(word: str) -> Step:
     """Return the detection step for ``M5`` or ``M1+M2``."""
-    from altopt.errors import UsageError
-
     for step in DETECTIONS:
         if word.upper().replace(" ", "") in ("+".join(step.inputs), step.output):
             return step
@@ -76,10 +74,12 @@ def beside_published(run: Run) -> list[dict[str, Any]]:
 
 def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS) -> dict[str, Any]:
     """Return the recall of a proposal file on the training split, for each number of proposals."""
-    path = run.path(artifact)
+    steps = {step.output: step for step in run.recipe.steps if step.output.startswith("P")}
+    if artifact not in steps:
+        raise UsageError(f"there are no proposals {artifact!r}: choose {' or '.join(steps)}")
+    step, path = steps[artifact], run.path(artifact)
     if not path.is_file():
         raise ArtifactError(f"{path.name} is not in {run.folder}: make it with altopt stage {artifact}")
-    step = next(step for step in run.recipe.steps if step.output == artifact)
     key = {"proposals": run.memo.sha256(path), "data": run.data_digest(step), "limits": list(limits)}
     return _cached(run, f"{artifact} recall", key, lambda: _recall(run, step, path, limits))
 
@@ -95,15 +95,20 @@ def _recall(run: Run, step: Step, path: Path, limits: Sequence[int]) -> dict[str
 
 def _cached(run: Run, name: str, key: dict[str, Any], compute: Any) -> dict[str, Any]:
     path = run.folder / "metrics.json"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        kept = {}
+    kept = _kept(path)
     if kept.get(name, {}).get("key") != key:
         kept[name] = {"key": key, "result": json.loads(json.dumps(compute()))}
-        write_json_atomic(path, kept)
+        write_text_atomic(path, json.dumps(kept, indent=1))  # in its own order: of classes, of numbers of proposals
     result: dict[str, Any] = kept[name]["result"]
     return result
+
+
+def _kept(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what metrics.json holds; damage only costs computing again."""
+    try:
+        return {name: entry for name, entry in json.loads(path.read_text(encoding="utf-8")).items() if "key" in entry}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def summary(run: Run, protocol: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import tomllib
 import types
 import typing
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,9 @@ from stages.step import Step
 HEADER = ("title", "description", "data_root", "protocol", "expect")
 SHARED: dict[str, type] = {"network": NetworkConfig, "data": DataConfig}
 AT_LEAST = {"iterations": 0, "warmup": 0} | dict.fromkeys(
-    ("images_per_batch", "short_side", "max_side", "rpn_channels", "crop_side", "anchors_per_image", "rois_per_batch"), 1)
+    ("images_per_batch", "short_side", "max_side", "rpn_channels", "crop_side", "anchors_per_image",
+     "rois_per_batch"), 1)
+PROTOCOL = Literal["voc07", "voc10", "coco"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Recipe:
         return "\n".join(lines) + "\n"
 
 
+@cache
 def stage_tables() -> dict[str, type]:
     """Return {table name: config class} of every stage that a recipe can speak of."""
     return {step.table: step.config_class for step in [*PRETRAINED, *ALTERNATING, *DETECTIONS]}
@@ -125,10 +129,21 @@ def read_recipe(name_or_path: str, sets: typing.Sequence[str] = ()) -> Recipe:
     for assignment in sets:
         _override(tables, assignment)
     header = {key: content[key] for key in HEADER if key in content}
+    _converted(header.get("protocol", "voc07"), PROTOCOL, "protocol")
     recipe = Recipe(header.get("title", path.stem), {"title": path.stem} | header, tables)
     for step in [*recipe.steps, *DETECTIONS]:
-        recipe.config(step)
+        _check_init(recipe, step, recipe.config(step))
     return recipe
+
+
+def _check_init(recipe: Recipe, step: Step, config: Any) -> None:
+    """Raise ``UsageError`` unless a stage starts from a network that is made before it."""
+    init = getattr(config, "init", "")
+    before = [each.output for each in recipe.steps[: recipe.steps.index(step)]] if init else []
+    networks = [output for output in before if output.startswith("M")]
+    if init and init not in networks:
+        raise UsageError(f"{step.table}.init = {init!r}: it is one of the networks made before {step.output}, "
+                         f"{', '.join(networks)}")
 
 
 def _tables(content: dict[str, Any], sources: dict[str, str], where: str) -> dict[str, dict[str, Value]]:
@@ -193,7 +208,7 @@ def _build(cls: type, table: dict[str, Value], name: str) -> Any:
 
 
 def _construct(cls: type, given: dict[str, Any], table: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     missing = [each.name for each in fields(cls)
                if each.name not in given and each.default is MISSING and each.default_factory is MISSING]
     if missing:
@@ -203,6 +218,9 @@ def _construct(cls: type, given: dict[str, Any], table: str) -> Any:
         if key in values and values[key] < least:
             raise UsageError(f"{table}.{key} = {values[key]}: it is at least {least}")
     return cls(**values)
+
+
+_type_hints = cache(typing.get_type_hints)
 
 
 def _converted(value: Any, hint: Any, name: str) -> Any:

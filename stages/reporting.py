@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -33,7 +34,8 @@ class Reporter:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.last_line = 0.0
-        logging.getLogger("altopt").addHandler(_LogLines(self))
+        logger = logging.getLogger("altopt")
+        logger.handlers = [each for each in logger.handlers if not isinstance(each, _LogLines)] + [_LogLines(self)]
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
@@ -106,7 +108,7 @@ class _LogLines(logging.Handler):
 
 def duration(seconds: float) -> str:
     """Return a time as people say it: 8.4 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
@@ -121,7 +123,7 @@ def plan_table(verdicts: list[Verdict], seconds: dict[str, float]) -> Table:
         step = verdict.step
         why = "; ".join(verdict.reasons) or duration(seconds.get(step.output, 0.0))
         table.add_row(str(number), step.output, step.name, ", ".join(step.inputs),
-                      f"[{MARKS[verdict.state]}]{verdict.state}", why)
+                      f"[{MARKS[verdict.state]}]{verdict.state}", escape(why))
     return table
 
 
@@ -156,15 +158,15 @@ def score_table(result: dict[str, Any]) -> Table:
     table.add_column("class")
     table.add_column("AP")
     for name, each in result["classes"].items():
-        table.add_row(name, number(each["ap"] if isinstance(each, dict) else each))
+        table.add_row(escape(name), number(each["ap"] if isinstance(each, dict) else each))
     table.add_row("mean", number(result["map"]), style="bold")
     return table
 
 
 def recall_table(result: dict[str, Any]) -> Table:
     """Return recall against IoU, a row for each number of proposals, and the average recall."""
-    table = Table(title=f"{result['proposals']} on {result['split']}: {result['convention']}", box=None, pad_edge=False,
-                  title_justify="left")
+    title = escape(f"{result['proposals']} on {result['split']}: {result['convention']}")
+    table = Table(title=title, box=None, pad_edge=False, title_justify="left")
     table.add_column("proposals")
     for threshold in result["thresholds"]:
         table.add_column(f"{threshold:.2f}")

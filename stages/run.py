@@ -313,7 +313,9 @@ def take_from(run: Run, steps: Sequence[Step], word: str, target: Step) -> list[
 
 def run_one(run: Run, step: Step, force: bool) -> list[Step]:
     """Run one stage on its inputs as they are, if its output is not up to date; its inputs must be valid."""
-    for verdict in run.survey(run.recipe.steps)[: run.recipe.steps.index(step)]:
+    if run.verdict(step).state == "given" and not force:
+        return []
+    for verdict in run.survey(run.recipe.steps, demand=False)[: run.recipe.steps.index(step)]:
         name = verdict.step.output
         if name in step.inputs_for(run.recipe.config(step)) and not verdict.valid:
             raise ArtifactError(f"{step.output} needs {name}, and {name} is {verdict.state} "
@@ -322,12 +324,9 @@ def run_one(run: Run, step: Step, force: bool) -> list[Step]:
     return run.bring_up_to_date([step], force)
 
 
-def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_root: Path | None, runtime: Runtime,
-                writes: bool) -> Run:
-    """Return the run in runs/NAME with its recipe: the one asked for, or the folder's own, or ``shapes``.
-
-    With ``writes`` the folder is made, and the recipe kept in it.
-    """
+def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_root: Path | None,
+                runtime: Runtime) -> Run:
+    """Return the run in runs/NAME with its recipe: the one asked for, or the folder's own, or ``shapes``."""
     from stages.recipe import read_recipe
 
     folder = Path("runs") / (name or (Path(recipe).stem if recipe else "shapes"))
@@ -336,11 +335,7 @@ def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_
     if data_root is not None:
         chosen.header["data_root"] = str(data_root)
     runtime.data_root = Path(chosen.header.get("data_root", "data"))
-    run = Run(folder, chosen, runtime)
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.keep_recipe()
-    return run
+    return Run(folder, chosen, runtime)
 
 
 def _adopt_unless_done(run: Run, step: Step, source: Path | None, why: str) -> None:

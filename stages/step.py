@@ -8,6 +8,7 @@ Stage functions import torch when they run, not when they are imported, so that 
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Step:
         """The table of a recipe that the config comes from: the stage's name, unless its class names another."""
         return getattr(self.config_class, "table", self.name)
 
-    @property
+    @cached_property
     def config_class(self) -> type:
         """The dataclass of the stage's config."""
         return typing.cast(type, typing.get_type_hints(self.stage)["config"])

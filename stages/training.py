@@ -29,12 +29,16 @@ from stages.step import Runtime
 
 
 def device_of(runtime: Runtime) -> torch.device:
-    """Return the device that the runtime asks for; ``auto`` is CUDA where there is one."""
-    if runtime.device != "auto":
-        if runtime.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"--device {runtime.device}: this PyTorch sees no CUDA device; use --device cpu")
-        return torch.device(runtime.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device that the runtime asks for; ``auto`` is CUDA where there is one.
+
+    Raises ``UsageError`` for one that is not there.
+    """
+    if runtime.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=runtime.device).device
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+        raise UsageError(f"--device {runtime.device}: this PyTorch sees no such device; use --device cpu") from None
 
 
 def describe_network(network: NetworkConfig, classes: Sequence[str]) -> dict[str, Any]:

@@ -19,30 +19,42 @@ def handlers():
 
 @BOTH
 def test_signal_is_held_back_until_the_block_ends(number, error, handlers):
-    done = []
-    with pytest.raises(error), deferred_signals() as stop:
-        assert stop.signal is None
-        os.kill(os.getpid(), number)
-        assert stop.signal == number
-        done.append("went on")
-    assert done
+    seen = []
+
+    def block():
+        with deferred_signals() as stop:
+            seen.append(stop.signal)
+            os.kill(os.getpid(), number)
+            seen.append(stop.signal)
+
+    with pytest.raises(error):
+        block()
+    assert seen == [None, number]
     assert {each: signal.getsignal(each) for each in handlers} == handlers
 
 
 @BOTH
 def test_block_that_looks_can_stop_sooner(number, error):
-    with pytest.raises(error), deferred_signals() as stop:
-        signal.raise_signal(number)
-        stop.raise_it()
-        pytest.fail("it did not stop")
+    def block():
+        with deferred_signals() as stop:
+            signal.raise_signal(number)
+            stop.raise_it()
+            pytest.fail("it did not stop")
+
+    with pytest.raises(error):
+        block()
 
 
 @BOTH
 def test_second_signal_gets_through_at_once(number, error):
-    with pytest.raises(error), deferred_signals():
-        signal.raise_signal(number)
-        signal.raise_signal(number)
-        pytest.fail("it did not get through")
+    def block():
+        with deferred_signals():
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            pytest.fail("it did not get through")
+
+    with pytest.raises(error):
+        block()
 
 
 def test_without_a_signal_nothing_happens(handlers):
@@ -53,9 +65,13 @@ def test_without_a_signal_nothing_happens(handlers):
 
 
 def test_error_of_the_block_comes_before_a_signal_held_back(handlers):
-    with pytest.raises(ZeroDivisionError), deferred_signals():
-        signal.raise_signal(signal.SIGINT)
-        raise ZeroDivisionError
+    def block():
+        with deferred_signals():
+            signal.raise_signal(signal.SIGINT)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        block()
     assert {each: signal.getsignal(each) for each in handlers} == handlers
 
 

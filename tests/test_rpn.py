@@ -131,7 +131,7 @@ def slow_losses(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, obj
 
 def test_losses_of_two_pictures_against_the_loop():
     training = training_of()
-    other = torch.tensor([[5.0, 5, 40, 50]])
+    other = torch.tensor([[5.0, 5, 40, 50], [50, 25, 90, 60]])
     batch = batch_of(sample_of(OBJECTS), sample_of(other, "two"))
     losses = training(batch, 0)
     features = training.conv(batch.images)

@@ -1,9 +1,11 @@
 """A recipe that runs all seven stages in about a second, and what tests do with its run folders."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +73,12 @@ def write_recipe(path: Path, text: str = TINY) -> Path:
 
 
 def open_tiny(folder: Path, *sets: str, recipe: Path | None = None, report: Any = None, **runtime: Any) -> Run:
-    """The run in this folder, on the CPU, with a snapshot after every iteration; the recipe lies beside the folder."""
+    """The run in this folder, on the CPU; the recipe lies beside the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe or folder.parent / "tiny.toml"
     if not recipe.exists():
         write_recipe(recipe)
-    settings: dict[str, Any] = {"device": "cpu", "snapshot_seconds": 0, "report_every": 1} | runtime
+    settings: dict[str, Any] = {"device": "cpu", "snapshot_seconds": 1000, "report_every": 1} | runtime
     return Run(folder, read_recipe(str(recipe), sets), Runtime(report=report or Reports(), **settings))
 
 
@@ -86,7 +88,21 @@ def make_all(run: Run) -> list[str]:
 
 
 def hashes(folder: Path, *artifacts: str) -> dict[str, str]:
-    return {name: sha256_file(folder / file_name(name)) for name in artifacts or ARTIFACTS}
+    paths = {name: folder / file_name(name) for name in artifacts or ARTIFACTS}
+    return {name: _sha256(path, path.stat().st_ino, path.stat().st_mtime_ns) for name, path in paths.items()}
+
+
+@cache
+def _sha256(path: Path, inode: int, changed: int) -> str:
+    return sha256_file(path)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Link an artifact, which altopt replaces and never writes into; copy everything else."""
+    if source.endswith((".safetensors", ".h5")):
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
 
 
 def verdicts(run: Run) -> dict[str, str]:
@@ -106,11 +122,12 @@ def work_until_killed(folder: Path, artifact: str, event: str, count: int) -> No
         seen += (report.get("artifact"), report["event"]) == (artifact, event)
         return seen == count
 
-    make_all(open_tiny(folder, report=Reports(at=at, act=lambda: os.kill(os.getpid(), signal.SIGKILL))))
+    reports = Reports(at=at, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    make_all(open_tiny(folder, report=reports, snapshot_seconds=0))
 
 
 def work(folder: Path, started: Any) -> None:
     """Work in a folder; ``started`` is an event to set when it begins."""
-    run = open_tiny(folder)
+    run = open_tiny(folder, snapshot_seconds=0)
     started.set()
     make_all(run)

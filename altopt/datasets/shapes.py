@@ -20,24 +20,24 @@ from numpy.typing import NDArray
 from altopt.datasets.dataset import Objects
 from altopt.errors import UsageError
 
-GENERATOR = 1  # part of the description: to be raised with any change of what is drawn
+GENERATOR = 2  # part of the description: to be raised with any change of what is drawn
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-SIZES = (20, 22, 25, 28, 31, 34, 38, 43, 48, 53, 59, 66, 74, 82, 92, 103, 115, 120)  # of the longer side, in pixels
+SIZES = (24, 27, 30, 33, 37, 41, 46, 51, 57, 64, 71, 79, 88, 98, 109, 121, 132, 144)  # of the longer side, in pixels
 MAX_OBJECTS = 5
 MAX_IOU = 20  # per cent, of any two boxes
 MIN_VISIBLE = 60  # per cent of each shape, however many others lie on it
-MIN_CONTRAST = 75  # to the mean colour beneath, summed over the channels
-NOISE = ((90, 40, 30), (30, 28, 16), (10, 22, 6))  # cell in pixels; mean amplitude of all channels alike, of each alone
-GRAIN = (4, 20)  # least and greatest amplitude of the noise of single pixels
+MIN_CONTRAST = 150  # to the mean colour beneath, summed over the channels
+NOISE = ((90, 30, 24), (30, 20, 12), (10, 12, 4))  # cell in pixels; mean amplitude of all channels alike, of each alone
+GRAIN = (4, 12)  # least and greatest amplitude of the noise of single pixels
 TEXTURE = (24, 20)  # cell in pixels and mean amplitude of the noise on a shape
 
 SMALLEST_PICTURE = 32
 CACHE_BYTES = 2**30
 
 _TRIES = 20
-_AXIS = 64  # a shape is turned to the direction (_AXIS, tilt), by up to 20 degrees
-_MAX_TILT = 24
+_AXIS = 64  # a shape is turned to the direction (_AXIS, tilt), by up to 9 degrees
+_MAX_TILT = 10
 _WEIGHT_BITS = 5  # of the weights of interpolation, so few that its products fit into 16 bits
 _SPLIT = re.compile(r"([A-Za-z0-9_-]+):([1-9][0-9]{0,5})")
 

@@ -84,8 +84,8 @@ def test_resolved_text_says_the_same(path, tmp_path):
 
 
 def test_settings_with_odd_values_keep_their_text_and_source(tmp_path, tiny):
-    recipe = tiny("train_rpn.lr=1e30", "train_fast_rcnn.freeze=[]", 'data.train=["a:1", "b:2"]', "train_rpn.init=M1",
-                  "train_rpn.clip_gradient=inf")
+    recipe = tiny("train_rpn.lr=1e30", "train_fast_rcnn.freeze=[]", 'data.train=["a:1", "b:2"]',
+                  "train_fast_rcnn.init=M1", "train_rpn.clip_gradient=inf")
     again = read_recipe(str(write_recipe(tmp_path / "again.toml", recipe.text())))
     assert configs(again) == configs(recipe)
     assert json.dumps(again.as_dict()) == json.dumps(recipe.as_dict())
@@ -209,3 +209,8 @@ def test_dictionary_is_plain_json(tiny):
     content = tiny().as_dict()
     assert content["train_rpn"]["lr"] == {"value": 0.001, "source": "low"}
     assert json.loads(json.dumps(content))["network"]["name"]["value"] == "small"
+
+
+def test_protocol_is_checked_before_anything_is_trained(tmp_path):
+    message = refused(tmp_path, 'protocol = "voc7"\n' + TINY)
+    assert message == "protocol = 'voc7' (did you mean 'voc07'?): it is one of voc07, voc10, coco"

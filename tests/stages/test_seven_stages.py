@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import signal
 import time
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -20,6 +21,11 @@ from stages.step import Runtime, file_name
 # A fresh process takes ten seconds to import torchvision; one that is forked from a server that did takes none.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "torchvision", "h5py"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server_starts_while_other_tests_run():
+    forkserver.ensure_running()
 
 
 def tensors_of(folder, artifact, *parts):
@@ -102,7 +108,7 @@ def test_proposals_name_the_network_that_made_them(finished):
 
 
 def test_another_run_with_other_workers_gives_the_same_bytes(finished, tmp_path):
-    run = open_tiny(tmp_path / "tiny", workers=3, snapshot_seconds=1000)
+    run = open_tiny(tmp_path / "tiny", workers=3, snapshot_seconds=0)
     assert make_all(run) == list(ARTIFACTS)
     assert hashes(tmp_path / "tiny") == hashes(finished)
 
@@ -145,7 +151,7 @@ def test_exception_inside_a_stage_leaves_the_snapshot_before_it(finished, copied
 
     reports = Reports(at=lambda event: event["event"] == "progress" and event["iteration"] == 3, act=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        make_all(open_tiny(copied, report=reports))
+        make_all(open_tiny(copied, report=reports, snapshot_seconds=0))
     again = Reports()
     assert make_all(open_tiny(copied, report=again)) == ["M2"]
     assert [event["iteration"] in (1, 2) for event in again.events if event["event"] == "resumed"] == [True]
@@ -227,7 +233,7 @@ def test_assembly_refuses_networks_that_share_nothing(finished, tmp_path):
 
 
 def test_assembly_refuses_a_network_without_rpn(finished, tmp_path):
-    with pytest.raises(ArtifactError, match="M2.safetensors has no RPN layers"):
+    with pytest.raises(ArtifactError, match=r"M2.safetensors has no RPN layers"):
         assemble(finished / "M4.safetensors", finished / "M2.safetensors", tmp_path / "M5.safetensors")
 
 
@@ -258,7 +264,7 @@ def test_networks_say_what_they_are(finished):
 
 def test_stage_of_another_network_is_refused(copied):
     (copied / "M1.safetensors").unlink()
-    with pytest.raises(ArtifactError, match="M0.safetensors holds small, and alexnet is asked for"):
+    with pytest.raises(ArtifactError, match=r"M0.safetensors holds small, and alexnet is asked for"):
         open_tiny(copied, "network.name=alexnet").make(open_tiny(copied).recipe.steps[1])
 
 
@@ -271,5 +277,5 @@ def test_rpn_of_other_anchors_is_refused(copied):
 
 def test_proposals_of_other_pictures_are_refused(copied):
     run = open_tiny(copied, 'data.train=["train:7"]')
-    with pytest.raises(ArtifactError, match="P1.h5 has no proposals for picture train-00006"):
+    with pytest.raises(ArtifactError, match=r"P1.h5 has no proposals for picture train-00006"):
         run.make(run.recipe.steps[3])
