@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 1 a bug, 2 usage or settings, 3 data set invalid, 4 artifact missing, foreign or corrupt,
-5 training diverged, 6 disk or memory, 7 download, 75 the run folder is busy, 130 Ctrl-C, 143 SIGTERM."""
+5 training diverged, 6 disk or memory, 7 download, 75 the run folder is busy, 130 Ctrl-C, 141 closed pipe,
+143 SIGTERM."""
 PROTOCOLS = ("voc07", "voc10", "coco")
 
 
@@ -314,7 +315,7 @@ def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str,
     altopt fetch-voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
     """
     from altopt.datasets.voc07_archive import obtain
-    from stages.reporting import download_progress
+    from stages.progress import download_progress
 
     with download_progress(stderr()) as progress:
         folder = obtain(data_root, archive_files=list(archives), mirrors=list(mirrors), progress=progress)
@@ -322,7 +323,7 @@ def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str,
 
 
 @main.command()
-@with_options(RUN_OPTIONS)
+@with_options(RUN_OPTIONS, WORK_OPTIONS)
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def beside(as_json: bool, **options: Any) -> None:
     """Print a VOC 2007 run's scores beside the paper's and py-faster-rcnn's, class by class.
@@ -332,7 +333,9 @@ def beside(as_json: bool, **options: Any) -> None:
     """
     from stages.evaluation import beside_published
 
-    rows = beside_published(open_run(options))
+    run = open_run(options)
+    with locked(run):
+        rows = beside_published(run)
     if as_json:
         print_json(rows)
     else:
@@ -351,7 +354,7 @@ def open_run(options: dict[str, Any]) -> "Run":
         snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
     )
     if "device" in options:
-        from stages.reporting import Reporter
+        from stages.progress import Reporter
 
         runtime.report = Reporter(stderr())
     return open_folder(options["recipe"], options["run_name"], options["sets"], options["data_root"], runtime)

@@ -72,14 +72,19 @@ def beside_published(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS) -> dict[str, Any]:
-    """Return the recall of a proposal file on the training split, for each number of proposals."""
+def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool = False) -> dict[str, Any]:
+    """Return the recall of a proposal file on the training split, for each number of proposals.
+
+    With ``keep``, which only the holder of the run folder may ask for, it is kept in metrics.json.
+    """
     steps = {step.output: step for step in run.recipe.steps if step.output.startswith("P")}
     if artifact not in steps:
         raise UsageError(f"there are no proposals {artifact!r}: choose {' or '.join(steps)}")
     step, path = steps[artifact], run.path(artifact)
     if not path.is_file():
         raise ArtifactError(f"{path.name} is not in {run.folder}: make it with altopt stage {artifact}")
+    if not keep:
+        return _recall(run, step, path, limits)
     key = {"proposals": run.memo.sha256(path), "data": run.data_digest(step), "limits": list(limits)}
     return _cached(run, f"{artifact} recall", key, lambda: _recall(run, step, path, limits))
 
@@ -114,7 +119,7 @@ def _kept(path: Path) -> dict[str, dict[str, Any]]:
 def summary(run: Run, protocol: str) -> dict[str, Any]:
     """Return what ``run-all`` ends with: scores of what can be evaluated, recalls, and the time of each stage."""
     scores = [evaluate(run, step, protocol) for step in DETECTIONS if possible(run, step)]
-    recalls = {name: recall(run, name) for name in ("P1", "P2") if run.path(name).is_file()}
+    recalls = {name: recall(run, name, keep=True) for name in ("P1", "P2") if run.path(name).is_file()}
     times = {}
     for step in run.recipe.steps:
         record = run.record(step.output)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shlex
 import signal
@@ -451,7 +452,7 @@ def test_looking_into_a_busy_folder(altopt, copied, holder):
 @pytest.mark.parametrize("event", ["progress", "pictures"])
 def test_signals_exit_with_their_code_and_work_goes_on(altopt, copied, finished, monkeypatch, number, code, words,
                                                        event):
-    from stages.reporting import Reporter
+    from stages.progress import Reporter
 
     original = Reporter.__call__
 
@@ -497,3 +498,37 @@ def test_program_in_a_process_of_its_own(copied):
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {shell}"], check=False, **run)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+def test_an_archive_that_is_not_voc_2007(altopt, tmp_path):
+    (tmp_path / "other.tar").write_bytes(b"something else")
+    answer = altopt("fetch-voc07", "--data-root", str(tmp_path / "data"), "--archive", str(tmp_path / "other.tar"))
+    assert answer.code == 3
+    assert "other.tar" in answer.err
+    assert answer.err.count("\n") == 1
+
+
+def test_fetching_from_mirrors_that_are_not_there(altopt, tmp_path, monkeypatch):
+    from altopt.datasets import voc07_archive
+
+    archives = tuple(dataclasses.replace(each, urls=("http://127.0.0.1:9/x.tar",)) for each in voc07_archive.VOC07)
+    monkeypatch.setattr(voc07_archive.obtain, "__kwdefaults__",
+                        {**voc07_archive.obtain.__kwdefaults__, "archives": archives})
+    answer = altopt("fetch-voc07", "--data-root", str(tmp_path))
+    assert answer.code == 7
+    for word in ("VOCtrainval_06-Nov-2007.tar", "--archive", "127.0.0.1"):
+        assert word in answer.err
+
+
+def test_fetching_ends_with_the_folder(altopt, tmp_path, monkeypatch):
+    from altopt.datasets import voc07_archive
+
+    def obtain(root, *, archive_files, mirrors, progress):
+        progress(1, 2)
+        progress(2, 2)
+        return root / "VOCdevkit" / "VOC2007" / str(mirrors[0])
+
+    monkeypatch.setattr(voc07_archive, "obtain", obtain)
+    answer = altopt("fetch-voc07", "--data-root", "d", "--mirror", "m")
+    assert (answer.code, answer.out) == (0, "d/VOCdevkit/VOC2007/m\n")
+    assert "fetching" in answer.err

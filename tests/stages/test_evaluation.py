@@ -5,12 +5,14 @@ import pytest
 from tiny_runs import hashes, open_tiny
 
 import stages.evaluation
+from altopt.datasets.voc import VOC_CLASSES
 from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.detections import read_detections
 from altopt.evaluation.recall import LIMITS
 from altopt.evaluation.scoring import score
 from cache.checkpoints import load_checkpoint, save_checkpoint
-from stages.evaluation import detection_step, evaluate, recall, summary
+from stages.evaluation import beside_published, detection_step, evaluate, recall, summary
+from stages.reporting import beside_table
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_scores_are_kept(copied, only_cached):
     run = open_tiny(copied)
     kept = json.loads((copied / "metrics.json").read_text())
     assert evaluate(run, detection_step("M5"), "voc07") == kept["D5 voc07"]["result"]
-    assert recall(run, "P1") == kept["P1 recall"]["result"]
+    assert recall(run, "P1", keep=True) == kept["P1 recall"]["result"]
     assert [each["name"] for each in summary(run, "voc07")["scores"]] == ["M1+M2 (unshared)", "M5 (shared)"]
 
 
@@ -110,6 +112,30 @@ def test_recall_of_the_proposals(copied):
     few, many = (recall(run, "P2", (limit,))["limits"][str(limit)]["areas"]["all"]["recall"] for limit in (1, 40))
     assert all(a <= b for a, b in zip(few, many, strict=True))
     assert many[0] > 0
+
+
+def test_recall_alone_writes_nothing(copied):
+    before = (copied / "metrics.json").read_bytes()
+    recall(open_tiny(copied), "P2", (7,))
+    assert (copied / "metrics.json").read_bytes() == before
+    recall(open_tiny(copied), "P2", (7,), keep=True)
+    assert (copied / "metrics.json").read_bytes() != before
+
+
+def test_beside_published_figures(copied, monkeypatch):
+    share = {"D2": 0.5, "D5": 0.6}
+
+    def scored(run, step, protocol):
+        assert protocol == "voc07"
+        return {"classes": {name: {"ap": share[step.output]} for name in VOC_CLASSES}}
+
+    monkeypatch.setattr(stages.evaluation, "evaluate", scored)
+    rows = beside_published(open_tiny(copied))
+    assert [row["class"] for row in rows[:20]] == list(VOC_CLASSES)
+    means = list(rows[-1].values())
+    assert means[:3] == ["mAP", pytest.approx(50), pytest.approx(60)]
+    assert means[3:] == [69.9, 68.5, 68.9]
+    assert len(list(beside_table(rows).columns)) == 6
 
 
 @pytest.mark.parametrize("artifact", ["P9", "M1", "x", ""])

@@ -6,9 +6,10 @@ from rich.console import Console
 from tiny_runs import open_tiny
 
 from stages import ALTERNATING
-from stages import reporting as module
+from stages import progress as module
 from stages.evaluation import summary
-from stages.reporting import Reporter, duration, number, plan_table, recall_table, score_table, summary_tables
+from stages.progress import Reporter
+from stages.reporting import duration, number, plan_table, recall_table, score_table, summary_tables
 from stages.run import Verdict
 
 PROGRESS = {"event": "progress", "artifact": "M1", "iteration": 40, "iterations": 80, "lr": 0.001, "rpn_cls": 0.5,
