@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from altopt.datasets.dataset import Objects
 from altopt.errors import UsageError
 
-GENERATOR = 2  # part of the description: to be raised with any change of what is drawn
+GENERATOR = 3  # part of the description: to be raised with any change of what is drawn
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-SIZES = (24, 27, 30, 33, 37, 41, 46, 51, 57, 64, 71, 79, 88, 98, 109, 121, 132, 144)  # of the longer side, in pixels
+SIZES = (28, 31, 35, 38, 43, 47, 53, 59, 65, 72, 80, 89, 99, 110, 122, 136, 151, 168)  # of the longer side, in pixels
 MAX_OBJECTS = 5
 MAX_IOU = 20  # per cent, of any two boxes
 MIN_VISIBLE = 60  # per cent of each shape, however many others lie on it
@@ -32,7 +32,7 @@ NOISE = ((90, 30, 24), (30, 20, 12), (10, 12, 4))  # cell in pixels; mean amplit
 GRAIN = (4, 12)  # least and greatest amplitude of the noise of single pixels
 TEXTURE = (24, 20)  # cell in pixels and mean amplitude of the noise on a shape
 
-SMALLEST_PICTURE = 32
+SMALLEST_PICTURE = 40
 CACHE_BYTES = 2**30
 
 _TRIES = 20
