@@ -165,7 +165,7 @@ def test_a_malformed_split_is_refused(split):
 def test_other_mistakes_are_refused():
     with pytest.raises(UsageError, match="occurs twice"):
         ShapesDataset(("train:4", "train:5"))
-    with pytest.raises(UsageError, match="at least 32"):
+    with pytest.raises(UsageError, match="at least 40"):
         ShapesDataset(("train:4",), width=31)
     with pytest.raises(UsageError, match="empty"):
         open_dataset(DataConfig(format="shapes", train=("a:1",), test=("b:1",), classes=("dog",)), "train", None)
@@ -182,4 +182,4 @@ def test_opening_takes_the_split_that_is_asked_for():
 
 
 def test_smallest_picture_has_a_shape():
-    assert all(len(draw(0, "train", number, 32, 32)[1]) >= 1 for number in range(20))
+    assert all(len(draw(0, "train", number, 40, 40)[1]) >= 1 for number in range(20))
