@@ -26,7 +26,7 @@ class PretrainOnCrops(TrainingConfig):
     backbone: str
     data: DataConfig
     crop_side: int = sourced(64, "four cells of the last feature map")
-    background: float = sourced(0.2, "measured: enough to learn what noise looks like")
+    background: float = sourced(0.2, "chosen: enough to learn what noise looks like")
 
 
 def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Runtime) -> dict[str, Any]:
