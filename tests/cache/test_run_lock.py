@@ -22,9 +22,8 @@ HOLD = """
     time.sleep(60)
 """
 HOLD_AND_FORK = """
-    worker = os.fork()
-    if worker:
-        print(worker, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # by the worker itself: its end of the fork is then done
     time.sleep(60)
 """
 OUTLIVE_A_WORKER = """
