@@ -149,7 +149,8 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
         snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)
         seconds = train(module, read, config, key=key, device=device, workers=runtime.workers, snapshots=snapshots,
                         report=report, report_every=runtime.report_every, diverged=keep_batch)
-    return {"train_seconds": round(seconds, 2), "iterations": config.iterations}
+    # The number of threads decides the order of sums, and so the last bits, on the CPU.
+    return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads()}
 
 
 def snapshot_path(out: Path) -> Path:
