@@ -12,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from stages.run import Run
-    from stages.step import Step
+    from stages.step import Runtime, Step
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 1 a bug, 2 usage or settings, 3 data set invalid, 4 artifact missing, foreign or corrupt,
@@ -48,14 +48,16 @@ class Stages(Suggesting):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command of one stage, with its inputs, output and settings as its help."""
         from altopt.errors import UsageError
-        from stages import ALTERNATING, PRETRAINED
+        from stages import PRETRAINED, SCHEMES
         from stages.run import find_step
 
-        try:
-            step = find_step([PRETRAINED[1], *ALTERNATING], cmd_name)
-        except UsageError as error:
-            ctx.fail(str(error))
-        return stage_command(step)
+        complaints = []
+        for scheme in SCHEMES.values():
+            try:
+                return stage_command(cmd_name, find_step([PRETRAINED[1], *scheme], cmd_name))
+            except UsageError as error:
+                complaints.append(str(error))
+        raise click.UsageError(complaints[0], ctx)
 
 
 def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
@@ -64,6 +66,7 @@ def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 
 RUN_OPTIONS = [
+    option("--scheme", metavar="NAME", help="The way to train. Default: the recipe's, which is alternating."),
     option("--recipe", metavar="NAME|FILE", help="The experiment. Default: the run folder's own, or shapes."),
     option("--run", "run_name", metavar="NAME", help="The folder runs/NAME. Default: the recipe's name."),
     option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting, e.g. train_rpn.lr=0.01."),
@@ -150,8 +153,8 @@ def stage_group() -> None:
     """
 
 
-def stage_command(step: "Step") -> click.Command:
-    """Return the command of one stage."""
+def stage_command(word: str, step: "Step") -> click.Command:
+    """Return the command of the stage that ``word`` names; ``step`` is what its help describes."""
 
     @with_options(RUN_OPTIONS, WORK_OPTIONS)
     @FROM_OPTION
@@ -160,17 +163,18 @@ def stage_command(step: "Step") -> click.Command:
     def run_stage(start: str | None, init: str | None, force: bool, **options: Any) -> None:
         from stages.run import find_step, run_one, take_from
 
-        if init:
-            options["sets"] = (*options["sets"], f"{step.table}.init={init.upper()}")
         run = open_run(options)
+        target = find_step(run.recipe.steps, word)
+        if init:
+            run = open_run(options | {"sets": (*options["sets"], f"{target.table}.init={init.upper()}")})
+            target = find_step(run.recipe.steps, word)
         with working_in(run):
-            target = find_step(run.recipe.steps, step.output)
             if start:
                 made = run.bring_up_to_date(take_from(run, run.recipe.steps, start, target), force=force)
             else:
                 made = run_one(run, target, force)
             if not made:
-                run.runtime.report({"event": "note", "text": f"{step.output} is up to date: nothing to do"})
+                run.runtime.report({"event": "note", "text": f"{target.output} is up to date: nothing to do"})
 
     from stages.recipe import describe_config
 
@@ -204,12 +208,12 @@ def status(as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("network", default="M5")
+@click.argument("network", required=False)
 @with_options(RUN_OPTIONS, WORK_OPTIONS)
 @option("--protocol", type=click.Choice(PROTOCOLS), help="Default: the recipe's.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(network: str, protocol: str | None, as_json: bool, **options: Any) -> None:
-    """Detect on the test split and score: M5, or M1+M2 for the pair that shares nothing.
+def evaluate(network: str | None, protocol: str | None, as_json: bool, **options: Any) -> None:
+    """Detect on the test split and score: the final network, or M1+M2 for the pair that shares nothing.
 
     \b
     altopt evaluate M5 --protocol voc10
@@ -219,7 +223,7 @@ def evaluate(network: str, protocol: str | None, as_json: bool, **options: Any) 
 
     run = open_run(options)
     with locked(run):
-        result = score_network(run, detection_step(network), protocol or run.protocol)
+        result = score_network(run, detection_step(run, network), protocol or run.protocol)
     print_score(result, as_json)
 
 
@@ -344,20 +348,63 @@ def beside(as_json: bool, **options: Any) -> None:
         show(beside_table(rows))
 
 
+@main.command()
+@option("--schemes", metavar="A,B", help="Some of the schemes. Default: all.")
+@option("--seeds", type=click.IntRange(1), default=3, help="How many times each is trained: seeds 1, 2, ...")
+@option("--recipe", default="shapes", metavar="NAME|FILE", help="The experiment.")
+@option("--run", "run_name", metavar="NAME", help="The folder runs/NAME. Default: compare-RECIPE.")
+@option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting in every run.")
+@option("--data-root", type=click.Path(path_type=Path), help="Where the data set lies. Default: the recipe's.")
+@option("--from", "given", multiple=True, metavar="M0=FILE", help="Take an artifact as given in every run.")
+@with_options(WORK_OPTIONS)
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(schemes: str | None, seeds: int, recipe: str, run_name: str | None, as_json: bool, **options: Any) -> None:
+    """Train every way on the same data and print one table: mAP, time by kind of work, disk, and the slides' figures.
+
+    What is up to date is left alone; an interrupted comparison goes on where it stopped.
+
+    \b
+    altopt compare
+    altopt compare --schemes alternating,approximate-joint --seeds 1
+    """
+    from stages import comparison
+    from stages.recipe import check_scheme
+
+    chosen = [check_scheme(name.strip()) for name in schemes.split(",")] if schemes else list(comparison.SLIDES)
+    folder = Path("runs") / (run_name or f"compare-{Path(recipe).stem}")
+    results = []
+    for each in comparison.outcomes(
+            folder, recipe, chosen, range(1, seeds + 1), options["sets"], work_runtime(options),
+            data_root=options["data_root"], given=options["given"], working_in=working_in):
+        results.append(each)
+        comparison.write(folder, results)
+    table = comparison.rows(results)
+    if as_json:
+        print_json(table)
+    else:
+        from stages.reporting import comparison_table
+
+        show(comparison_table(comparison.HEADINGS, [comparison.printed(row) for row in table]))
+        click.echo(f"The same in {folder}/compare.json, .csv and .md")
+
+
 def open_run(options: dict[str, Any]) -> "Run":
     """Return the run that the options speak of."""
     from stages.run import open_folder
     from stages.step import Runtime
 
-    runtime = Runtime(
-        device=options.get("device", "auto"), workers=options.get("workers", 1),
-        snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
-    )
-    if "device" in options:
-        from stages.progress import Reporter
+    runtime = work_runtime(options) if "device" in options else Runtime()
+    return open_folder(options["recipe"], options["scheme"], options["run_name"], options["sets"],
+                       options["data_root"], runtime)
 
-        runtime.report = Reporter(stderr())
-    return open_folder(options["recipe"], options["run_name"], options["sets"], options["data_root"], runtime)
+
+def work_runtime(options: dict[str, Any]) -> "Runtime":
+    """Return the runtime that ``WORK_OPTIONS`` ask for; it reports to stderr."""
+    from stages.progress import Reporter
+    from stages.step import Runtime
+
+    return Runtime(device=options["device"], workers=options["workers"], snapshot_seconds=options["snapshot_seconds"],
+                   report_every=options["log_every"], report=Reporter(stderr()))
 
 
 @contextmanager

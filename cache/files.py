@@ -69,6 +69,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Make ``path`` the same file as ``source``, or a copy where the file system has no links.
+
+    Both stay whole when one of them is made anew: files are replaced, never written into.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            temporary.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 class DeferringFile(io.FileIO):
     """A file for a library that cannot bear a failed write: it seems to work, and the first error waits in ``error``.
 

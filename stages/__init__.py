@@ -25,8 +25,12 @@ ALTERNATING = [
     Step("M5", add_rpn_layers, "M4", "M3"),
 ]
 
-# What is evaluated: two networks that share nothing (the paper's "unshared"), and the one of the last step.
-DETECTIONS = [
-    Step("D2", detect_unshared, "M1", "M2"),
-    Step("D5", detect_shared, "M5"),
-]
+SCHEMES = {
+    "alternating": ALTERNATING,
+}
+
+# What is evaluated, scheme by scheme. Alternating: two networks that share nothing (the paper's "unshared"), and the
+# one of the last step.
+DETECTIONS = {
+    "alternating": [Step("D2", detect_unshared, "M1", "M2"), Step("D5", detect_shared, "M5")],
+}

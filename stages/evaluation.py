@@ -13,24 +13,43 @@ from altopt.evaluation.recall import LIMITS, proposal_recall
 from altopt.evaluation.scoring import score
 from cache.files import write_text_atomic
 from cache.proposals import ProposalFile
-from stages import DETECTIONS
 from stages.run import Run
 from stages.step import Step
 
-NAMES = {"D2": "M1+M2 (unshared)", "D5": "M5 (shared)"}
+
+def detection_steps(run: Run) -> list[Step]:
+    """Return the steps of a run that end in detections."""
+    return [step for step in run.recipe.detections if step.output.startswith("D")]
 
 
-def detection_step(word: str) -> Step:
-    """Return the detection step for ``M5`` or ``M1+M2``."""
-    for step in DETECTIONS:
-        if word.upper().replace(" ", "") in ("+".join(step.inputs), step.output):
+def networks(step: Step) -> str:
+    """Return what a detection step detects with: ``M1+M2``."""
+    return "+".join(name for name in step.inputs if not name.startswith("T"))
+
+
+def name_of(run: Run, step: Step) -> str:
+    """Return what a score is called: the networks, and what sets them apart from the others of the run."""
+    of_alternating = {"D2": "unshared", "D5": "shared"}
+    alternating = run.recipe.scheme == "alternating"
+    return f"{networks(step)} ({of_alternating[step.output] if alternating else run.recipe.scheme})"
+
+
+def detection_step(run: Run, word: str | None) -> Step:
+    """Return the detection step for ``M5`` or ``M1+M2``; the run's last one for None."""
+    steps = detection_steps(run)
+    for step in steps:
+        if word is not None and word.upper().replace(" ", "") in (networks(step), step.output):
             return step
-    raise UsageError(f"there is nothing to evaluate under {word!r}: choose M5, or M1+M2 for the unshared pair")
+    if word is None:
+        return steps[-1]
+    raise UsageError(f"there is nothing to evaluate under {word!r}: choose "
+                     f"{' or '.join(networks(step) for step in reversed(steps))}")
 
 
 def possible(run: Run, step: Step) -> bool:
-    """Return whether everything that a detection step needs is in the folder."""
-    return all(run.path(name).is_file() for name in step.inputs)
+    """Return whether everything that a detection step needs is in the folder, or made along with it."""
+    made = {each.output for each in run.recipe.detections}
+    return all(name in made or run.path(name).is_file() for name in step.inputs)
 
 
 def evaluate(run: Run, step: Step, protocol: str) -> dict[str, Any]:
@@ -39,10 +58,10 @@ def evaluate(run: Run, step: Step, protocol: str) -> dict[str, Any]:
     Kept in metrics.json under the detections' hash, so asking again costs nothing.
     """
     for name in step.inputs:
-        if not run.path(name).is_file():
+        if name not in {each.output for each in run.recipe.detections} and not run.path(name).is_file():
             raise ArtifactError(f"{name} is not in {run.folder}: make it with altopt stage {name}, or run-all")
-    if not run.verdict(step).valid:
-        run.make(step)
+    steps = run.recipe.detections
+    run.bring_up_to_date(steps[: steps.index(step) + 1])
     record = run.record(step.output)
     assert record is not None
     key = {"detections": record.sha256, "data": record.data, "protocol": protocol}
@@ -53,15 +72,18 @@ def _score(run: Run, step: Step, protocol: Any, metrics: dict[str, Any]) -> dict
     dataset = open_dataset(run.recipe.config(step).data, "test", run.runtime.data_root)
     found = read_detections(run.path(step.output), dataset.ids, dataset.category_ids)
     result = score(protocol, {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
-    return {"name": NAMES[step.output], "pictures": len(dataset.ids), **result.as_dict(), **metrics}
+    return {"name": name_of(run, step), "pictures": len(dataset.ids), **result.as_dict(), **metrics}
 
 
 def beside_published(run: Run) -> list[dict[str, Any]]:
     """Return rows of AP in per cent: this run's unshared pair and M5 beside the paper's and py-faster-rcnn's."""
     from altopt.published import VOC07_VGG16, beside
 
+    if run.recipe.scheme != "alternating":
+        raise UsageError(f"{run.folder} follows the scheme {run.recipe.scheme}, and the published figures are of "
+                         "alternating optimisation: see altopt compare")
     columns = []
-    for step in DETECTIONS:
+    for step in detection_steps(run):
         result = evaluate(run, step, "voc07")
         measured = {name: each["ap"] for name, each in result["classes"].items()}
         columns.append({row.name: row for row in beside(measured)})
@@ -72,12 +94,17 @@ def beside_published(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def proposal_steps(run: Run) -> dict[str, Step]:
+    """Return {artifact: step} of the proposals that a run makes on the training split."""
+    return {step.output: step for step in run.recipe.steps if step.output.startswith("P")}
+
+
 def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool = False) -> dict[str, Any]:
     """Return the recall of a proposal file on the training split, for each number of proposals.
 
     With ``keep``, which only the holder of the run folder may ask for, it is kept in metrics.json.
     """
-    steps = {step.output: step for step in run.recipe.steps if step.output.startswith("P")}
+    steps = proposal_steps(run)
     if artifact not in steps:
         raise UsageError(f"there are no proposals {artifact!r}: choose {' or '.join(steps)}")
     step, path = steps[artifact], run.path(artifact)
@@ -118,8 +145,8 @@ def _kept(path: Path) -> dict[str, dict[str, Any]]:
 
 def summary(run: Run, protocol: str) -> dict[str, Any]:
     """Return what ``run-all`` ends with: scores of what can be evaluated, recalls, and the time of each stage."""
-    scores = [evaluate(run, step, protocol) for step in DETECTIONS if possible(run, step)]
-    recalls = {name: recall(run, name, keep=True) for name in ("P1", "P2") if run.path(name).is_file()}
+    scores = [evaluate(run, step, protocol) for step in detection_steps(run) if possible(run, step)]
+    recalls = {name: recall(run, name, keep=True) for name in proposal_steps(run) if run.path(name).is_file()}
     times = {}
     for step in run.recipe.steps:
         record = run.record(step.output)

@@ -15,16 +15,17 @@ import typing
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import DataConfig
 from altopt.errors import UsageError
-from stages import ALTERNATING, DETECTIONS, PRETRAINED
+from stages import DETECTIONS, PRETRAINED, SCHEMES
 from stages.step import Step
 
-HEADER = ("title", "description", "data_root", "protocol", "expect")
+HEADER = ("title", "description", "data_root", "protocol", "expect", "scheme")
 SHARED: dict[str, type] = {"network": NetworkConfig, "data": DataConfig}
 AT_LEAST = {"iterations": 0, "warmup": 0} | dict.fromkeys(
     ("images_per_batch", "short_side", "max_side", "rpn_channels", "crop_side", "anchors_per_image",
@@ -49,6 +50,11 @@ class Recipe:
     tables: dict[str, dict[str, Value]]
 
     @property
+    def scheme(self) -> str:
+        """Which list of steps is followed."""
+        return str(self.header.get("scheme", "alternating"))
+
+    @property
     def pretrained(self) -> Step:
         """The step that makes M0: the one that the recipe has a table for."""
         named = [step for step in PRETRAINED if step.table in self.tables]
@@ -56,8 +62,13 @@ class Recipe:
 
     @property
     def steps(self) -> list[Step]:
-        """Return M0's step and the seven stages."""
-        return [self.pretrained, *ALTERNATING]
+        """M0's step and the scheme's."""
+        return [self.pretrained, *SCHEMES[self.scheme]]
+
+    @property
+    def detections(self) -> list[Step]:
+        """The steps that detect on the test split."""
+        return DETECTIONS[self.scheme]
 
     def values(self, step: Step) -> dict[str, Value]:
         """Return the settings that a step's config takes from this recipe, defaults included."""
@@ -85,7 +96,7 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Return every setting with its source, JSON-able."""
         tables = {table: _shared_values(cls) | self.tables.get(table, {}) for table, cls in SHARED.items()}
-        tables |= {step.table: self.values(step) for step in [*self.steps, *DETECTIONS]}
+        tables |= {step.table: self.values(step) for step in [*self.steps, *self.detections]}
         return self.header | {
             table: {key: {"value": each.value, "source": each.source} for key, each in values.items()}
             for table, values in tables.items()
@@ -96,7 +107,7 @@ class Recipe:
         lines = [f"{key} = {_toml(value)}" for key, value in self.header.items()]
         for table, cls in SHARED.items():
             lines += _table(table, _shared_values(cls) | self.tables.get(table, {}))
-        for table, step in {step.table: step for step in [*self.steps, *DETECTIONS]}.items():
+        for table, step in {step.table: step for step in [*self.steps, *self.detections]}.items():
             lines += _table(table, self.values(step))
         return "\n".join(lines) + "\n"
 
@@ -104,7 +115,8 @@ class Recipe:
 @cache
 def stage_tables() -> dict[str, type]:
     """Return {table name: config class} of every stage that a recipe can speak of."""
-    return {step.table: step.config_class for step in [*PRETRAINED, *ALTERNATING, *DETECTIONS]}
+    steps = [*PRETRAINED, *chain.from_iterable([*SCHEMES.values(), *DETECTIONS.values()])]
+    return {step.table: step.config_class for step in steps}
 
 
 def packaged() -> dict[str, Path]:
@@ -113,12 +125,15 @@ def packaged() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def read_recipe(name_or_path: str, sets: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe by name or file, with ``table.field=value`` overrides. Raises ``UsageError``."""
+def read_recipe(name_or_path: str, sets: typing.Sequence[str] = (), scheme: str | None = None) -> Recipe:
+    """Read a recipe by name or file, with ``table.field=value`` overrides and perhaps another scheme than its own.
+
+    Raises ``UsageError``.
+    """
     known = packaged()
     path = known.get(name_or_path, Path(name_or_path))
     if not path.is_file():
-        raise UsageError(f"there is no recipe {name_or_path!r}{_nearest(name_or_path, known)}: choose one of "
+        raise UsageError(f"there is no recipe {name_or_path!r}{nearest(name_or_path, known)}: choose one of "
                          f"{', '.join(known)}, or give a .toml file")
     try:
         text = path.read_text(encoding="utf-8")
@@ -128,12 +143,21 @@ def read_recipe(name_or_path: str, sets: typing.Sequence[str] = ()) -> Recipe:
     tables = _tables(content, _sources(text), str(path))
     for assignment in sets:
         _override(tables, assignment)
-    header = {key: content[key] for key in HEADER if key in content}
+    header = {key: content[key] for key in HEADER if key in content} | ({"scheme": scheme} if scheme else {})
+    check_scheme(header.get("scheme", "alternating"))
     _converted(header.get("protocol", "voc07"), PROTOCOL, "protocol")
     recipe = Recipe(header.get("title", path.stem), {"title": path.stem} | header, tables)
-    for step in [*recipe.steps, *DETECTIONS]:
+    for step in [*recipe.steps, *recipe.detections]:
         _check_init(recipe, step, recipe.config(step))
     return recipe
+
+
+def check_scheme(name: str) -> str:
+    """Return the name of a scheme. Raises ``UsageError`` if it is none."""
+    if name not in SCHEMES:
+        raise UsageError(f"there is no scheme {name!r}{nearest(str(name), SCHEMES)}: choose one of "
+                         f"{', '.join(SCHEMES)}")
+    return name
 
 
 def _check_init(recipe: Recipe, step: Step, config: Any) -> None:
@@ -163,18 +187,19 @@ def _require_field(table: str, key: str, where: str) -> None:
     classes = stage_tables()
     names = [*SHARED, "all", *classes]
     if table not in names:
-        raise UsageError(f"{where}: there is no table {table!r}{_nearest(table, names)}; tables are {', '.join(names)}")
+        raise UsageError(f"{where}: there is no table {table!r}{nearest(table, names)}; tables are {', '.join(names)}")
     if table == "all":
         known = sorted({each.name for cls in classes.values() for each in fields(cls)} - {"network", "data"})
     else:
         cls = SHARED.get(table) or classes[table]
         known = [each.name for each in fields(cls) if each.name not in ("network", "data", "backbone")]
     if key not in known:
-        raise UsageError(f"{where}: {table} has no field {key!r}{_nearest(key, known)}; its fields are "
+        raise UsageError(f"{where}: {table} has no field {key!r}{nearest(key, known)}; its fields are "
                          f"{', '.join(known)}")
 
 
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """Return a hint at the known word that is most like this one; nothing if none is."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -231,7 +256,7 @@ def _converted(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise UsageError(f"{name} = {value!r}{_nearest(str(value), map(str, arguments))}: it is one of "
+        raise UsageError(f"{name} = {value!r}{nearest(str(value), map(str, arguments))}: it is one of "
                          f"{', '.join(map(str, arguments))}")
     if origin is tuple:
         if isinstance(value, list | tuple):

@@ -92,6 +92,16 @@ def beside_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def comparison_table(headings: list[str], rows: list[list[str]]) -> Table:
+    """Return a row for each scheme."""
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "scheme" else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def per_cent(value: float | None) -> str:
     """Return a percentage with one decimal; a dash where it is not defined."""
     return "-" if value is None else f"{value:.1f}"

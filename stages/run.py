@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from altopt.datasets.opening import open_dataset
 from altopt.errors import AltoptError, ArtifactError, DataError
-from cache.files import Memo, digest_files, sha256_file, write_text_atomic
+from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import Record, differences, plain, read_record, write_record
 from stages.recipe import Recipe
 from stages.step import Runtime, Step, file_name
@@ -194,6 +194,27 @@ class Run:
                 made.append(step)
         return made
 
+    def take_over(self, step: Step, other: "Run") -> bool:
+        """Take a step's output from another run if that made it from equal inputs in the same way; say whether."""
+        record = other.record(step.output)
+        if record is None or record.given is not None or not other.path(step.output).is_file():
+            return False
+        config = self.recipe.config(step)
+        inputs = step.inputs_for(config)
+        alike = (
+            (record.stage, record.version) == (step.name, step.config_class.version)  # type: ignore[attr-defined]
+            and all(self.path(name).is_file() for name in inputs)
+            and record.inputs == {name: self.memo.sha256(self.path(name)) for name in inputs}
+            and record.config == key_of(step, config)
+            and record.data == self.data_digest(step)
+            and record.sha256 == other.memo.sha256(other.path(step.output))
+        )
+        if alike:
+            link_or_copy(other.path(step.output), self.path(step.output))
+            write_record(self._record_path(step.output), record)
+            self.report(step, {"event": "reason", "text": f"taken over from {other.folder}"})
+        return alike
+
     def adopt(self, artifact: str, source: Path | None, why: str) -> None:
         """Take an artifact as given: the one in the folder, or ``source``, which is copied in after a look at it."""
         if source is not None:
@@ -274,13 +295,13 @@ def _look_at(artifact: str, path: Path, recipe: Recipe) -> None:
 def find_step(steps: Sequence[Step], word: str) -> Step:
     """Return the step named by its number (0 is M0), its output or its function. Raises ``UsageError``."""
     from altopt.errors import UsageError
-    from stages.recipe import _nearest
+    from stages.recipe import nearest
 
     for number, step in enumerate(steps):
         if word.lower() in (str(number), step.output.lower(), step.name, step.name.replace("_", "-")):
             return step
     names = [step.output for step in steps] + [step.name for step in steps]
-    raise UsageError(f"there is no stage {word!r}{_nearest(word, names)}: give 1 to {len(steps) - 1}, an output such "
+    raise UsageError(f"there is no stage {word!r}{nearest(word, names)}: give 1 to {len(steps) - 1}, an output such "
                      f"as M2, or a function: {', '.join(step.name for step in steps)}")
 
 
@@ -324,14 +345,22 @@ def run_one(run: Run, step: Step, force: bool) -> list[Step]:
     return run.bring_up_to_date([step], force)
 
 
-def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_root: Path | None,
-                runtime: Runtime) -> Run:
-    """Return the run in runs/NAME with its recipe: the one asked for, or the folder's own, or ``shapes``."""
+def open_folder(recipe: str | None, scheme: str | None, name: str | None, sets: Sequence[str],
+                data_root: Path | None, runtime: Runtime) -> Run:
+    """Return the run in runs/NAME with its recipe: the one asked for, or the folder's own, or ``shapes``.
+
+    A scheme other than alternating has a folder of its own: runs/shapes-approximate-joint.
+    """
+    from altopt.errors import UsageError
     from stages.recipe import read_recipe
 
-    folder = Path("runs") / (name or (Path(recipe).stem if recipe else "shapes"))
+    suffix = f"-{scheme}" if scheme not in (None, "alternating") else ""
+    folder = Path("runs") / (name or (Path(recipe).stem if recipe else "shapes") + suffix)
     kept = folder / "recipe.toml"
-    chosen = read_recipe(recipe or (str(kept) if kept.is_file() else "shapes"), sets)
+    chosen = read_recipe(recipe or (str(kept) if kept.is_file() else "shapes"), sets, scheme)
+    if kept.is_file() and (held := read_recipe(str(kept)).scheme) != chosen.scheme:
+        raise UsageError(f"{folder} was begun with the scheme {held}, and {chosen.scheme} is asked for: name another "
+                         "folder with --run, or leave --scheme out")
     if data_root is not None:
         chosen.header["data_root"] = str(data_root)
     runtime.data_root = Path(chosen.header.get("data_root", "data"))
