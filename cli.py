@@ -1,7 +1,7 @@
 """The command line: parse, one call, print. Heavy imports happen inside the commands that need them."""
 
-import difflib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +27,8 @@ class Suggesting(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Resolve as click does, with a suggestion in the error."""
         if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            import difflib
+
             names = self.list_commands(ctx)
             close = difflib.get_close_matches(args[0], names, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Commands are {', '.join(names)}."
@@ -421,10 +423,11 @@ def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
              "verdict": each.state, "reasons": list(each.reasons), "seconds": seconds.get(each.step.output)}
             for each in verdicts]})
         return
-    from stages.reporting import plan_table
+    from stages.plan import plan_lines
 
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     click.echo(f"{run.folder}: recipe {run.recipe.name}")
-    show(plan_table(verdicts, seconds))
+    click.echo("\n".join(plan_lines(verdicts, seconds, width)))
 
 
 def run() -> None:
