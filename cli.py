@@ -310,17 +310,23 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
 @option("--archive", "archives", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="An archive you already have; give both.")
 @option("--mirror", "mirrors", multiple=True, metavar="URL", help="A place to try before the known ones.")
-def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str, ...]) -> None:
+@option("--manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A TOML file with name, size and sha256 of other archives, in place of the official ones.")
+def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str, ...], manifest: Path | None) -> None:
     """Fetch PASCAL VOC 2007, trainval and test, checked by size and SHA-256; goes on where it was interrupted.
 
     \b
     altopt fetch-voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
     """
-    from altopt.datasets.voc07_archive import obtain
+    from altopt.datasets.voc07_archive import VOC07, obtain, read_manifest
     from stages.progress import download_progress
 
+    if manifest:
+        click.echo(f"archives are accepted by {manifest}, not by the official sizes and hashes", err=True)
+    wanted = read_manifest(manifest) if manifest else VOC07
     with download_progress(stderr()) as progress:
-        folder = obtain(data_root, archive_files=list(archives), mirrors=list(mirrors), progress=progress)
+        folder = obtain(data_root, archives=wanted, archive_files=list(archives), mirrors=list(mirrors),
+                        progress=progress)
     click.echo(folder)
 
 
