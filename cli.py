@@ -1,7 +1,7 @@
 """The command line: parse, one call, print. Heavy imports happen inside the commands that need them."""
 
-import difflib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +27,8 @@ class Suggesting(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Resolve as click does, with a suggestion in the error."""
         if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            import difflib
+
             names = self.list_commands(ctx)
             close = difflib.get_close_matches(args[0], names, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Commands are {', '.join(names)}."
@@ -312,17 +314,23 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
 @option("--archive", "archives", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="An archive you already have; give both.")
 @option("--mirror", "mirrors", multiple=True, metavar="URL", help="A place to try before the known ones.")
-def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str, ...]) -> None:
+@option("--manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A TOML file with name, size and sha256 of other archives, in place of the official ones.")
+def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str, ...], manifest: Path | None) -> None:
     """Fetch PASCAL VOC 2007, trainval and test, checked by size and SHA-256; goes on where it was interrupted.
 
     \b
     altopt fetch-voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
     """
-    from altopt.datasets.voc07_archive import obtain
+    from altopt.datasets.voc07_archive import VOC07, obtain, read_manifest
     from stages.progress import download_progress
 
+    if manifest:
+        click.echo(f"archives are accepted by {manifest}, not by the official sizes and hashes", err=True)
+    wanted = read_manifest(manifest) if manifest else VOC07
     with download_progress(stderr()) as progress:
-        folder = obtain(data_root, archive_files=list(archives), mirrors=list(mirrors), progress=progress)
+        folder = obtain(data_root, archives=wanted, archive_files=list(archives), mirrors=list(mirrors),
+                        progress=progress)
     click.echo(folder)
 
 
@@ -468,10 +476,11 @@ def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
              "verdict": each.state, "reasons": list(each.reasons), "seconds": seconds.get(each.step.output)}
             for each in verdicts]})
         return
-    from stages.reporting import plan_table
+    from stages.plan import plan_lines
 
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     click.echo(f"{run.folder}: recipe {run.recipe.name}")
-    show(plan_table(verdicts, seconds))
+    click.echo("\n".join(plan_lines(verdicts, seconds, width)))
 
 
 def run() -> None:

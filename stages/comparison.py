@@ -170,7 +170,7 @@ HEADINGS = ["scheme", "mAP", "training", "fine-tuning", "features", "SVMs, regre
 
 def printed(row: dict[str, Any]) -> list[str]:
     """Return a row of ``rows`` as the cells under ``HEADINGS``."""
-    from stages.reporting import duration
+    from stages.plan import duration
 
     slides = row["slides"]
     spread = "" if row["map_sd"] is None else f" ± {row['map_sd']:.3f}"

@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from stages.reporting import duration
+from stages.plan import duration
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
 LOSSES = ("rpn_cls", "rpn_box", "cls", "box")

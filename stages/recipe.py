@@ -5,7 +5,6 @@ that has such a field. A stage's config is its dataclass's defaults, then ``all`
 comment behind a value is its source.
 """
 
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,6 @@ import types
 import typing
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +119,7 @@ def stage_tables() -> dict[str, type]:
 
 def packaged() -> dict[str, Path]:
     """Return {name: file} of the recipes that come with altopt."""
-    folder = Path(str(files("stages.recipes")))
+    folder = Path(__file__).with_name("recipes")
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
@@ -200,6 +198,8 @@ def _require_field(table: str, key: str, where: str) -> None:
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """Return a hint at the known word that is most like this one; nothing if none is."""
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

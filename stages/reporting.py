@@ -5,30 +5,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from stages.run import Verdict
-
-MARKS = {"done": "green", "given": "cyan", "not needed": "dim", "waits": "yellow", "stale": "yellow", "missing": "dim"}
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: 8.4 s, 3 min 20 s, 2 h 05 min."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def plan_table(verdicts: list[Verdict], seconds: dict[str, float]) -> Table:
-    """Return the steps with their verdicts and the reasons."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "output", "stage", "from", "verdict", "why"):
-        table.add_column(heading, overflow="fold")
-    for number, verdict in enumerate(verdicts):
-        step = verdict.step
-        why = "; ".join(verdict.reasons) or duration(seconds.get(step.output, 0.0))
-        table.add_row(str(number), step.output, step.name, ", ".join(step.inputs),
-                      f"[{MARKS[verdict.state]}]{verdict.state}", escape(why))
-    return table
+from stages.plan import duration
 
 
 def summary_tables(summary: dict[str, Any]) -> list[Table]:

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,6 +251,9 @@ def key_of(step: Step, config: Any) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -512,8 +512,7 @@ def test_fetching_from_mirrors_that_are_not_there(altopt, tmp_path, monkeypatch)
     from altopt.datasets import voc07_archive
 
     archives = tuple(dataclasses.replace(each, urls=("http://127.0.0.1:9/x.tar",)) for each in voc07_archive.VOC07)
-    monkeypatch.setattr(voc07_archive.obtain, "__kwdefaults__",
-                        {**voc07_archive.obtain.__kwdefaults__, "archives": archives})
+    monkeypatch.setattr(voc07_archive, "VOC07", archives)
     answer = altopt("fetch-voc07", "--data-root", str(tmp_path))
     assert answer.code == 7
     for word in ("VOCtrainval_06-Nov-2007.tar", "--archive", "127.0.0.1"):
@@ -523,7 +522,8 @@ def test_fetching_from_mirrors_that_are_not_there(altopt, tmp_path, monkeypatch)
 def test_fetching_ends_with_the_folder(altopt, tmp_path, monkeypatch):
     from altopt.datasets import voc07_archive
 
-    def obtain(root, *, archive_files, mirrors, progress):
+    def obtain(root, *, archives, archive_files, mirrors, progress):
+        assert archives is voc07_archive.VOC07
         progress(1, 2)
         progress(2, 2)
         return root / "VOCdevkit" / "VOC2007" / str(mirrors[0])

@@ -12,9 +12,9 @@ import pytest
 
 from altopt import download
 from altopt.datasets import voc07_archive
-from altopt.datasets.voc07_archive import VOC07, Archive, is_extracted, obtain
+from altopt.datasets.voc07_archive import VOC07, Archive, is_extracted, obtain, read_manifest
 from altopt.download import exclusive
-from altopt.errors import BusyError, DataError, DownloadError, ResourceError
+from altopt.errors import BusyError, DataError, DownloadError, ResourceError, UsageError
 
 FOLDER = "VOCdevkit/VOC2007"
 TRAINVAL_FILES = {
@@ -353,3 +353,36 @@ def test_official_archives() -> None:
     for archive in VOC07:
         assert len(set(archive.urls)) == len(archive.urls) >= 3
         assert all(url.startswith(("https://", "http://")) and url.endswith("/" + archive.name) for url in archive.urls)
+
+
+def entry(name: str = "a.tar", size: object = 5, sha256: str = "0" * 64, rest: str = "") -> str:
+    return f'[[archive]]\nname = "{name}"\nsize = {size}\nsha256 = "{sha256}"\n{rest}'
+
+
+def test_manifest_names_other_archives(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(entry() + entry("b.tar", 7, "f" * 64))
+    assert read_manifest(path) == (Archive("a.tar", 5, "0" * 64, ()), Archive("b.tar", 7, "f" * 64, ()))
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "names no archive"),
+    (entry() + entry(), "one twice"),
+    ("archive = 3", "is no manifest"),
+    (entry("../a.tar"), "is no manifest"),
+    (entry("..", rest="urls = []"), "is no manifest"),
+    (entry(size=0), "is no manifest"),
+    (entry(size="true"), "is no manifest"),
+    (entry(size='"5"'), "is no manifest"),
+    (entry(sha256="f" * 63), "is no manifest"),
+    (entry(rest="members = 'x'"), "is no manifest"),
+    ('[[archive]]\nname = "a.tar"\n', "is no manifest"),
+    ("[[archive", "cannot be read"),
+])  # fmt: skip
+def test_manifest_that_is_none(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=words) as caught:
+        read_manifest(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -7,6 +7,8 @@ Picture ids are the json's own, as strings. A box may stick out of its picture b
 and is taken as it is; nothing is repaired.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -14,10 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from altopt.datasets.dataset import (
     LEAVE_OUT,
@@ -25,12 +24,14 @@ from altopt.datasets.dataset import (
     Findings,
     Objects,
     below,
-    check_picture,
-    compare_size,
     inside,
-    read_picture,
 )
+from altopt.datasets.picture_files import check_picture, compare_size, read_picture
 from altopt.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MARGIN = 1.0
 
@@ -70,7 +71,7 @@ class CocoDataset:
         *,
         classes: tuple[str, ...] = (),
         invalid: str = "error",
-        train: "CocoDataset | None" = None,
+        train: CocoDataset | None = None,
     ) -> None:
         self.name = f"COCO {'+'.join(Path(split.partition(':')[0]).stem for split in splits)}"
         self._root, self._splits, self._asked, self._invalid, self._train = root, splits, classes, invalid, train
@@ -137,13 +138,11 @@ class CocoDataset:
                 raise DataError(f"{label}: {problem}: {LEAVE_OUT}")
             if not problem:
                 kept.append(annotation)
-        xywh = np.array([annotation["bbox"] for annotation in kept], np.float64).reshape(-1, 4)
-        return Objects(
-            boxes=np.hstack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]]).astype(np.float32),
-            labels=np.array([self._labels[annotation["category_id"]] for annotation in kept], np.int64),
-            difficult=np.zeros(len(kept), np.bool_),
-            crowd=np.array([bool(annotation.get("iscrowd", 0)) for annotation in kept], np.bool_),
-            areas=np.array([_area(annotation) for annotation in kept], np.float32),
+        return Objects.of(
+            boxes=[_corners(annotation) for annotation in kept],
+            labels=[self._labels[annotation["category_id"]] for annotation in kept],
+            crowd=[bool(annotation.get("iscrowd", 0)) for annotation in kept],
+            areas=[_area(annotation) for annotation in kept],
         )
 
     def _judged(self, picture_id: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
@@ -282,6 +281,12 @@ def _problem(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _corners(annotation: dict[str, Any]) -> tuple[float, ...]:
+    """Return the box (x1, y1, x2, y2)."""
+    x, y, width, height = map(float, annotation["bbox"])
+    return x, y, x + width, y + height
 
 
 def _area(annotation: dict[str, Any]) -> float:

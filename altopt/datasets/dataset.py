@@ -2,27 +2,26 @@
 
 Boxes are continuous xyxy in pixels of the original picture: an object covers [x1, x2] x [y1, y2] and its width is
 x2 - x1. N is the number of objects in one picture.
+
+numpy and Pillow are imported by what first makes an array or reads a picture: to say which files a data set consists
+of needs neither, so ``altopt plan`` answers at once.
 """
 
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from altopt.errors import DataError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LEAVE_OUT = 'correct the file, or set invalid = "leave-out" to do without such objects'
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
-_END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-_TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,29 @@ class Objects:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def usable(self) -> "Objects":
+    @classmethod
+    def of(
+        cls,
+        boxes: Sequence[Sequence[float]],
+        labels: Sequence[int],
+        *,
+        difficult: Sequence[bool] = (),
+        crowd: Sequence[bool] = (),
+        areas: Sequence[float] | None = None,
+    ) -> Objects:
+        """Return the objects from lists; no object is difficult or a crowd where such a list is left out."""
+        import numpy as np
+
+        none = [False] * len(labels)
+        return cls(
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            labels=np.array(labels, np.int64),
+            difficult=np.array(difficult or none, np.bool_),
+            crowd=np.array(crowd or none, np.bool_),
+            areas=None if areas is None else np.array(areas, np.float32),
+        )
+
+    def usable(self) -> Objects:
         """What training may use: the objects that are neither difficult nor a crowd."""
         keep = ~(self.difficult | self.crowd)
         areas = None if self.areas is None else self.areas[keep]
@@ -128,47 +149,6 @@ class Findings:
         raise DataError(problems[0] + (f"; {others} more problem{'s'[: others > 1]} in {name}" if others else ""))
 
 
-def read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return RGB [H, W, 3] of a picture of the annotated (width, height).
-
-    Grey, palette and CMYK pictures become RGB, transparency is dropped. EXIF orientation is ignored, because
-    annotations count raw pixels. DataError when the file is missing, truncated, or of another size.
-    """
-    with _opened(path) as picture:
-        compare_size(path, picture.size, size)
-        if "transparency" in picture.info:  # straight to RGB, Pillow would warn of palettes with alpha values
-            return np.array(picture.convert("RGBA").convert("RGB"))
-        return np.array(picture.convert("RGB"))
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) from the header; DataError when it cannot be read."""
-    with _opened(path) as picture:
-        return picture.size
-
-
-def check_picture(path: Path) -> tuple[int, int]:
-    """Return (width, height) of a picture that is all there; decodes only where the end marker is not near the end."""
-    with _opened(path) as picture:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            complete = _END_MARKERS[picture.format or "JPEG"] in file.read()
-        if not complete:
-            picture.load()
-        return picture.size
-
-
-def compare_size(path: Path, actual: tuple[int, int], annotated: tuple[int, int]) -> None:
-    """Raise DataError when the picture is not of the annotated (width, height)."""
-    if actual == annotated:
-        return
-    swapped = ", width and height swapped" if actual == annotated[::-1] else ""
-    raise DataError(
-        f"{path} has {actual[0]} x {actual[1]} pixels, its annotation says {annotated[0]} x {annotated[1]}{swapped}: "
-        "correct the annotation, or bring the picture it was made for"
-    )
-
-
 def below(folder: Path, name: str) -> Path:
     """Return folder / name; DataError when the spelling of the name leads out of the folder."""
     pure = PurePosixPath(name)
@@ -219,18 +199,3 @@ def _coco_annotations(objects: Objects, category_ids: tuple[int, ...]) -> Iterat
             "iscrowd": int(objects.crowd[i]),
             "difficult": int(objects.difficult[i]),
         }
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path, formats=("JPEG", "PNG")) as picture:
-            if picture.mode[0] in "IF":
-                raise DataError(f"{path} has more than 8 bits a channel: convert it to 8 bits")
-            yield picture
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: bring the picture, or take it off its list") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is neither a JPEG nor a PNG picture: replace it") from None
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read ({error}): replace it") from error

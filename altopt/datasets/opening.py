@@ -1,12 +1,9 @@
-"""Open the data set that a recipe names. Nothing is parsed before it is asked for."""
+"""Open the data set that a recipe names. Nothing is parsed before it is asked for, and no other format is imported."""
 
 from pathlib import Path
 from typing import Literal
 
-from altopt.datasets.coco import CocoDataset
 from altopt.datasets.dataset import DataConfig, Dataset
-from altopt.datasets.shapes import ShapesDataset
-from altopt.datasets.voc import VocDataset
 from altopt.errors import DataError, UsageError
 
 
@@ -18,13 +15,19 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path
     _check_names(config, split)
     splits = config.train if split == "train" else config.test
     if config.format == "shapes":
+        from altopt.datasets.shapes import ShapesDataset
+
         return ShapesDataset(splits, width=config.width, height=config.height, seed=config.seed)
     folder = _existing(root, config.format)
     if config.format == "voc":
+        from altopt.datasets.voc import VocDataset
+
         voc = VocDataset(folder, config.train, classes=config.classes, invalid=config.invalid)
         if split == "train":
             return voc
         return VocDataset(folder, splits, classes=config.classes, invalid=config.invalid, train=voc)
+    from altopt.datasets.coco import CocoDataset
+
     coco = CocoDataset(folder, config.train, classes=config.classes, invalid=config.invalid)
     if split == "train":
         return coco

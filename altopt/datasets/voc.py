@@ -8,6 +8,8 @@ The files count pixels from 1 and include the last: xmin..xmax becomes [xmin - 1
 Objects are numbered from 1, in the order of the file.
 """
 
+from __future__ import annotations
+
 import difflib
 import math
 import os
@@ -17,10 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from altopt.datasets.dataset import (
     LEAVE_OUT,
@@ -28,13 +27,14 @@ from altopt.datasets.dataset import (
     Findings,
     Objects,
     below,
-    check_picture,
-    compare_size,
     inside,
-    picture_size,
-    read_picture,
 )
+from altopt.datasets.picture_files import check_picture, compare_size, picture_size, read_picture
 from altopt.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -78,7 +78,7 @@ class VocDataset:
         *,
         classes: tuple[str, ...] = (),
         invalid: str = "error",
-        train: "VocDataset | None" = None,
+        train: VocDataset | None = None,
     ) -> None:
         self.name = f"VOC {'+'.join(splits)}"
         self._root, self._splits, self._asked, self._invalid, self._train = root, splits, classes, invalid, train
@@ -113,14 +113,14 @@ class VocDataset:
         return tuple(self._folder_of)
 
     @cached_property
-    def _lists(self) -> list[tuple[Path, "_Folder"]]:
+    def _lists(self) -> list[tuple[Path, _Folder]]:
         """Each split's list file and the folder that it is about."""
         found = [_find_split(self._root, split) for split in self._splits]
         folders = {path: _Folder(self._root, path) for path, _ in found}
         return [(below(path / "ImageSets" / "Main", f"{name}.txt"), folders[path]) for path, name in found]
 
     @cached_property
-    def _folder_of(self) -> dict[str, "_Folder"]:
+    def _folder_of(self) -> dict[str, _Folder]:
         folders: dict[str, _Folder] = {}
         for path, folder in self._lists:
             for picture_id in _read_list(path):
@@ -150,12 +150,10 @@ class VocDataset:
                 raise DataError(f"{label}: {problem}: {LEAVE_OUT}")
             if not problem:
                 kept.append(obj)
-        corners = np.array([obj.corners for obj in kept], np.float64).reshape(-1, 4)
-        return Objects(
-            boxes=(corners - (1, 1, 0, 0)).astype(np.float32),
-            labels=np.array([self.classes.index(obj.name) for obj in kept], np.int64),
-            difficult=np.array([obj.difficult for obj in kept], np.bool_),
-            crowd=np.zeros(len(kept), np.bool_),
+        return Objects.of(
+            boxes=[_continuous(obj) for obj in kept],
+            labels=[self.classes.index(obj.name) for obj in kept],
+            difficult=[obj.difficult for obj in kept],
         )
 
     def files(self) -> list[Path]:
@@ -178,7 +176,7 @@ class VocDataset:
             "invalid": self._invalid,
         }
 
-    def _class_source(self) -> "VocDataset | None":
+    def _class_source(self) -> VocDataset | None:
         """The data set in whose annotations the classes are found; None where they are known without."""
         source = self if self._train is None else self._train
         return None if self._asked or source._dated else source
@@ -293,6 +291,12 @@ def _parse_object(node: ET.Element) -> Object:
     finite = all(math.isfinite(corner) for corner in corners)
     difficult = node.findtext("difficult", "0").strip() == "1"
     return Object(node.findtext("name", "").strip(), corners if finite else None, difficult)
+
+
+def _continuous(obj: Object) -> tuple[float, ...]:
+    """Return the box (x1, y1, x2, y2) of a usable object: the pixels xmin..xmax cover [xmin - 1, xmax]."""
+    xmin, ymin, xmax, ymax = obj.corners or ()
+    return xmin - 1, ymin - 1, xmax, ymax
 
 
 def _problem(obj: Object, size: tuple[int, int], classes: tuple[str, ...]) -> str | None:

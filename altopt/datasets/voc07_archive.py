@@ -10,13 +10,14 @@ import json
 import re
 import shutil
 import tarfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from altopt.download import Progress, exclusive, fetch, matches, need_space, sha256_of, writing
-from altopt.errors import DataError
+from altopt.errors import DataError, UsageError
 
 FOLDER = "VOCdevkit/VOC2007"
 DETECTION = rf"{FOLDER}/(?:Annotations/[\w-]+\.xml|ImageSets/Main/[\w-]+\.txt|JPEGImages/[\w-]+\.jpg)"
@@ -60,6 +61,31 @@ TEST = Archive(
     urls=tuple(f"{mirror}VOCtest_06-Nov-2007.tar" for mirror in MIRRORS),
 )
 VOC07 = (TRAINVAL, TEST)
+
+_MANIFEST = {"name": r"\w[\w.-]*", "size": r"[1-9][0-9]*", "sha256": r"[0-9a-f]{64}"}
+
+
+def read_manifest(path: Path) -> tuple[Archive, ...]:
+    """Return the archives that a TOML file names, each a table ``[[archive]]`` with name, size and sha256.
+
+    They come from a mirror or a file, since nobody else is known to have them. Raises UsageError.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("archive", [])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): give a file of TOML, in UTF-8") from error
+    if not isinstance(tables, list) or not all(map(_is_entry, tables)):
+        raise UsageError(f"{path} is no manifest: each [[archive]] has a name without folders, a size in bytes and a "
+                         "sha256 of 64 hexadecimal digits, and nothing else")
+    if not tables or len({table["name"] for table in tables}) != len(tables):
+        raise UsageError(f"{path} names no archive, or one twice: write a table [[archive]] for each")
+    return tuple(Archive(**table, urls=()) for table in tables)
+
+
+def _is_entry(table: Any) -> bool:
+    if not isinstance(table, dict) or table.keys() != _MANIFEST.keys() or type(table["size"]) is not int:
+        return False
+    return all(re.fullmatch(pattern, str(table[key]), re.ASCII) for key, pattern in _MANIFEST.items())
 
 
 def obtain(

@@ -2,16 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from altopt.datasets.dataset import (
-    Findings,
-    Objects,
-    below,
-    check_picture,
-    inside,
-    picture_size,
-    read_picture,
-    to_coco,
-)
+from altopt.datasets.dataset import Findings, Objects, below, inside, to_coco
+from altopt.datasets.picture_files import check_picture, picture_size, read_picture
 from altopt.datasets.shapes import ShapesDataset
 from altopt.errors import DataError
 

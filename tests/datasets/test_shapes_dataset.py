@@ -6,18 +6,8 @@ import pytest
 
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
-from altopt.datasets.shapes import (
-    MAX_IOU,
-    SHAPES,
-    SIZES,
-    Canvas,
-    Dice,
-    ShapesDataset,
-    draw,
-    enlarge,
-    iou_percent,
-    shape_mask,
-)
+from altopt.datasets.shape_drawing import MAX_IOU, SIZES, Canvas, Dice, draw, enlarge, iou_percent, shape_mask
+from altopt.datasets.shapes import SHAPES, ShapesDataset
 from altopt.errors import UsageError
 
 DIGESTS = ["f01da6a8df06b67f", "857989bb03c15203", "7d2ba0d7c7af8bd1"]

@@ -5,12 +5,10 @@ import pytest
 from rich.console import Console
 from tiny_runs import open_tiny
 
-from stages import ALTERNATING
 from stages import progress as module
 from stages.evaluation import summary
 from stages.progress import Reporter
-from stages.reporting import duration, number, plan_table, recall_table, score_table, summary_tables
-from stages.run import Verdict
+from stages.reporting import number, recall_table, score_table, summary_tables
 
 PROGRESS = {"event": "progress", "artifact": "M1", "iteration": 40, "iterations": 80, "lr": 0.001, "rpn_cls": 0.5,
             "rpn_box": 0.25, "images_per_second": 12.34, "wait_share": 0.02, "seconds": 20.0}
@@ -38,14 +36,6 @@ def printed(*tables, width=160):
     for table in tables:
         console.print(table)
     return console.file.getvalue()
-
-
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0, "0.0 s"), (8.44, "8.4 s"), (59.94, "59.9 s"), (59.99, "1 min 00 s"), (200, "3 min 20 s"),
-    (3599.6, "1 h 00 min"), (7500, "2 h 05 min"), (360000, "100 h 00 min"),
-])
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_number():
@@ -109,23 +99,6 @@ def test_two_reporters_do_not_say_it_twice(plain, logger):
     again = Reporter(Console(file=io.StringIO(), width=200))
     logger.warning("once")
     assert text_of(plain) + text_of(again) == "warning: once\n"
-
-
-def test_plan_shows_verdicts_and_reasons(tmp_path):
-    text = printed(plan_table(open_tiny(tmp_path / "tiny").survey(ALTERNATING), {}))
-    lines = [line.split() for line in text.splitlines()]
-    assert lines[0] == ["output", "stage", "from", "verdict", "why"]
-    assert lines[3] == ["2", "M2", "train_fast_rcnn", "M0,", "P1", "missing", "not", "made", "yet"]
-    assert len(lines) == 8
-
-
-@pytest.mark.parametrize("why", ["given: --from M1=/a/[/b]/M1.safetensors", "given: [bold]", 'was ["a"], is [1, 2]'])
-def test_plan_shows_brackets_as_they_are(why):
-    assert why in printed(plan_table([Verdict(ALTERNATING[0], "given", (why,))], {}))
-
-
-def test_plan_shows_the_time_of_what_is_done():
-    assert "3 min 20 s" in printed(plan_table([Verdict(ALTERNATING[0], "done")], {"M1": 200.0}))
 
 
 def test_summary_shows_scores_recall_and_times(copied):
