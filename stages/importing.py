@@ -164,7 +164,8 @@ class Entrance:
             foreign = f" (it names {_some(self.foreign)}, which are not)" if self.foreign else ""
             share = f"{len(self.missing)} of {len(self.dataset.ids)} pictures"
             raise ArtifactError(f"{self.incoming.path} has no entry for {share} of {self.dataset.name}, such as "
-                                f"{_some(self.missing)}{foreign}: bring a file of this split, or give them no proposals with --allow-missing")
+                                f"{_some(self.missing)}{foreign}: bring a file of this split, or give them no "
+                                "proposals with --allow-missing")
         for image_id in self.missing:
             yield self._objects(image_id), self._write(image_id, np.empty((0, 4), np.float32), np.empty(0, np.float32))
 

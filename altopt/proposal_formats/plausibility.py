@@ -116,8 +116,8 @@ class Plausibility:
             return (f"every x1 and y1 is at least 1 though {last} boxes end at the picture's edge: they look like "
                     "pixels counted from 1 (--frame inclusive-1)")
         if self.frame == "xyxy" and self.begin.get(0, 0) and before and not last:
-            return (f"{self.begin[0]} boxes begin at 0, {before} end one pixel before the picture's edge, none at it: they "
-                    "look like inclusive pixels (--frame inclusive-0)")
+            return (f"{self.begin[0]} boxes begin at 0, {before} end one pixel before the picture's edge, none at it: "
+                    "they look like inclusive pixels (--frame inclusive-0)")
         return ""
 
     def _other_reading(self) -> str:

@@ -27,7 +27,7 @@ class _Dtype:
 
     def __init__(self, code: Any, *_: Any) -> None:
         text = _text(code)
-        self.code = text if PLAIN.fullmatch(text) or text == "O" else None
+        self.code = "O" if text in ("O", "O4", "O8") else text if PLAIN.fullmatch(text) else None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if self.code not in (None, "O"):
@@ -49,10 +49,12 @@ class _Array:
         self.state = state
 
     def read(self) -> Any:
-        """Return the array; one of objects as the list of what it holds, which no consumer tells from a list."""
+        """Return the array; one of objects as the flat list of what it holds."""
         _, shape, dtype, fortran, raw = self.state
         if dtype.code == "O":
-            return list(raw)
+            if not isinstance(raw, list):
+                raise ValueError("an array of objects made of bytes")
+            return raw
         return dtype.read(raw, shape).reshape(shape, order="F" if fortran else "C")
 
 
