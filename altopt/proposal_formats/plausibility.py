@@ -16,7 +16,7 @@ from altopt.proposal_formats.incoming import Boxes, Scores
 EDGE_PIXELS = 1.0  # what a box may stick out by, as rounding makes it
 TRIED_PICTURES = 100
 LIMIT = 2000
-BETTER = 0.1  # the gain in recall at IoU 0.5 from which on another reading of the numbers is worth a word
+BETTER = 0.1  # the gain in average recall from which on another reading of the numbers is worth a word
 WRAPPED = 65000.0  # beyond any picture: what a negative number in uint16 becomes
 
 Reading = Callable[[Boxes], NDArray[np.float32]]
@@ -129,7 +129,7 @@ class Plausibility:
             other = self._recall(reading)
             if other > as_read + BETTER:
                 option = "inclusive-1" if frame == self.frame else frame
-                return (f"recall at IoU 0.5 is {as_read:.2f} as read and {other:.2f} with {words}, on the first "
+                return (f"average recall is {as_read:.2f} as read and {other:.2f} with {words}, on the first "
                         f"{len(self._tried)} pictures with objects: the boxes look like that (--frame {option})")
         return ""
 
@@ -138,4 +138,4 @@ class Plausibility:
             return 0.0
         with np.errstate(invalid="ignore"):
             pairs = [(objects, reading(boxes)) for objects, boxes in self._tried]
-            return float(proposal_recall(pairs, (LIMIT,)).at(LIMIT)[0])
+            return proposal_recall(pairs, (LIMIT,)).average(LIMIT)
