@@ -14,7 +14,7 @@ from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import LIMITS, Recall, proposal_recall
 from altopt.proposal_formats.frames import FRAMES, Frame
-from altopt.proposal_formats.incoming import Incoming
+from altopt.proposal_formats.incoming import Incoming, Raw
 from altopt.proposal_formats.json_files import read_json
 from altopt.proposal_formats.pickles import read_pickle
 from altopt.proposal_formats.plausibility import Plausibility
@@ -31,8 +31,13 @@ SHOWN = (0, 2, 4, 6, 8)  # of the thresholds: IoU 0.5, 0.6, ... 0.9
 
 def read_hdf5(path: Path, ids: tuple[str, ...]) -> Incoming:
     """Return the proposals of an HDF5 file of the schema in cache/proposals.py."""
-    file = ProposalFile(path)
-    return Incoming(path, "altopt's HDF5", "xyxy", ((image_id, *file.get(image_id)) for image_id in file.image_ids))
+    return Incoming(path, "altopt's HDF5", "xyxy", _pictures_of(path))
+
+
+def _pictures_of(path: Path) -> Iterator[Raw]:
+    with ProposalFile(path) as file:
+        for image_id in file.image_ids:
+            yield image_id, *file.get(image_id)
 
 
 READERS: dict[str, Reader] = {
