@@ -138,7 +138,7 @@ def load_pickle(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            return _plain(_Unpickler(file, encoding="latin1").load(), DEPTH)
+            return _plain(_Unpickler(file, encoding="latin1").load(), DEPTH, {})
     except _ForbiddenError as error:
         name = str(error).encode("ascii", "backslashreplace").decode()
         raise ArtifactError(f"{path} is not read: it asks to run {name[:100]!r}, and proposals need nothing but "
@@ -151,21 +151,27 @@ def load_pickle(path: Path) -> Any:
         raise ArtifactError(f"{path} is no pickle of arrays, or damaged ({_line(error)}): {REMEDY}") from error
 
 
-def _plain(value: Any, depth: int) -> Any:
-    """Return the value with arrays and numbers in place of their stand-ins."""
+def _plain(value: Any, depth: int, known: dict[int, Any]) -> Any:
+    """Return the value with arrays and numbers in place of their stand-ins; what occurs twice is made once."""
     if depth == 0:
         raise ValueError(f"containers more than {DEPTH} deep")
+    if value is None or isinstance(value, str | bytes | int | float):
+        return value
+    if id(value) not in known:
+        known[id(value)] = _made(value, depth - 1, known)
+    return known[id(value)]
+
+
+def _made(value: Any, depth: int, known: dict[int, Any]) -> Any:
     if isinstance(value, _Array):
         read = value.read()
-        return _plain(read, depth - 1) if isinstance(read, list) else read
+        return _plain(read, depth, known) if isinstance(read, list) else read
     if isinstance(value, _Scalar):
         return value.read()
     if isinstance(value, dict):
-        return {_plain(key, depth - 1): _plain(each, depth - 1) for key, each in value.items()}
+        return {_plain(key, depth, known): _plain(each, depth, known) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each, depth - 1) for each in value]
-    if value is None or isinstance(value, str | bytes | int | float):
-        return value
+        return [_plain(each, depth, known) for each in value]
     raise ValueError(f"a {type(value).__name__.strip('_').lower()} in place of numbers")
 
 

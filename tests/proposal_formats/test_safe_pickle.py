@@ -144,6 +144,15 @@ def test_raw_bytes_are_never_taken_for_objects(load):
         load(pickle.dumps([np.zeros(2, [("a", "f4"), ("b", "f4")])]))
 
 
+def test_lists_within_lists_are_read_once(load):
+    """Six times twenty lists in one list: a few bytes that stand for sixty million, were each read anew."""
+    nested = [BOX]
+    for _ in range(6):
+        nested = [nested] * 20
+    read = load(nested)
+    assert read[0] is read[19]
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(ArtifactError, match="cannot be read"):
         load_pickle(tmp_path / "none.pkl")

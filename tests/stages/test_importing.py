@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_runs import Reports, open_tiny
 
+import cli
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
@@ -288,6 +289,7 @@ def test_commands(altopt, workplace):
 def test_help_of_import_lists_the_frames(altopt):
     from altopt.proposal_formats.frames import FRAMES
 
+    assert tuple(FRAMES) == cli.FRAMES
     text = altopt("proposals", "import", "--help").out
     assert all(name in text for name in FRAMES)
 
