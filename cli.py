@@ -83,6 +83,10 @@ WORK_OPTIONS = [
 FROM_OPTION = option("--from", "start", metavar="M1[=FILE]",
                      help="Take an artifact as given, from this run or from a file, and go on behind it.")
 
+AS_OPTION = option("--as", "artifact", metavar="P0|T0", required=True,
+                   help="What they are in the run: P0, P1, ... on the training split, T0 on the test split.")
+FRAMES = ("xyxy", "inclusive-0", "inclusive-1", "yxyx-inclusive-1", "xywh")
+
 
 def with_options(*groups: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     """Return a decorator that adds the options of all groups, in their order."""
@@ -272,6 +276,101 @@ def recall(proposals: str, limits: tuple[int, ...], as_json: bool, **options: An
         show(recall_table(result))
 
 
+@main.group(cls=Suggesting)
+def proposals() -> None:
+    """Bring proposals of your own into a run, take a run's out, or make some by selective search.
+
+    \b
+    altopt proposals import voc_2007_trainval.mat --as P0
+    altopt proposals export P1 P1.pkl --format detectron2
+    altopt proposals selective-search --as T0
+    """
+
+
+@proposals.command("import")
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@AS_OPTION
+@with_options(RUN_OPTIONS)
+@option("--frame", type=click.Choice(FRAMES), help="How the file counts its boxes. Default: as its format does.")
+@option("--allow-missing", is_flag=True, help="Pictures without an entry get no proposals.")
+@option("--invalid", type=click.Choice(["error", "leave-out"]), default="error", help="What to do with unusable boxes.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, invalid: Any, as_json: bool,
+                   **options: Any) -> None:
+    """Take a file's proposals as the run's: checked against the pictures, recall first, then written.
+
+    Read are altopt's HDF5 (.h5), selective search's .mat (of a split, or a folder with one for each picture), pickles
+    of py-faster-rcnn, mmdet and detectron2 (.pkl, without executing them), and .json: {"image_ids", "boxes", "scores"}
+    or COCO results. Boxes are told apart by --frame: xyxy and xywh are continuous, inclusive-N names the first and the
+    last pixel, counted from N.
+
+    \b
+    altopt proposals import voc_2007_trainval.mat --as P0
+    altopt proposals import boxes.json --as T0 --frame inclusive-1 --allow-missing
+    """
+    from stages.importing import import_proposals
+
+    run = open_run(options)
+    run.runtime.report = reporter()
+    with working_in(run):
+        result = import_proposals(run, file, artifact.upper(), frame=frame, allow_missing=allow_missing,
+                                  invalid=invalid)
+    if as_json:
+        print_json(result)
+    else:
+        from stages.reporting import recall_table
+
+        click.echo(f"{result['file']}: {result['boxes']} proposals on {result['pictures']} pictures, from "
+                   f"{result['format']}, read as {result['frame']}")
+        show(recall_table(result))
+
+
+@proposals.command("export")
+@click.argument("artifact")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@with_options(RUN_OPTIONS)
+@option("--format", "form", type=click.Choice(["hdf5", "json", "detectron2", "py-faster-rcnn"]),
+        help="Default: by the suffix, .h5 or .json.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def export_command(artifact: str, file: Path, form: str | None, as_json: bool, **options: Any) -> None:
+    """Write a run's proposals for another program.
+
+    py-faster-rcnn's list has neither ids nor scores: it follows the data set's order and counts inclusive pixels.
+
+    \b
+    altopt proposals export P2 P2.json
+    altopt proposals export P1 P1.pkl --format py-faster-rcnn
+    """
+    from stages.exporting import export_proposals
+
+    result = export_proposals(open_run(options), artifact.upper(), file, form)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{result['file']}: {result['artifact']} as {result['format']}, {result['pictures']} pictures")
+
+
+@proposals.command("selective-search")
+@AS_OPTION
+@with_options(RUN_OPTIONS, WORK_OPTIONS)
+@option("--force", is_flag=True, help="Search anew even if the output is up to date.")
+def selective_search_command(artifact: str, force: bool, **options: Any) -> None:
+    """Make proposals by selective search, without a network; a search that was stopped goes on where it was.
+
+    --workers is the number of processes. Settings are those of the table selective_search.
+
+    \b
+    altopt proposals selective-search --as P0 --workers 8
+    """
+    from stages.selective_search import search_step
+
+    run = open_run(options)
+    with working_in(run):
+        made = run.bring_up_to_date([search_step(artifact.upper())], force)
+        if not made:
+            run.runtime.report({"event": "note", "text": f"{artifact.upper()} is up to date: nothing to do"})
+
+
 @main.command()
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def recipes(as_json: bool) -> None:
@@ -430,6 +529,13 @@ def locked(run: "Run") -> AbstractContextManager[None]:
     from cache.lock import run_lock
 
     return run_lock(run.folder) if run.folder.is_dir() else nullcontext()
+
+
+def reporter() -> Any:
+    """Return what shows the events of stages on stderr."""
+    from stages.progress import Reporter
+
+    return Reporter(stderr())
 
 
 def stderr() -> Any:

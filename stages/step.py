@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = {"M": ".safetensors", "P": ".h5", "D": ".json"}
+SUFFIXES = {"M": ".safetensors", "P": ".h5", "T": ".h5", "D": ".json"}
 
 
 class Step:

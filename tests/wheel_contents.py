@@ -4,7 +4,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-PACKAGES = ("altopt", "altopt/datasets", "altopt/evaluation", "cache", "stages", "stages/recipes")
+PACKAGES = ("altopt", "altopt/datasets", "altopt/evaluation", "altopt/proposal_formats", "cache", "stages",
+            "stages/recipes")
 
 
 def expected(root: Path) -> set[str]:

@@ -1,0 +1,81 @@
+"""What every reader of proposals gives: picture by picture, in altopt's frame, best first.
+
+Letters: K boxes of one picture.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from altopt.errors import ArtifactError
+from altopt.proposal_formats.frames import Frame, to_continuous
+
+Boxes = NDArray[np.float32]
+Scores = NDArray[np.float32]
+Raw = tuple[str, Any, Any]  # picture id, boxes in the file's frame, scores or None
+
+
+class Incoming:
+    """Proposals of a file: iterating gives (picture id, boxes float32 [K, 4] continuous xyxy, scores float32 [K]).
+
+    ``frame`` is the convention of the file's boxes. Pictures without scores get ranks, from 1 down to 1 / K, and are
+    counted in ``unscored``. The pictures are read as they are asked for, once; ArtifactError for what is no box.
+    """
+
+    def __init__(self, path: Path, form: str, frame: Frame, pictures: Iterable[Raw]) -> None:
+        self.path, self.form, self.frame = path, form, frame
+        self.unscored = 0
+        self._pictures = pictures
+
+    def __iter__(self) -> Iterator[tuple[str, Boxes, Scores]]:
+        """Give the pictures in the file's order."""
+        for image_id, raw_boxes, raw_scores in self._pictures:
+            boxes = to_continuous(self._numbers(image_id, raw_boxes, (4,)), self.frame)
+            if raw_scores is None:
+                self.unscored += 1
+                yield image_id, boxes, rank_scores(len(boxes))
+            else:
+                yield image_id, *self._best_first(image_id, boxes, raw_scores)
+
+    def _best_first(self, image_id: str, boxes: Boxes, raw_scores: Any) -> tuple[Boxes, Scores]:
+        scores = self._numbers(image_id, raw_scores, ()).astype(np.float32)
+        if len(scores) != len(boxes):
+            raise self._error(f"picture {image_id} has {len(boxes)} boxes and {len(scores)} scores")
+        if (np.diff(scores) > 0).any():
+            order = np.argsort(-scores, kind="stable")
+            return boxes[order], scores[order]
+        return boxes, scores
+
+    def _numbers(self, image_id: str, values: Any, row: tuple[int, ...]) -> NDArray[Any]:
+        """Return an array of rows of this shape; an empty one may have any."""
+        try:
+            array = np.asarray(values)
+        except ValueError:
+            array = np.empty(1, object)
+        if array.size == 0:
+            return np.empty((0, *row))
+        array = array if row else array.reshape(-1)
+        if array.dtype.kind not in "iuf" or array.shape[1:] != row:
+            what = "boxes of four numbers" if row else "scores"
+            raise self._error(f"picture {image_id} has an array {list(array.shape)} of {array.dtype} for its {what}")
+        return array
+
+    def _error(self, cause: str) -> ArtifactError:
+        return ArtifactError(f"{self.path} cannot be imported as {self.form}: {cause}: export it again")
+
+
+def rank_scores(count: int) -> Scores:
+    """Return scores float32 [count] that only say the order: from 1 down to 1 / count."""
+    return (np.arange(count, 0, -1) / max(count, 1)).astype(np.float32)
+
+
+def in_order(path: Path, found: int, ids: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the picture ids that a file without ids goes by; ArtifactError unless it has as many pictures."""
+    if found == len(ids):
+        return ids
+    mirrored = ", twice as many: leave the mirrored pictures out" if found == 2 * len(ids) else ""
+    raise ArtifactError(f"{path} has no picture ids, so it goes by the order of the split, but it holds {found} "
+                        f"pictures and the split {len(ids)}{mirrored}: bring the file of this split, or one with ids")

@@ -1,0 +1,141 @@
+"""Do the coordinates look as they are said to be? Counts over all boxes, and what the counts give away.
+
+Letters: K boxes of one picture.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from altopt.evaluation.recall import proposal_recall
+from altopt.proposal_formats.frames import Frame
+from altopt.proposal_formats.incoming import Boxes, Scores
+
+EDGE_PIXELS = 1.0  # what a box may stick out by, as rounding makes it
+TRIED_PICTURES = 100
+LIMIT = 2000
+BETTER = 0.1  # the gain in average recall from which on another reading of the numbers is worth a word
+WRAPPED = 65000.0  # beyond any picture: what a negative number in uint16 becomes
+
+Reading = Callable[[Boxes], NDArray[np.float32]]
+# Frame to name, what is done to the numbers in words, and how continuous boxes look after it.
+READINGS: dict[Frame, tuple[str, Reading]] = {
+    "yxyx-inclusive-1": ("x and y exchanged", lambda boxes: boxes[:, [1, 0, 3, 2]]),
+    "xywh": ("x y width height", lambda boxes: np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])),
+    "xyxy": ("x1 y1 x2 y2", lambda boxes: np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])),
+}
+
+
+class Plausibility:
+    """What the boxes of a file are like, as its frame reads them, counted picture by picture."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.boxes = 0
+        self.empty = 0
+        self.unusable: dict[str, int] = {}
+        self.first_unusable = ""
+        self.begin: dict[int, int] = {}
+        self.end: dict[int, int] = {}
+        self.least_begin = np.inf
+        self.whole_numbers = True
+        self._tried: list[tuple[NDArray[Any], Boxes]] = []
+
+    def usable(self, image_id: str, boxes: Boxes, scores: Scores, size: tuple[int, int]) -> NDArray[np.bool_]:
+        """Count the boxes [K, 4] of a picture of this (width, height); return bool [K], which of them can be used."""
+        limits = np.array(size, np.float32)
+        start, end = boxes[:, :2], boxes[:, 2:]
+        rules = {
+            "not finite": ~np.isfinite(np.column_stack([boxes, scores])),
+            "ending before they begin": end < start,
+            "outside their picture": (start < -EDGE_PIXELS) | (end > limits + EDGE_PIXELS),
+        }
+        for rule, broken in rules.items():
+            self._count_unusable(rule, broken, image_id, boxes, size)
+        usable = ~np.column_stack(list(rules.values())).any(axis=1)
+        self._count_edges(start[usable], (end - limits)[usable])
+        self.boxes += len(boxes)
+        self.empty += int((end == start).any(1).sum())
+        return np.asarray(usable)
+
+    def try_readings(self, objects: NDArray[Any], boxes: Boxes) -> None:
+        """Keep the objects [N, 4] and proposals of the first pictures, to read their numbers in other ways."""
+        if len(self._tried) < TRIED_PICTURES and len(objects):
+            self._tried.append((objects, boxes))
+
+    def warnings(self) -> list[str]:
+        """Return what the counts give away, with the counts, a sentence each."""
+        found = [self._counted_from(), self._other_reading()]
+        if self.empty:
+            found.append(f"{self.empty} of {self.boxes} boxes have no width or no height: they are kept")
+        return [each for each in found if each]
+
+    def problem(self) -> str:
+        """Return how many boxes cannot be used and why, with the first of them; empty if all can."""
+        if not self.unusable:
+            return ""
+        counts = " and ".join(f"{count} {rule}" for rule, count in self.unusable.items())
+        return f"of {self.boxes} boxes read as {self.frame}, {counts}, first {self.first_unusable}"
+
+    def _count_unusable(self, rule: str, broken: NDArray[np.bool_], image_id: str, boxes: Boxes,
+                        size: tuple[int, int]) -> None:
+        rows = np.flatnonzero(broken.any(axis=1))
+        if not len(rows):
+            return
+        self.unusable[rule] = self.unusable.get(rule, 0) + len(rows)
+        if not self.first_unusable:
+            box = boxes[rows[0]]
+            wrapped = ", a negative number that went through uint16" if (box > WRAPPED).any() else ""
+            self.first_unusable = (f"({', '.join(f'{value:g}' for value in box)}{wrapped}) of picture {image_id}, "
+                                   f"{size[0]} x {size[1]} pixels")
+
+    def _count_edges(self, start: NDArray[Any], beyond: NDArray[Any]) -> None:
+        """Count boxes that begin at -1 or 0 and that end -1, 0 or 1 pixel beyond the picture's edge."""
+        for place in (-1, 0):
+            self.begin[place] = self.begin.get(place, 0) + int((start == place).any(1).sum())
+        for place in (-1, 0, 1):
+            self.end[place] = self.end.get(place, 0) + int((beyond == place).any(1).sum())
+        self.least_begin = min(self.least_begin, start.min(initial=np.inf))
+        self.whole_numbers &= bool((start % 1 == 0).all() and (beyond % 1 == 0).all())
+
+    def _counted_from(self) -> str:
+        """Say so when pixels look counted from another number, or edges meant the other way."""
+        if self.frame.endswith("inclusive-1"):
+            if zero := self.begin.get(-1, 0):
+                return f"{zero} boxes begin at pixel 0: they look counted from 0 (--frame inclusive-0)"
+            return ""
+        if not self.whole_numbers or self.frame == "xywh":
+            return ""
+        out, last, before = (self.end.get(place, 0) for place in (1, 0, -1))
+        if self.least_begin >= 1 and out:
+            return (f"every x1 and y1 is at least 1 and {out} boxes end one pixel outside: they look counted from 1 "
+                    "(--frame inclusive-1)")
+        if self.frame == "xyxy" and self.least_begin >= 1 and last:
+            return (f"every x1 and y1 is at least 1 though {last} boxes end at the picture's edge: they look like "
+                    "pixels counted from 1 (--frame inclusive-1)")
+        if self.frame == "xyxy" and self.begin.get(0, 0) and before and not last:
+            return (f"{self.begin[0]} boxes begin at 0, {before} end one pixel before the picture's edge, none at it: "
+                    "they look like inclusive pixels (--frame inclusive-0)")
+        return ""
+
+    def _other_reading(self) -> str:
+        """Say so when another reading of the same numbers covers clearly more objects."""
+        as_read = self._recall(lambda boxes: boxes)
+        for frame, (words, reading) in READINGS.items():
+            if frame in ("xyxy", "xywh") and (frame == "xyxy") != (self.frame == "xywh"):
+                continue
+            other = self._recall(reading)
+            if other > as_read + BETTER:
+                option = "inclusive-1" if frame == self.frame else frame
+                return (f"average recall is {as_read:.2f} as read and {other:.2f} with {words}, on the first "
+                        f"{len(self._tried)} pictures with objects: the boxes look like that (--frame {option})")
+        return ""
+
+    def _recall(self, reading: Reading) -> float:
+        if not self._tried:
+            return 0.0
+        with np.errstate(invalid="ignore"):
+            pairs = [(objects, reading(boxes)) for objects, boxes in self._tried]
+            return proposal_recall(pairs, (LIMIT,)).average(LIMIT)

@@ -1,0 +1,188 @@
+"""Pickles of numpy arrays and plain containers, read without executing anything.
+
+A pickle is a program: it may call whatever it can name. Here it can name only what stands in ``ADMITTED``, and what it
+gets are stand-ins that remember their arguments; numpy itself sees the bytes when all is read. Everything else is
+refused by name. Protocols 0 to 5, of Python 3 and of Python 2.
+"""
+
+import math
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from altopt.errors import ArtifactError
+
+PLAIN = re.compile(r"[<>=|]?([biuf][1-8]|[US]\d{1,4})")  # numbers, and texts for ids
+DEPTH = 8  # of containers in containers; a list of arrays needs two
+REMEDY = "save it again as plain numpy arrays, lists and dicts, or as json or HDF5"
+
+
+class _Dtype:
+    """A type of numbers or texts; ``code`` is numpy's, "O" for any object, None for what is not plain."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        text = _text(code)
+        self.code = "O" if text in ("O", "O4", "O8") else text if PLAIN.fullmatch(text) else None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if self.code not in (None, "O"):
+            self.code = _text(state[1]).replace("|", "") + str(self.code).lstrip("<>=|")
+
+    def read(self, raw: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        if self.code in (None, "O"):
+            raise ValueError("an array of neither numbers nor texts")
+        return np.frombuffer(_bytes(raw), np.dtype(self.code), count=math.prod(shape))
+
+
+class _Array:
+    """An array whose state is remembered, not applied."""
+
+    def __init__(self, *_: Any) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    def read(self) -> Any:
+        """Return the array; one of objects as the flat list of what it holds."""
+        _, shape, dtype, fortran, raw = self.state
+        if dtype.code == "O":
+            if not isinstance(raw, list):
+                raise ValueError("an array of objects made of bytes")
+            return raw
+        return dtype.read(raw, shape).reshape(shape, order="F" if fortran else "C")
+
+
+class _Scalar:
+    def __init__(self, dtype: _Dtype, raw: Any) -> None:
+        self.dtype, self.raw = dtype, raw
+
+    def read(self) -> Any:
+        return self.dtype.read(self.raw, (1,))[0].item()
+
+
+def _from_buffer(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
+    """Stand for numpy's way of protocol 5."""
+    array = _Array()
+    array.state = (1, shape, dtype, _text(order) == "F", raw)
+    return array
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Stand for ``_codecs.encode``, by which Python 3 writes bytes into old protocols."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes in {encoding}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+def _whole(value: int) -> int:
+    return int(value)
+
+
+class _Named:
+    """What the pickle gets for a name: it can be called, and has nothing that the pickle could change."""
+
+    __slots__ = ("_function",)
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_function", function)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise ValueError(f"an attribute {name} for a function")
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+NUMPY: dict[str, Callable[..., Any]] = {
+    "multiarray _reconstruct": _Array, "multiarray scalar": _Scalar, "numeric _frombuffer": _from_buffer,
+}
+ADMITTED: dict[str, Callable[..., Any]] = {
+    **{f"{core}.{name}": stand_in for core in ("numpy.core", "numpy._core") for name, stand_in in NUMPY.items()},
+    "numpy ndarray": _Array,
+    "numpy dtype": _Dtype,
+    "_codecs encode": _encode,
+    "collections OrderedDict": dict,
+    "__builtin__ bytes": _no_bytes,  # how old protocols spell b""
+    "builtins bytes": _no_bytes,
+    "detectron2.structures.boxes BoxMode": _whole,
+}
+
+
+class _ForbiddenError(Exception):
+    """The name that a pickle asked for."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the stand-in for an admitted name."""
+        if f"{module} {name}" not in ADMITTED:
+            raise _ForbiddenError(f"{module}.{name}")
+        return _Named(ADMITTED[f"{module} {name}"])
+
+
+def load_pickle(path: Path) -> Any:
+    """Return what a pickle holds: arrays of numbers, numbers, texts and None in lists, tuples and dicts.
+
+    Raises ArtifactError when it names anything else, cannot be read or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            return _plain(_Unpickler(file, encoding="latin1").load(), DEPTH, {})
+    except _ForbiddenError as error:
+        name = str(error).encode("ascii", "backslashreplace").decode()
+        raise ArtifactError(f"{path} is not read: it asks to run {name[:100]!r}, and proposals need nothing but "
+                            f"arrays and containers: {REMEDY}") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can lead to any
+        raise ArtifactError(f"{path} is no pickle of arrays, or damaged ({_line(error)}): {REMEDY}") from error
+
+
+def _plain(value: Any, depth: int, known: dict[int, Any]) -> Any:
+    """Return the value with arrays and numbers in place of their stand-ins; what occurs twice is made once."""
+    if depth == 0:
+        raise ValueError(f"containers more than {DEPTH} deep")
+    if value is None or isinstance(value, str | bytes | int | float):
+        return value
+    if id(value) not in known:
+        known[id(value)] = _made(value, depth - 1, known)
+    return known[id(value)]
+
+
+def _made(value: Any, depth: int, known: dict[int, Any]) -> Any:
+    if isinstance(value, _Array):
+        read = value.read()
+        return _plain(read, depth, known) if isinstance(read, list) else read
+    if isinstance(value, _Scalar):
+        return value.read()
+    if isinstance(value, dict):
+        return {_plain(key, depth, known): _plain(each, depth, known) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, depth, known) for each in value]
+    raise ValueError(f"a {type(value).__name__.strip('_').lower()} in place of numbers")
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+def _bytes(value: Any) -> bytes:
+    """Return raw bytes; Python 2 wrote them as its str, which arrives as latin1 text."""
+    return value.encode("latin1") if isinstance(value, str) else bytes(memoryview(value))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,163 @@
+"""Selective search's boxes in MATLAB files: a whole split as fast-rcnn ships it, or a picture in each file.
+
+A whole split has the cells ``boxes`` and ``images`` (without: the split's order), boxes y1 x1 y2 x2 counted from 1.
+The file of one picture has the matrix ``boxes``, x1 y1 x2 y2 counted from 0, as fast-rcnn's demo has them; it is named
+after the picture, and a folder of them stands for a split. ``scores`` may be there too, of the same form.
+MATLAB's version 7.3 is HDF5 and read picture by picture; older ones need scipy, which reads them whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from altopt.errors import ArtifactError, UsageError
+from altopt.proposal_formats.incoming import Incoming, Raw, in_order
+
+ONE = "a selective-search .mat of one picture"
+WHOLE = "a selective-search .mat of a whole split"
+NAMES = ("boxes", "images", "scores")
+REMEDY = "save it again in MATLAB with -v7 or -v7.3"
+
+
+def read_mat(path: Path, ids: tuple[str, ...]) -> Incoming:
+    """Return the proposals of a .mat file, or of a folder of them; ``ids`` is the split's order.
+
+    Raises ArtifactError for a file of another content, UsageError where scipy is needed and missing.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.mat"))
+        if not files:
+            raise ArtifactError(f"{path} holds no .mat file: name the folder that has one for each picture")
+        return Incoming(path, f"{ONE} each", "inclusive-0", map(_one_picture, files))
+    if _is_hdf5(path):
+        return _version_73(path, ids)
+    content = _version_5(path)
+    if content["boxes"].dtype != object:
+        return Incoming(path, ONE, "inclusive-0", [_raw(path, content)])
+    cells = content["boxes"].ravel()
+    names = [_name(each) for each in content["images"].ravel()] if "images" in content else None
+    scores = content["scores"].ravel() if "scores" in content else [None] * len(cells)
+    return Incoming(path, WHOLE, "yxyx-inclusive-1",
+                    zip(_ids(path, len(cells), names, ids), cells, scores, strict=True))
+
+
+def _ids(path: Path, count: int, names: list[str] | None, ids: tuple[str, ...]) -> tuple[str, ...]:
+    if names is None:
+        return in_order(path, count, ids)
+    if len(names) != count:
+        raise ArtifactError(f"{path} has {count} boxes and {len(names)} images in its cells: {REMEDY}")
+    return tuple(names)
+
+
+def _one_picture(path: Path) -> Raw:
+    if _is_hdf5(path):
+        with _opened(path) as file:
+            return _raw_of_73(path, file)
+    return _raw(path, _version_5(path))
+
+
+def _raw(path: Path, content: dict[str, Any]) -> Raw:
+    return path.stem.removesuffix("_boxes"), content["boxes"], content.get("scores")
+
+
+def _version_5(path: Path) -> dict[str, Any]:
+    try:
+        from scipy.io import loadmat
+    except ModuleNotFoundError:
+        raise UsageError(f"{path} needs scipy to be read: install it with pip install -e '.[proposals]', or save the "
+                         "file with -v7.3 in MATLAB, which needs none") from None
+    try:
+        content: dict[str, Any] = loadmat(path, variable_names=NAMES)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror or error}): check the path") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can lead to any
+        cause = " ".join(str(error).split())
+        raise ArtifactError(f"{path} is no MATLAB file, or damaged ({cause}): {REMEDY}") from error
+    if not isinstance(content.get("boxes"), np.ndarray):
+        raise _without_boxes(path)
+    return {name: content[name] for name in NAMES if name in content}
+
+
+def _name(cell: Any) -> str:
+    """Return the text in a cell, however many cells it is wrapped in."""
+    while isinstance(cell, np.ndarray) and cell.size:
+        cell = cell.ravel()[0]
+    return str(cell)
+
+
+def _is_hdf5(path: Path) -> bool:
+    import h5py
+
+    return bool(h5py.is_hdf5(path))
+
+
+def _version_73(path: Path, ids: tuple[str, ...]) -> Incoming:
+    with _opened(path) as file:
+        boxes = _variable(path, file, "boxes")
+        if boxes.dtype.kind != "O":
+            return Incoming(path, ONE, "inclusive-0", [_raw_of_73(path, file)])
+        names = [_characters(path, file[each]) for each in _cells(path, file, "images")] if "images" in file else None
+        return Incoming(path, WHOLE, "yxyx-inclusive-1", _cells_of_73(path, _ids(path, boxes.size, names, ids)))
+
+
+def _raw_of_73(path: Path, file: Any) -> Raw:
+    names = ["boxes", *({"scores"} & file.keys())]
+    return _raw(path, {name: _matrix(path, _variable(path, file, name)) for name in names})
+
+
+def _cells_of_73(path: Path, ids: tuple[str, ...]) -> Iterator[Raw]:
+    with _opened(path) as file:
+        scores = _cells(path, file, "scores") if "scores" in file else [None] * len(ids)
+        for image_id, box_cell, score_cell in zip(ids, _cells(path, file, "boxes"), scores, strict=True):
+            yield (image_id, _matrix(path, file[box_cell]),
+                   None if score_cell is None else _matrix(path, file[score_cell]))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py on a damaged file
+        raise ArtifactError(f"{path} is damaged ({' '.join(str(error).split())}): {REMEDY}") from error
+
+
+def _variable(path: Path, file: Any, name: str) -> Any:
+    import h5py
+
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+        raise _without_boxes(path)
+    return _plain(path, file[name])
+
+
+def _cells(path: Path, file: Any, name: str) -> Any:
+    """Return the references of a cell array in MATLAB's order, which is that of HDF5 with its axes the other way."""
+    return _variable(path, file, name)[()].ravel()
+
+
+def _plain(path: Path, dataset: Any) -> Any:
+    """Refuse a data set whose values lie in other files."""
+    if dataset.external or dataset.is_virtual:
+        raise ArtifactError(f"{path}: {dataset.name} lies in another file: {REMEDY}")
+    return dataset
+
+
+def _matrix(path: Path, dataset: Any) -> Any:
+    """Return a matrix as MATLAB shows it; an empty one is stored as its extents."""
+    values = _plain(path, dataset)[()]
+    return np.empty((0, 4)) if "MATLAB_empty" in dataset.attrs else values.T
+
+
+def _characters(path: Path, dataset: Any) -> str:
+    return "".join(map(chr, _plain(path, dataset)[()].ravel().tolist()))
+
+
+def _without_boxes(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} has no variable boxes: name the file that holds selective search's boxes")

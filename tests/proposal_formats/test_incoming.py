@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from altopt.errors import ArtifactError
+from altopt.proposal_formats.incoming import Incoming, in_order, rank_scores
+
+PATH = Path("boxes.xyz")
+
+
+def read(boxes, scores=None, frame="xyxy"):
+    return next(iter(Incoming(PATH, "a test", frame, [("a", boxes, scores)])))[1:]
+
+
+def test_ranks_fall_from_one():
+    assert rank_scores(4).tolist() == [1, 0.75, 0.5, 0.25]
+    assert len(rank_scores(0)) == 0
+    many = rank_scores(100_000)
+    assert (np.diff(many) < 0).all()
+    assert many[-1] > 0
+
+
+def test_pictures_without_scores_are_counted():
+    incoming = Incoming(PATH, "a test", "xyxy", [("a", [[0, 0, 1, 1]] * 2, None), ("b", [[0, 0, 1, 1]], [0.3])])
+    assert [scores.tolist() for _, _, scores in incoming] == [[1, 0.5], [np.float32(0.3)]]
+    assert incoming.unscored == 1
+
+
+def test_best_first_and_equal_scores_in_order():
+    boxes, scores = read([[n, 0, n + 1, 1] for n in range(5)], [0.5, 0.9, 0.5, 0.1, 0.9])
+    assert boxes[:, 0].tolist() == [1, 4, 0, 2, 3]
+    assert scores.tolist() == sorted(scores.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("empty", [[], [[]], np.empty((0, 0)), np.empty((0, 4), np.uint16), np.empty((4, 0))])
+def test_no_boxes(empty):
+    boxes, scores = read(empty)
+    assert (boxes.shape, scores.shape) == ((0, 4), (0,))
+
+
+def test_column_of_scores():
+    assert read([[0, 0, 1, 1]] * 2, np.array([[0.9], [0.8]]))[1].shape == (2,)
+
+
+@pytest.mark.parametrize(("boxes", "scores", "words"), [
+    ([[0, 0, 1]], None, r"array \[1, 3\]"),
+    ([0, 0, 1, 1], None, r"array \[4\]"),
+    ([["0", "0", "1", "1"]], None, "four numbers"),
+    ([[0, 0, 1, 1], [0, 0]], None, "four numbers"),
+    ([[0, 0, 1, 1]], [0.5, 0.4], "1 boxes and 2 scores"),
+    ([[0, 0, 1, 1]], ["high"], "scores"),
+    ([[True, True, True, True]], None, "of bool"),
+])
+def test_what_is_no_box(boxes, scores, words):
+    with pytest.raises(ArtifactError, match=words) as caught:
+        read(boxes, scores)
+    assert str(caught.value).startswith("boxes.xyz cannot be imported as a test: picture a has ")
+
+
+def test_order_instead_of_ids():
+    assert in_order(PATH, 2, ("a", "b")) == ("a", "b")
+    with pytest.raises(ArtifactError, match="holds 3 pictures and the split 2:"):
+        in_order(PATH, 3, ("a", "b"))
+    with pytest.raises(ArtifactError, match="leave the mirrored pictures out"):
+        in_order(PATH, 4, ("a", "b"))
