@@ -87,6 +87,11 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
     )
 
 
+def boxes_in_input(boxes: np.ndarray, sample: Sample) -> Tensor:
+    """Return boxes of the original frame, float32 [K, 4], in the input frame; not for flipped samples."""
+    return torch.from_numpy(np.array(boxes, dtype=np.float32)).reshape(-1, 4) * sample.scale
+
+
 def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
     """Return boxes of the input frame in the original one, cut off at its edges; not for flipped samples."""
     return bx.clip(boxes / sample.scale, size)

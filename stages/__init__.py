@@ -1,11 +1,12 @@
 """The training schemes, each a list of steps: what is made, by which stage, from what."""
 
 from stages.assemble import add_rpn_layers
-from stages.detect import detect_shared, detect_unshared
+from stages.detect import detect_on_proposals, detect_shared, detect_unshared
 from stages.fast_rcnn import train_fast_rcnn, train_fast_rcnn_frozen_conv
 from stages.pretrained import load_imagenet_weights, pretrain_on_crops
 from stages.proposals import generate_proposals
 from stages.rpn import train_rpn, train_rpn_frozen_conv
+from stages.selective_search import selective_search, selective_search_test
 from stages.step import Step
 
 # M0 comes from before the list; a recipe has the table of one of the two.
@@ -25,12 +26,20 @@ ALTERNATING = [
     Step("M5", add_rpn_layers, "M4", "M3"),
 ]
 
+# Girshick, "Fast R-CNN": one network on proposals of other origin.
+FAST_RCNN = [
+    Step("P0", selective_search),
+    Step("M1", train_fast_rcnn, "M0", "P0"),
+]
+
 SCHEMES = {
+    "fast-rcnn": FAST_RCNN,
     "alternating": ALTERNATING,
 }
 
 # What is evaluated, scheme by scheme. Alternating: two networks that share nothing (the paper's "unshared"), and the
 # one of the last step.
 DETECTIONS = {
+    "fast-rcnn": [Step("T0", selective_search_test), Step("D1", detect_on_proposals, "M1", "T0")],
     "alternating": [Step("D2", detect_unshared, "M1", "M2"), Step("D5", detect_shared, "M5")],
 }

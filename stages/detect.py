@@ -21,6 +21,14 @@ class Detect(DetectionRule):
     images_per_batch: int = sourced(1, "pfr test_net: one picture at a time")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DetectOnProposals(Detect):
+    """The same, with proposals from a file in place of an RPN's."""
+
+    table: ClassVar[str] = "detect_on_proposals"
+    proposals: int = sourced(2000, "Fast R-CNN, section 2: about 2000 of selective search")
+
+
 def detect_shared(detector: Path, *, out: Path, config: Detect, runtime: Runtime) -> dict[str, Any]:
     """Detect on the test split with one network, RPN and Fast R-CNN on the same conv layers."""
     return _detect([(detector, ("conv", "rpn", "fc", "head"))], out, config, runtime)
@@ -31,8 +39,14 @@ def detect_unshared(rpn: Path, detector: Path, *, out: Path, config: Detect, run
     return _detect([(rpn, ("conv", "rpn")), (detector, ("conv", "fc", "head"))], out, config, runtime)
 
 
-def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: Detect,
-            runtime: Runtime) -> dict[str, Any]:
+def detect_on_proposals(detector: Path, proposals: Path, *, out: Path, config: DetectOnProposals,
+                        runtime: Runtime) -> dict[str, Any]:
+    """Detect on the test split with a Fast R-CNN on proposals of other origin, the best of each picture."""
+    return _detect([(detector, ("conv", "fc", "head"))], out, config, runtime, proposals)
+
+
+def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: Detect, runtime: Runtime,
+            proposals: Path | None = None) -> dict[str, Any]:
     import time
 
     import torch
@@ -41,13 +55,15 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
     from altopt.evaluation.detections import Detections, to_coco_results
     from altopt.evaluation.ground_truth import counted
     from altopt.evaluation.recall import proposal_recall
-    from altopt.pictures import to_original
+    from altopt.pictures import boxes_in_input, to_original
     from cache.files import write_json_atomic
     from stages.inference import Inference
+    from stages.training import CachedProposals
 
     inference = Inference(checkpoints, config, runtime, split="test")
     rpn, detector = inference.networks[0], inference.networks[-1]
     dataset = inference.dataset
+    cached = CachedProposals(proposals, dataset, config.proposals) if proposals else None
     found: dict[str, Detections] = {}
     covered = []
     seconds = 0.0
@@ -55,16 +71,19 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
         started = time.perf_counter()
         with torch.inference_mode(), inference.autocast():
             features = rpn.conv(batch.images)
-            proposals = [boxes for boxes, _ in propose_on(rpn, features, batch, own_proposals(config))]
+            if cached:
+                rois = [boxes_in_input(cached.get(sample.id), sample).to(features.device) for sample in batch.samples]
+            else:
+                rois = [boxes for boxes, _ in propose_on(rpn, features, batch, own_proposals(config))]
             if detector is not rpn:
                 features = detector.conv(batch.images)
-            results = detect_on(detector, features, batch, proposals, config)
-        for sample, rois, result in zip(batch.samples, proposals, results, strict=True):
+            results = detect_on(detector, features, batch, rois, config)
+        for sample, own, result in zip(batch.samples, rois, results, strict=True):
             size = dataset.size(sample.id)
             boxes, scores, labels = (each.cpu().numpy() for each in (to_original(result[0], sample, size), *result[1:]))
             found[sample.id] = Detections(boxes, scores, labels)
             objects = dataset.objects(sample.id)
-            covered.append((objects.boxes[counted(objects)], to_original(rois, sample, size).cpu().numpy()))
+            covered.append((objects.boxes[counted(objects)], to_original(own, sample, size).cpu().numpy()))
         seconds += time.perf_counter() - started
     write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
     recall = proposal_recall(covered, (config.proposals,))

@@ -279,7 +279,7 @@ def _bring_in(artifact: str, source: Path, path: Path, recipe: Recipe) -> None:
 
 def _look_at(artifact: str, path: Path, recipe: Recipe) -> None:
     """Raise ``ArtifactError`` unless the file can be what its name says."""
-    if artifact.startswith("P"):
+    if artifact.startswith(("P", "T")):
         from cache.proposals import ProposalFile
 
         ProposalFile(path).close()

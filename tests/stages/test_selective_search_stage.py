@@ -13,13 +13,13 @@ from altopt.datasets.dataset import DataConfig
 from altopt.errors import ResourceError, UsageError
 from cache.files import sha256_file
 from cache.proposals import ProposalFile
+from stages.searching import to_proposals
 from stages.selective_search import (
     SelectiveSearch,
     SelectiveSearchTest,
     search_step,
     selective_search,
     selective_search_test,
-    to_proposals,
 )
 from stages.step import Runtime
 
@@ -117,7 +117,7 @@ def test_stopped_and_gone_on_with(tmp_path, whole):
 
 
 def test_what_another_search_began_is_not_used(tmp_path):
-    for change in ({"seed": 4}, {"inputs_key": "other data"}, {"mode": "quality"}):
+    for change in ({"search_seed": 4}, {"inputs_key": "other data"}, {"mode": "quality"}):
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "P0.h5", report=stop_after(2))
         search(tmp_path / "P0.h5", **change)
