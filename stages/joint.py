@@ -70,8 +70,8 @@ class TrainExactJoint(JointConfig):
         5000, "chosen: iterations without the coordinate path, and as many in which it rises in a straight line to its "
               "full share: an untrained RPN's boxes only carry noise; 0 is full from the start")
     coordinate_clip: float = sourced(
-        1.0, "chosen: bound on the norm, for each picture, of the loss's gradient per pixel of the proposals' "
-             "coordinates; others detach them because training is more stable (0 is none)")
+        0.1, "chosen: bound on the norm, for each picture, of the loss's gradient per pixel of its proposals' "
+             "coordinates, ten times what the shapes recipe's pictures have one at a time; 0 is none")
 
 
 def train_approximate_joint(init: Path, *, out: Path, config: TrainApproximateJoint,
