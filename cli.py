@@ -344,6 +344,30 @@ def beside(as_json: bool, **options: Any) -> None:
         show(beside_table(rows))
 
 
+@main.command()
+@click.argument("network", required=False)
+@with_options(RUN_OPTIONS, WORK_OPTIONS[:1])
+@option("--pictures", type=click.IntRange(1), default=8, help="Training pictures to take the gradients on.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def probe(network: str | None, pictures: int, as_json: bool, **options: Any) -> None:
+    """Show how approximate approximate joint training is, on a network with RPN and detector.
+
+    Gradients of its conv layers with and without the path through the proposals' coordinates: angle and size.
+
+    \b
+    altopt probe M5 --pictures 16
+    """
+    from stages.probing import probe as probe_network
+
+    result = probe_network(open_run(options), network, pictures)
+    if as_json:
+        print_json(result)
+    else:
+        from stages.reporting import probe_table
+
+        show(probe_table(result))
+
+
 def open_run(options: dict[str, Any]) -> "Run":
     """Return the run that the options speak of."""
     from stages.run import open_folder
