@@ -266,6 +266,18 @@ def test_pictures_without_objects_or_proposals(make, samples):
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in training.parameters())
 
 
+@pytest.mark.parametrize("make", [training_of, exact_of], ids=["approximate", "exact"])
+def test_bfloat16_gives_losses_and_gradients_in_single_precision(make):
+    training, expected = make().float(), make()(BATCH, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = training(Batch(BATCH.samples, BATCH.images.float()), 0)
+    sum(losses.values()).backward()
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    for name in ("rpn_cls", "rpn_box"):
+        assert losses[name].item() == pytest.approx(expected[name].item(), rel=0.05)
+    assert all(parameter.grad.isfinite().all() for parameter in training.parameters())
+
+
 def test_single_precision_agrees_with_double():
     """In float32 as stages train; the tests above are in float64, which heads and targets must not leave."""
     exact = exact_of()
