@@ -495,23 +495,47 @@ def compare(schemes: str | None, seeds: int, recipe: str, run_name: str | None, 
         click.echo(f"The same in {folder}/compare.json, .csv and .md")
 
 
+@main.command()
+@click.argument("network", required=False)
+@with_options(RUN_OPTIONS, WORK_OPTIONS[:1])
+@option("--pictures", type=click.IntRange(1), default=8, help="Training pictures to take the gradients on.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def probe(network: str | None, pictures: int, as_json: bool, **options: Any) -> None:
+    """Show how approximate approximate joint training is, on a network with RPN and detector.
+
+    Gradients of its conv layers with and without the path through the proposals' coordinates: angle and size.
+
+    \b
+    altopt probe M5 --pictures 16
+    """
+    from stages.probing import probe as probe_network
+
+    result = probe_network(open_run(options), network, pictures)
+    if as_json:
+        print_json(result)
+    else:
+        from stages.reporting import probe_table
+
+        show(probe_table(result))
+
+
 def open_run(options: dict[str, Any]) -> "Run":
     """Return the run that the options speak of."""
     from stages.run import open_folder
     from stages.step import Runtime
 
     runtime = work_runtime(options) if "device" in options else Runtime()
-    return open_folder(options["recipe"], options["scheme"], options["run_name"], options["sets"],
-                       options["data_root"], runtime)
+    return open_folder(options["recipe"], options["run_name"], options["sets"], options["data_root"], runtime,
+                       options["scheme"])
 
 
 def work_runtime(options: dict[str, Any]) -> "Runtime":
     """Return the runtime that ``WORK_OPTIONS`` ask for; it reports to stderr."""
-    from stages.progress import Reporter
     from stages.step import Runtime
 
-    return Runtime(device=options["device"], workers=options["workers"], snapshot_seconds=options["snapshot_seconds"],
-                   report_every=options["log_every"], report=Reporter(stderr()))
+    return Runtime(device=options["device"], workers=options.get("workers", 1),
+                   snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
+                   report=reporter())
 
 
 @contextmanager

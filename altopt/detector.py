@@ -14,7 +14,7 @@ from altopt.backbones import STRIDE
 from altopt.config import DetectionRule, NetworkConfig, ProposalRule
 from altopt.fast_rcnn import FastRCNNHead, detections_of
 from altopt.pictures import Batch
-from altopt.roi_pool import roi_pool
+from altopt.roi_sample import pool_rois
 from altopt.rpn import RPNHead, proposals_of
 
 PARTS = ("conv", "rpn", "fc", "head")
@@ -32,6 +32,7 @@ class FasterRCNN(nn.Module):
             self.fc = backbone.fc
             self.head = FastRCNNHead(backbone.features, classes)
         self.roi_size = backbone.roi_size
+        self.samples_per_bin = 0  # the op that fc and head were trained with: 0 is RoI pooling
 
     def fill(self, tensors: Mapping[str, Tensor], random: torch.Generator, fresh: Sequence[str] = ()) -> list[str]:
         """Take each part's weights from the tensors, or draw them anew where they are missing or in ``fresh``.
@@ -58,6 +59,10 @@ class FasterRCNN(nn.Module):
         for layer in self.fc.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = probability
+
+    def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Return ``Tensor[R, C, P, P]`` for the boxes of each picture, by the op that the network was trained with."""
+        return pool_rois(features, boxes, self.roi_size, 1 / STRIDE, self.samples_per_bin)
 
     def tensors(self, parts: Sequence[str]) -> dict[str, Tensor]:
         """Return the named parts' weights, as a checkpoint holds them."""
@@ -105,7 +110,7 @@ def detect_on(network: FasterRCNN, features: Tensor, batch: Batch, proposals: Se
     ``features`` is the network's own ``Tensor[B, C, H, W]``, ``proposals`` one ``Tensor[K, 4]`` for each picture in the
     input frame.
     """
-    pooled = roi_pool(features, proposals, network.roi_size, 1 / STRIDE)
+    pooled = network.pool(features, proposals)
     logits, normalised = network.head(network.fc(pooled.flatten(1)))
     deltas = network.head.deltas(normalised)
     counts = [len(each) for each in proposals]

@@ -4,6 +4,8 @@ Letters: B pictures, R RoIs, K classes without background, P the RoI-pool grid.
 Source: Fast R-CNN, section 2; numbers from py-faster-rcnn.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from altopt.config import DetectionRule
 from altopt.pictures import Batch
 from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
-from altopt.rpn import smooth_l1
+from altopt.rpn import at_least_float, smooth_l1
 from altopt.sampling import RoIRule, RoISample, sample_rois
 
 
@@ -54,7 +56,7 @@ class FastRCNNHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits ``Tensor[R, K + 1]`` and normalised deltas ``Tensor[R, K + 1, 4]``."""
-        return self.cls_score(hidden).float(), self.bbox_pred(hidden).float().unflatten(1, (-1, 4))
+        return at_least_float(self.cls_score(hidden)), at_least_float(self.bbox_pred(hidden).unflatten(1, (-1, 4)))
 
     def deltas(self, normalised: Tensor) -> Tensor:
         """Return the deltas in plain units; ``Tensor[R, K + 1, 4]``."""
@@ -80,9 +82,7 @@ class FastRCNNTraining(nn.Module):
         features = self.conv(batch.images)
         pooled = roi_pool(features, [sample.rois for sample in samples], self.roi_size, 1 / STRIDE)
         logits, normalised = self.head(self.fc(pooled.flatten(1)))
-        labels = torch.cat([sample.labels for sample in samples])
-        deltas = torch.cat([sample.deltas for sample in samples])
-        return fast_rcnn_losses(self.head, logits, normalised, labels, deltas, self.box_weight)
+        return sampled_losses(self.head, logits, normalised, samples, self.box_weight)
 
     def _sample(self, batch: Batch, iteration: int) -> list[RoISample]:
         samples = []
@@ -94,6 +94,14 @@ class FastRCNNTraining(nn.Module):
                 generator=generator(*self.key, iteration, sample.id, sample.flipped),
             ))
         return samples
+
+
+def sampled_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, samples: Sequence[RoISample],
+                   box_weight: float) -> dict[str, Tensor]:
+    """Return ``fast_rcnn_losses`` of outputs for the RoIs of all samples, in their order."""
+    labels = torch.cat([sample.labels for sample in samples])
+    deltas = torch.cat([sample.deltas for sample in samples])
+    return fast_rcnn_losses(head, logits, normalised, labels, deltas, box_weight)
 
 
 def fast_rcnn_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, labels: Tensor, deltas: Tensor,

@@ -4,6 +4,7 @@ Letters: B pictures, H and W of the feature map, A anchors at a position, N = H 
 Source: Faster R-CNN, section 3.1; numbers from py-faster-rcnn.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class RPNHead(nn.Module):
         hidden = F.relu(self.conv(features))
         logits = self.cls_score(hidden).unflatten(1, (2, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)  # (B, N, 2)
         deltas = self.bbox_pred(hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)  # (B, N, 4)
-        return logits.float(), deltas.float()
+        return at_least_float(logits), at_least_float(deltas)
 
     def anchors_for(self, features: Tensor) -> Tensor:
         """Return all anchors of a feature map, ``Tensor[N, 4]`` in the input frame."""
@@ -81,26 +82,40 @@ class RPNTraining(nn.Module):
         features = self.conv(batch.images)
         logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors_for(features)
-        losses = [
-            self._losses(sample, anchors, logits[b], deltas[b], iteration) for b, sample in enumerate(batch.samples)
-        ]
-        classification, box = (torch.stack(each).mean() for each in zip(*losses, strict=True))
-        return {"rpn_cls": classification, "rpn_box": self.rule.box_weight * box}
+        return rpn_losses(logits, deltas, anchors, batch.samples, self.rule, (*self.key, iteration))
 
-    def _losses(self, sample: Sample, anchors: Tensor, logits: Tensor, deltas: Tensor,
-                iteration: int) -> tuple[Tensor, Tensor]:
-        rule = self.rule
-        labels, matched = label_anchors(anchors, sample.objects, sample.size, rule.positive, rule.negative)
-        labels = sample_anchors(labels, rule.anchors_per_image, rule.positive_fraction,
-                                generator(*self.key, iteration, sample.id, sample.flipped))
-        used = torch.nonzero(labels >= 0)[:, 0]
-        positive = torch.nonzero(labels == 1)[:, 0]
-        count = max(len(used), 1)
-        classification = F.cross_entropy(logits[used], labels[used], reduction="sum") / count
-        if len(positive) == 0:
-            return classification, deltas.sum() * 0
-        targets = bx.encode(sample.objects[matched[positive]], anchors[positive])
-        return classification, smooth_l1(deltas[positive], targets, rule.sigma) / count
+
+def rpn_losses(logits: Tensor, deltas: Tensor, anchors: Tensor, samples: Sequence[Sample], rule: RPNRule,
+               key: tuple[object, ...]) -> dict[str, Tensor]:
+    """Return the RPN's two losses of ``Tensor[B, N, 2]`` logits and ``Tensor[B, N, 4]`` deltas, as RPNTraining does.
+
+    ``key`` and the picture's id decide which anchors are sampled.
+    """
+    losses = [
+        _picture_losses(sample, anchors, logits[b], deltas[b], rule, generator(*key, sample.id, sample.flipped))
+        for b, sample in enumerate(samples)
+    ]
+    classification, box = (torch.stack(each).mean() for each in zip(*losses, strict=True))
+    return {"rpn_cls": classification, "rpn_box": rule.box_weight * box}
+
+
+def _picture_losses(sample: Sample, anchors: Tensor, logits: Tensor, deltas: Tensor, rule: RPNRule,
+                    random: torch.Generator) -> tuple[Tensor, Tensor]:
+    labels, matched = label_anchors(anchors, sample.objects, sample.size, rule.positive, rule.negative)
+    labels = sample_anchors(labels, rule.anchors_per_image, rule.positive_fraction, random)
+    used = torch.nonzero(labels >= 0)[:, 0]
+    positive = torch.nonzero(labels == 1)[:, 0]
+    count = max(len(used), 1)
+    classification = F.cross_entropy(logits[used], labels[used], reduction="sum") / count
+    if len(positive) == 0:
+        return classification, deltas.sum() * 0
+    targets = bx.encode(sample.objects[matched[positive]], anchors[positive])
+    return classification, smooth_l1(deltas[positive], targets, rule.sigma) / count
+
+
+def at_least_float(tensor: Tensor) -> Tensor:
+    """Return the tensor in single precision, or in double if it is: losses and boxes need more than bfloat16."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def smooth_l1(predicted: Tensor, target: Tensor, sigma: float) -> Tensor:
@@ -115,13 +130,22 @@ def proposals_of(logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample
     ``logits`` is ``Tensor[N, 2]``, ``deltas`` ``Tensor[N, 4]``. Order of work as in py-faster-rcnn: decode, clip, drop
     small, sort, cut, suppress, cut. Border-crossing anchors take part. Boxes that do not stay finite are dropped.
     """
-    scores = logits.softmax(dim=1)[:, 1]
-    boxes = bx.clip(bx.decode(deltas, anchors), sample.size)
+    boxes, scores = scored_boxes(logits, deltas, anchors, sample)
+    kept = kept_boxes(boxes, scores, sample, rule)
+    return boxes[kept], scores[kept]
+
+
+def scored_boxes(logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Return what becomes of all anchors of a picture: clipped boxes ``Tensor[N, 4]``, and scores ``Tensor[N]``."""
+    return bx.clip(bx.decode(deltas, anchors), sample.size), logits.softmax(dim=1)[:, 1]
+
+
+def kept_boxes(boxes: Tensor, scores: Tensor, sample: Sample, rule: ProposalRule) -> Tensor:
+    """Return which of a picture's boxes, ``Tensor[N, 4]``, become proposals: int64 ``Tensor[K]``, best first."""
     usable = bx.large_enough(boxes, rule.min_side * sample.scale) & scores.isfinite()
-    boxes, scores = boxes[usable], scores[usable]
-    order = scores.argsort(descending=True, stable=True)
+    candidates = torch.nonzero(usable)[:, 0]
+    order = scores[candidates].argsort(descending=True, stable=True)
     if rule.pre_nms:
         order = order[: rule.pre_nms]
-    boxes, scores = boxes[order], scores[order]
-    kept = torchvision.ops.nms(boxes, scores, rule.nms)[: rule.post_nms]
-    return boxes[kept], scores[kept]
+    candidates = candidates[order]
+    return candidates[torchvision.ops.nms(boxes[candidates], scores[candidates], rule.nms)[: rule.post_nms]]

@@ -105,9 +105,11 @@ def sample_rois(proposals: Tensor, objects: Tensor, classes: Tensor, *, count: i
     ``proposals`` is ``Tensor[K, 4]``, ``objects`` ``Tensor[G, 4]`` in the same frame, ``classes`` int64
     ``Tensor[G]`` from 0. At most round(fg_fraction * count) are foreground; background fills the rest as far as there
     is any, so the sample can be smaller than ``count``. Source: Fast R-CNN, section 2.3; py-faster-rcnn ``minibatch``.
+
+    Where the proposals require a gradient, the RoIs and their deltas are differentiable in them; the choice is not.
     """
     rois = torch.cat([objects, proposals])
-    overlap, matched = match_rois(rois, objects)
+    overlap, matched = match_rois(rois.detach(), objects)
     fg = torch.nonzero(overlap >= rule.fg)[:, 0]
     bg = torch.nonzero((overlap < rule.bg_high) & (overlap >= rule.bg_low))[:, 0]
     fg = choose(fg, round(fg_fraction * count), generator)

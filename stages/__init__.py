@@ -3,6 +3,7 @@
 from stages.assemble import add_rpn_layers
 from stages.detect import detect_on_proposals, detect_shared, detect_unshared
 from stages.fast_rcnn import train_fast_rcnn, train_fast_rcnn_frozen_conv
+from stages.joint import train_approximate_joint, train_exact_joint
 from stages.pretrained import load_imagenet_weights, pretrain_on_crops
 from stages.proposals import generate_proposals
 from stages.rpn import train_rpn, train_rpn_frozen_conv
@@ -32,9 +33,19 @@ FAST_RCNN = [
     Step("M1", train_fast_rcnn, "M0", "P0"),
 ]
 
+# Faster R-CNN, section 3.2: one network, four losses; proposals are constants in the backward pass, or they are not.
+APPROXIMATE_JOINT = [
+    Step("M1", train_approximate_joint, "M0"),
+]
+EXACT_JOINT = [
+    Step("M1", train_exact_joint, "M0"),
+]
+
 SCHEMES = {
     "fast-rcnn": FAST_RCNN,
     "alternating": ALTERNATING,
+    "approximate-joint": APPROXIMATE_JOINT,
+    "exact-joint": EXACT_JOINT,
 }
 
 # What is evaluated, scheme by scheme. Alternating: two networks that share nothing (the paper's "unshared"), and the
@@ -42,4 +53,6 @@ SCHEMES = {
 DETECTIONS = {
     "fast-rcnn": [Step("T0", selective_search_test), Step("D1", detect_on_proposals, "M1", "T0")],
     "alternating": [Step("D2", detect_unshared, "M1", "M2"), Step("D5", detect_shared, "M5")],
+    "approximate-joint": [Step("D1", detect_shared, "M1")],
+    "exact-joint": [Step("D1", detect_shared, "M1")],
 }

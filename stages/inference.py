@@ -41,6 +41,7 @@ class Inference:
         drawn = network.fill(tensors, generator("unused"))
         if missing := set(drawn) & set(parts):
             raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
+        network.samples_per_bin = description.get("samples_per_bin", 0)
         network.to(self.device).to(memory_format=torch.channels_last)
         return network.eval()
 

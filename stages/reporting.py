@@ -79,6 +79,18 @@ def comparison_table(headings: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
+def probe_table(result: dict[str, Any]) -> Table:
+    """Return, block by block, the exact gradient beside the approximate one: of the detector's losses, and of all."""
+    title = (f"{result['network']}, {len(result['pictures'])} pictures: gradient with the path through the proposals' "
+             "coordinates beside that without")
+    table = Table(title=escape(title), box=None, pad_edge=False, title_justify="left")
+    for heading in ("losses", "block", "cosine", "norm with / without"):
+        table.add_column(heading)
+    for row in result["rows"]:
+        table.add_row(", ".join(row["losses"]), row["block"], number(row["cosine"]), number(row["norm_ratio"]))
+    return table
+
+
 def per_cent(value: float | None) -> str:
     """Return a percentage with one decimal; a dash where it is not defined."""
     return "-" if value is None else f"{value:.1f}"

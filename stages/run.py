@@ -346,8 +346,8 @@ def run_one(run: Run, step: Step, force: bool) -> list[Step]:
     return run.bring_up_to_date([step], force)
 
 
-def open_folder(recipe: str | None, scheme: str | None, name: str | None, sets: Sequence[str],
-                data_root: Path | None, runtime: Runtime) -> Run:
+def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_root: Path | None, runtime: Runtime,
+                scheme: str | None = None) -> Run:
     """Return the run in runs/NAME with its recipe: the one asked for, or the folder's own, or ``shapes``.
 
     A scheme other than alternating has a folder of its own: runs/shapes-approximate-joint.

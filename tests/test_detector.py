@@ -11,6 +11,7 @@ from altopt.fast_rcnn import detections_of
 from altopt.pictures import Batch, Sample, make_batch
 from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
+from altopt.roi_sample import roi_sample
 from altopt.rpn import proposals_of
 
 CPU = torch.device("cpu")
@@ -207,6 +208,15 @@ def test_the_smallest_picture_goes_through(tensors):
     network, batch = network_of(tensors), pictures((16, 16))
     proposals = [boxes for boxes, _ in propose(network, batch, ProposalRule(min_side=4))]
     assert len(detected(network, batch, proposals)) == 1
+
+
+def test_rois_are_pooled_by_the_op_that_the_network_says(tensors):
+    network, features = network_of(tensors), torch.randn(1, 128, 6, 8, generator=generator("features"))
+    boxes = [torch.tensor([[0.0, 0, 80, 60], [20, 20, 21, 21]])]
+    assert torch.equal(network.pool(features, boxes), roi_pool(features, boxes, 6, 1 / 16))
+    network.samples_per_bin = 2
+    assert torch.equal(network.pool(features, boxes), roi_sample(features, boxes, 6, 1 / 16, 2))
+    assert not torch.allclose(network.pool(features, boxes), roi_pool(features, boxes, 6, 1 / 16))
 
 
 def test_proposals_at_test_time_follow_the_detection_rule():

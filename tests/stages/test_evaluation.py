@@ -25,24 +25,24 @@ def only_cached(monkeypatch):
 @pytest.mark.parametrize(("word", "output"), [
     ("M5", "D5"), ("m5", "D5"), ("D5", "D5"), ("M1+M2", "D2"), ("m1 + m2", "D2"), ("d2", "D2"),
 ])
-def test_names_of_what_can_be_evaluated(word, output):
-    assert detection_step(word).output == output
+def test_names_of_what_can_be_evaluated(tmp_path, word, output):
+    assert detection_step(open_tiny(tmp_path), word).output == output
 
 
 @pytest.mark.parametrize("word", ["M4", "M2+M1", "P1", ""])
-def test_nothing_else_can_be_evaluated(word):
+def test_nothing_else_can_be_evaluated(tmp_path, word):
     with pytest.raises(UsageError, match=r"nothing to evaluate under .*: choose M5, or M1\+M2"):
-        detection_step(word)
+        detection_step(open_tiny(tmp_path), word)
 
 
 def test_scores_of_both_networks(finished, copied):
     run = open_tiny(copied)
-    dataset = stages.evaluation.open_dataset(run.recipe.config(detection_step("M5")).data, "test", None)
+    dataset = stages.evaluation.open_dataset(run.recipe.config(detection_step(run, "M5")).data, "test", None)
     for word, name in (("M1+M2", "M1+M2 (unshared)"), ("M5", "M5 (shared)")):
-        result = evaluate(run, detection_step(word), "voc07")
+        result = evaluate(run, detection_step(run, word), "voc07")
         assert (result["name"], result["protocol"], result["pictures"]) == (name, "voc07", 4)
         assert list(result["classes"]) == ["circle", "square", "triangle", "cross", "ring"]
-        found = read_detections(run.path(detection_step(word).output), dataset.ids, dataset.category_ids)
+        found = read_detections(run.path(detection_step(run, word).output), dataset.ids, dataset.category_ids)
         again = score("voc07", {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
         assert result["map"] == again.map
         assert 0 <= result["recall_at_0.5"] <= 1
@@ -65,7 +65,7 @@ def test_detections_lie_in_their_pictures(finished):
 def test_scores_are_kept(copied, only_cached):
     run = open_tiny(copied)
     kept = json.loads((copied / "metrics.json").read_text())
-    assert evaluate(run, detection_step("M5"), "voc07") == kept["D5 voc07"]["result"]
+    assert evaluate(run, detection_step(run, "M5"), "voc07") == kept["D5 voc07"]["result"]
     assert recall(run, "P1", keep=True) == kept["P1 recall"]["result"]
     assert [each["name"] for each in summary(run, "voc07")["scores"]] == ["M1+M2 (unshared)", "M5 (shared)"]
 
@@ -73,7 +73,7 @@ def test_scores_are_kept(copied, only_cached):
 def test_another_protocol_is_another_score(copied, monkeypatch):
     run = open_tiny(copied)
     before = hashes(copied, "D5")
-    result = evaluate(run, detection_step("M5"), "coco")
+    result = evaluate(run, detection_step(run, "M5"), "coco")
     assert result["protocol"] == "coco"
     assert "AP" in result["numbers"]
     assert json.loads((copied / "metrics.json").read_text()).keys() >= {"D5 voc07", "D5 coco"}
@@ -85,14 +85,14 @@ def test_changed_network_is_detected_with_again(copied):
     tensors["head.cls_score.bias"][0] += 100
     save_checkpoint(copied / "M5.safetensors", tensors, description)
     run = open_tiny(copied)
-    result = evaluate(run, detection_step("M5"), "voc07")
+    result = evaluate(run, detection_step(run, "M5"), "voc07")
     assert result["map"] == 0
     assert json.loads((copied / "D5.detections.json").read_text()) == []
 
 
 def test_changed_detection_setting_is_detected_with_again(copied):
     run = open_tiny(copied, "detect.per_picture=1")
-    evaluate(run, detection_step("M5"), "voc07")
+    evaluate(run, detection_step(run, "M5"), "voc07")
     assert len(json.loads((copied / "D5.detections.json").read_text())) <= 4
 
 
@@ -100,7 +100,7 @@ def test_changed_detection_setting_is_detected_with_again(copied):
 def test_damaged_scores_are_computed_again(copied, text):
     before = json.loads((copied / "metrics.json").read_text())["D5 voc07"]["result"]
     (copied / "metrics.json").write_text(text)
-    assert evaluate(open_tiny(copied), detection_step("M5"), "voc07") == before
+    assert evaluate(open_tiny(copied), detection_step(run, "M5"), "voc07") == before
 
 
 def test_recall_of_the_proposals(copied):
@@ -155,7 +155,7 @@ def test_missing_network(copied, word, missing):
     (copied / f"{missing}.safetensors").unlink()
     remedy = f"make it with altopt stage {missing}, or run-all"
     with pytest.raises(ArtifactError, match=rf"{missing} is not in .*: {remedy}"):
-        evaluate(open_tiny(copied), detection_step(word), "voc07")
+        evaluate(open_tiny(copied), detection_step(run, word), "voc07")
 
 
 def test_network_of_other_classes_is_refused(copied):
@@ -163,14 +163,14 @@ def test_network_of_other_classes_is_refused(copied):
     description["classes"][0] = "disc"
     save_checkpoint(copied / "M5.safetensors", tensors, description)
     with pytest.raises(ArtifactError, match=r"knows the classes disc, square, .* and the data set has circle, square"):
-        evaluate(open_tiny(copied), detection_step("M5"), "voc07")
+        evaluate(open_tiny(copied), detection_step(run, "M5"), "voc07")
 
 
 def test_network_without_rpn_is_refused(copied):
     (copied / "M5.safetensors").unlink()
     shutil.copy(copied / "M4.safetensors", copied / "M5.safetensors")
     with pytest.raises(ArtifactError, match=r"M5\.safetensors has no rpn layers"):
-        evaluate(open_tiny(copied), detection_step("M5"), "voc07")
+        evaluate(open_tiny(copied), detection_step(run, "M5"), "voc07")
 
 
 def test_summary_of_a_whole_run(copied):

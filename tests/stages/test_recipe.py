@@ -6,7 +6,7 @@ import pytest
 from tiny_runs import TINY, write_recipe
 
 from altopt.errors import UsageError
-from stages import DETECTIONS, PRETRAINED
+from stages import PRETRAINED
 from stages.recipe import Value, describe_config, describe_recipes, packaged, read_recipe
 
 PACKAGED = pytest.mark.parametrize("path", packaged().values(), ids=packaged())
@@ -20,7 +20,7 @@ def tiny(tmp_path):
 
 
 def configs(recipe):
-    return [recipe.config(step) for step in [*recipe.steps, *DETECTIONS]]
+    return [recipe.config(step) for step in [*recipe.steps, *recipe.detections]]
 
 
 def step_of(recipe, output):

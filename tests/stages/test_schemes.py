@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import stages
-from stages import ALTERNATING, DETECTIONS, PRETRAINED
+from stages import ALTERNATING, DETECTIONS, PRETRAINED, SCHEMES
 
-STEPS = [*PRETRAINED, *ALTERNATING, *DETECTIONS]
+STEPS = [*PRETRAINED, *(step for lists in (SCHEMES, DETECTIONS) for steps in lists.values() for step in steps)]
 EACH_STAGE = pytest.mark.parametrize("step", {step.name: step for step in STEPS}.values(), ids=lambda step: step.name)
 
 
@@ -25,26 +25,35 @@ def test_alternating_optimisation_as_the_slides_have_it():
     ]
 
 
-def test_everything_is_made_before_it_is_used():
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_everything_is_made_before_it_is_used(scheme):
     made = {"M0"}
-    for step in ALTERNATING:
+    for step in [*SCHEMES[scheme], *DETECTIONS[scheme]]:
         assert set(step.inputs) <= made
         assert step.output not in made
         made.add(step.output)
-    for step in DETECTIONS:
-        assert set(step.inputs) <= made
+
+
+def test_every_scheme_ends_in_detections():
+    assert list(SCHEMES) == list(DETECTIONS)
+    assert all(steps[-1].output.startswith("D") for steps in DETECTIONS.values())
+
+
+def test_m0_comes_from_nothing():
     assert {(step.output, step.inputs) for step in PRETRAINED} == {("M0", ())}
 
 
 def test_schemes_are_plain_lists_and_nothing_else():
     docstring, *body = ast.parse(Path(stages.__file__).read_text()).body
     assert isinstance(docstring, ast.Expr)
-    lists = [node for node in body if not isinstance(node, ast.ImportFrom)]
-    assert len(lists) == 3
-    for node in lists:
-        assert isinstance(node, ast.Assign)
-        assert isinstance(node.value, ast.List)
-        for element in node.value.elts:
+    assigned = [node for node in body if not isinstance(node, ast.ImportFrom)]
+    assert all(isinstance(node, ast.Assign) for node in assigned)
+    lists = [node.value for node in assigned if not isinstance(node.value, ast.Dict)]
+    by_name = [value for node in assigned if isinstance(node.value, ast.Dict) for value in node.value.values]
+    lists += [value for value in by_name if not isinstance(value, ast.Name)]
+    for value in lists:
+        assert isinstance(value, ast.List)
+        for element in value.elts:
             assert isinstance(element, ast.Call)
             assert isinstance(element.func, ast.Name)
             assert element.func.id == "Step"
@@ -72,7 +81,8 @@ def test_config_is_frozen_versioned_and_every_default_has_a_source(step):
 
 def test_stages_that_read_a_split_say_which():
     splits = {step.name: getattr(step.config_class, "split", None) for step in STEPS}
-    assert {name for name, split in splits.items() if split == "test"} == {"detect_shared", "detect_unshared"}
+    assert {name for name, split in splits.items() if split == "test"} == {
+        "detect_shared", "detect_unshared", "detect_on_proposals", "selective_search_test"}
     assert {name for name, split in splits.items() if split is None} == {"load_imagenet_weights", "add_rpn_layers"}
     for step in STEPS:
         assert ("data" in typing.get_type_hints(step.config_class)) == (splits[step.name] is not None)

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from stages import DETECTIONS
 from stages.step import Runtime, Step, file_name
 
 
@@ -31,10 +30,6 @@ def test_step_knows_its_stage():
     assert step.table == "train_something"
     assert step.config_class is Config
     assert step.summary == "Train something."
-
-
-def test_detections_share_a_table():
-    assert [step.table for step in DETECTIONS] == ["detect", "detect"]
 
 
 def test_init_takes_the_place_of_the_first_input():
