@@ -42,8 +42,8 @@ EXACT_JOINT = [
 ]
 
 SCHEMES = {
-    "fast-rcnn": FAST_RCNN,
     "alternating": ALTERNATING,
+    "fast-rcnn": FAST_RCNN,
     "approximate-joint": APPROXIMATE_JOINT,
     "exact-joint": EXACT_JOINT,
 }
@@ -51,8 +51,8 @@ SCHEMES = {
 # What is evaluated, scheme by scheme. Alternating: two networks that share nothing (the paper's "unshared"), and the
 # one of the last step.
 DETECTIONS = {
-    "fast-rcnn": [Step("T0", selective_search_test), Step("D1", detect_on_proposals, "M1", "T0")],
     "alternating": [Step("D2", detect_unshared, "M1", "M2"), Step("D5", detect_shared, "M5")],
+    "fast-rcnn": [Step("T0", selective_search_test), Step("D1", detect_on_proposals, "M1", "T0")],
     "approximate-joint": [Step("D1", detect_shared, "M1")],
     "exact-joint": [Step("D1", detect_shared, "M1")],
 }

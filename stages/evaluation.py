@@ -42,8 +42,9 @@ def detection_step(run: Run, word: str | None) -> Step:
             return step
     if word is None:
         return steps[-1]
-    raise UsageError(f"there is nothing to evaluate under {word!r}: choose "
-                     f"{' or '.join(networks(step) for step in reversed(steps))}")
+    last, *others = [networks(step) for step in reversed(steps)]
+    pairs = f", or {others[0]} for the unshared pair" if others else ""
+    raise UsageError(f"there is nothing to evaluate under {word!r}: choose {last}{pairs}")
 
 
 def possible(run: Run, step: Step) -> bool:

@@ -100,7 +100,7 @@ def test_changed_detection_setting_is_detected_with_again(copied):
 def test_damaged_scores_are_computed_again(copied, text):
     before = json.loads((copied / "metrics.json").read_text())["D5 voc07"]["result"]
     (copied / "metrics.json").write_text(text)
-    assert evaluate(open_tiny(copied), detection_step(run, "M5"), "voc07") == before
+    assert evaluate(open_tiny(copied), detection_step(open_tiny(copied), "M5"), "voc07") == before
 
 
 def test_recall_of_the_proposals(copied):
@@ -155,7 +155,7 @@ def test_missing_network(copied, word, missing):
     (copied / f"{missing}.safetensors").unlink()
     remedy = f"make it with altopt stage {missing}, or run-all"
     with pytest.raises(ArtifactError, match=rf"{missing} is not in .*: {remedy}"):
-        evaluate(open_tiny(copied), detection_step(run, word), "voc07")
+        evaluate(open_tiny(copied), detection_step(open_tiny(copied), word), "voc07")
 
 
 def test_network_of_other_classes_is_refused(copied):
@@ -163,14 +163,14 @@ def test_network_of_other_classes_is_refused(copied):
     description["classes"][0] = "disc"
     save_checkpoint(copied / "M5.safetensors", tensors, description)
     with pytest.raises(ArtifactError, match=r"knows the classes disc, square, .* and the data set has circle, square"):
-        evaluate(open_tiny(copied), detection_step(run, "M5"), "voc07")
+        evaluate(open_tiny(copied), detection_step(open_tiny(copied), "M5"), "voc07")
 
 
 def test_network_without_rpn_is_refused(copied):
     (copied / "M5.safetensors").unlink()
     shutil.copy(copied / "M4.safetensors", copied / "M5.safetensors")
     with pytest.raises(ArtifactError, match=r"M5\.safetensors has no rpn layers"):
-        evaluate(open_tiny(copied), detection_step(run, "M5"), "voc07")
+        evaluate(open_tiny(copied), detection_step(open_tiny(copied), "M5"), "voc07")
 
 
 def test_summary_of_a_whole_run(copied):

@@ -127,7 +127,7 @@ def test_unknown_blocks_cannot_be_frozen(finished, tmp_path):
 
 
 def detections(folder, network, out):
-    config = dataclasses.replace(open_tiny(folder / "tiny").recipe.config(DETECTIONS[1]), score=0.0)
+    config = dataclasses.replace(open_tiny(folder / "tiny").recipe.config(DETECTIONS["alternating"][1]), score=0.0)
     facts = detect_shared(network, out=out, config=config, runtime=Runtime(device="cpu", data_root=folder))
     assert 0 <= facts["recall_at_0.5"] <= 1
     return json.loads(out.read_text())
@@ -146,7 +146,7 @@ def test_a_network_detects_with_the_op_that_it_was_trained_with(trained, tmp_pat
     other = tmp_path / "pooled.safetensors"
     save_checkpoint(other, tensors, description)
     assert detections(tmp_path, exact, tmp_path / "a.json") != detections(tmp_path, other, tmp_path / "b.json")
-    config = open_tiny(tmp_path / "tiny").recipe.config(DETECTIONS[1])
+    config = open_tiny(tmp_path / "tiny").recipe.config(DETECTIONS["alternating"][1])
     runtime = Runtime(device="cpu", data_root=tmp_path)
     networks = Inference([(exact, PARTS), (other, PARTS)], config, runtime, split="test").networks
     assert [network.samples_per_bin for network in networks] == [2, 0]
