@@ -81,7 +81,7 @@ def outcomes(folder: Path, recipe: str, schemes: Sequence[str], seeds: Sequence[
 
     ``given`` holds artifacts to take as they are in every run that has them, ``M0=FILE``.
     """
-    runs = []
+    runs: list[Run] = []
     for seed in seeds:
         for scheme in schemes:
             chosen = read_recipe(recipe, [*sets, f"all.seed={seed}"], scheme)

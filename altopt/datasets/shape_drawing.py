@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from altopt.datasets.shapes import GENERATOR, SHAPES, Box
 
-SIZES = (28, 31, 35, 38, 43, 47, 53, 59, 65, 72, 80, 89, 99, 110, 122, 136, 151, 168)  # of the longer side, in pixels
+SIZES = (30, 180)  # least and greatest, of the longer side in pixels; a factor of 6
 MAX_OBJECTS = 5
-MAX_IOU = 20  # per cent, of any two boxes
-MIN_VISIBLE = 60  # per cent of each shape, however many others lie on it
-MIN_CONTRAST = 150  # to the mean colour beneath, summed over the channels
-NOISE = ((90, 30, 24), (30, 20, 12), (10, 12, 4))  # cell in pixels; mean amplitude of all channels alike, of each alone
+MAX_IOU = 10  # per cent, of any two boxes
+MIN_VISIBLE = 80  # per cent of each shape, however many others lie on it
+MIN_CONTRAST = 200  # to the mean colour beneath, summed over the channels
+NOISE = ((90, 24, 20), (30, 16, 10), (10, 10, 4))  # cell in pixels; mean amplitude of all channels alike, of each alone
 GRAIN = (4, 12)  # least and greatest amplitude of the noise of single pixels
 TEXTURE = (24, 20)  # cell in pixels and mean amplitude of the noise on a shape
 
@@ -152,12 +152,11 @@ def interpolate(corners: Planes, factor: int) -> Planes:
 
 
 def shape_mask(dice: Dice, name: str, shorter_side: int) -> Mask:
-    """Return the pixels [h, w] of a shape, cut tight, its longer side of SIZES, but of 3/4 of the picture at most.
+    """Return the pixels [h, w] of a shape, cut tight, its longer side in SIZES, but 3/4 of the picture at most.
 
     u and v are coordinates along the shape's direction (p, q) and across it, times the length of (p, q).
     """
-    sizes = [size for size in SIZES if 4 * size <= 3 * shorter_side]
-    side = sizes[dice.below(len(sizes))]
+    side = dice.between(SIZES[0], min(SIZES[1], 3 * shorter_side // 4))
     tilt, thickness = dice.between(-_MAX_TILT, _MAX_TILT), dice.below(101)
     p, q = ((_AXIS, tilt), (tilt, _AXIS), (-_AXIS, tilt), (tilt, -_AXIS))[dice.below(4)]
     centres = np.arange(1 - side, side, 2, dtype=np.int32)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GENERATOR = 3  # part of the description: to be raised with any change of what is drawn
+GENERATOR = 4  # part of the description: to be raised with any change of what is drawn
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SMALLEST_PICTURE = 40
