@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Precision = Literal["float32", "bfloat16"]
-STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
-SCHEMA = {"image_ids": None, "mirrored": np.uint8, "scales": np.int32, "shapes": np.int32, "offsets": np.int64}
+STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+SCHEMA: dict[str, Any] = {
+    "image_ids": None, "mirrored": np.uint8, "scales": np.int32, "shapes": np.int32, "offsets": np.int64,
+}
 
 
 class MapKey(NamedTuple):
@@ -56,7 +58,7 @@ class FeatureMapWriter:
         self._offsets = np.concatenate([[0], np.cumsum(extents.astype(np.int64).prod(axis=1))]).astype(np.int64)
         self._shapes = dict(shapes)
         self._precision = precision
-        index = {
+        index: dict[str, Any] = {
             "image_ids": [key.image_id for key in shapes],
             "mirrored": np.array([key.mirrored for key in shapes], np.uint8),
             "scales": np.array([key.scale for key in shapes], np.int32),

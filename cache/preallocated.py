@@ -151,7 +151,7 @@ class PreallocatedWriter:
     def _put(self, name: str, row: int, rows: Array) -> None:
         if rows.nbytes == 0:
             return
-        view = memoryview(rows.reshape(-1).view(np.uint8))
+        view = memoryview(rows.reshape(-1).view(np.uint8).data)
         place = self._places[name] + row * self._columns[name].row_bytes
         try:
             while view:
@@ -201,6 +201,10 @@ class PreallocatedFile:
         """Return the number of rows of a data set."""
         return self._columns[name].shape[0]
 
+    def width(self, name: str) -> int:
+        """Return the number of values in a row of a data set."""
+        return math.prod(self._columns[name].shape[1:])
+
     def rows(self, name: str, begin: int, end: int) -> Array:
         """Return the rows begin .. end of a data set of numbers."""
         column = self._columns[name]
@@ -237,7 +241,7 @@ class PreallocatedFile:
         return ArtifactError(f"{self.path} cannot be used: {cause}: {remedy}")
 
     def _fill(self, values: Array, place: int) -> None:
-        view = memoryview(values.reshape(-1).view(np.uint8))
+        view = memoryview(values.reshape(-1).view(np.uint8).data)
         descriptor = self._open()
         while view:
             count = os.preadv(descriptor, [view], place)

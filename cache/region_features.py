@@ -31,8 +31,10 @@ from numpy.typing import NDArray
 from cache.preallocated import Column, PreallocatedFile, PreallocatedWriter
 
 Floats = NDArray[np.floating[Any]]
-SCHEMA = {"image_ids": None, "offsets": np.int64, "pooled_offsets": np.int64, "boxes": np.float32, "labels": np.int32,
-          "overlaps": np.float32, "pooled_labels": np.int32, "pooled_targets": np.float32}
+SCHEMA: dict[str, Any] = {
+    "image_ids": None, "offsets": np.int64, "pooled_offsets": np.int64, "boxes": np.float32, "labels": np.int32,
+    "overlaps": np.float32, "pooled_labels": np.int32, "pooled_targets": np.float32,
+}
 
 
 class RegionCount(NamedTuple):
@@ -85,7 +87,9 @@ class RegionFeatureWriter:
             "pooled": Column(sizes.stored, (pooled, sizes.pooled)),
             "pooled_labels": Column(np.int32, (pooled,)), "pooled_targets": Column(np.float32, (pooled, 4)),
         }
-        index = {"image_ids": list(counts), "offsets": self._offsets, "pooled_offsets": self._pooled_offsets}
+        index: dict[str, Any] = {
+            "image_ids": list(counts), "offsets": self._offsets, "pooled_offsets": self._pooled_offsets,
+        }
         self._file = PreallocatedWriter(path, attributes, index, columns, len(counts))
 
     def __enter__(self) -> RegionFeatureWriter:
@@ -127,6 +131,10 @@ class RegionFeatureFile:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def width(self, name: Literal["features", "pooled"]) -> int:
+        """Return the length of a row of a data set: D or E."""
+        return self.file.width(name)
 
     def rows(self, name: Literal["boxes", "labels", "overlaps", "features"], picture: int) -> NDArray[Any]:
         """Return the rows that the picture, counted from 0, has in a data set."""
