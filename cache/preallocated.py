@@ -317,6 +317,7 @@ def _allocate(file: Any, name: str, column: Column) -> None:
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # the time of writing is no part of the content
     space = h5py.h5s.create_simple(column.shape)
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(column.dtype)), space, properties)
 
