@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import math
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from altopt.errors import ArtifactError
+from altopt.errors import ArtifactError, ResourceError
 from cache.files import DeferringFile, atomic_path, canonical_json, file_error, publish
 
 FORMAT_VERSION = 1
@@ -134,7 +135,9 @@ class PreallocatedWriter:
     def _create(self) -> None:
         import h5py
 
+        self.growing.unlink(missing_ok=True)  # of other content, and its room may be needed
         with atomic_path(self.growing) as temporary, DeferringFile(temporary, "w+") as output:
+            self._require_room()
             with h5py.File(output, "w", libver=("earliest", "v110")) as file:
                 for name, value in sorted(self._attributes.items()):
                     file.attrs.create(name, value.encode(), dtype=_text_type([value.encode()]))
@@ -147,6 +150,14 @@ class PreallocatedWriter:
                 raise file_error(self.path, output.error, "written") from output.error
             # Allocated is more than written: the last column may end beyond what HDF5 has touched so far.
             output.truncate(_end_of(temporary, self._columns))
+
+    def _require_room(self) -> None:
+        """Raise ResourceError now rather than after hours, when the disk cannot hold all the columns."""
+        needed = sum(column.row_bytes * column.shape[0] for column in self._columns.values())
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise ResourceError(f"{self.path} will take {needed:,} bytes, and its disk has {free:,} free: make room, "
+                                "or store less (fewer pictures, scales or proposals, or a smaller type)")
 
     def _put(self, name: str, row: int, rows: Array) -> None:
         if rows.nbytes == 0:

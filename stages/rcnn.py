@@ -93,43 +93,25 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
 def cache_warped_features(network: Path, proposals: Path, *, out: Path, config: CacheWarpedFeatures,
                           runtime: Runtime) -> dict[str, Any]:
     """Cache fc7 of every warped region of the training split, and what the box regressors train on."""
+    from stages.region_views import WarpedRegions
     from stages.regions import RegionNetwork, cache_regions
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "train")
-    side = fine_tuned.description["crop_side"]
-    return cache_regions(fine_tuned, _warped(fine_tuned), proposals, out, METHOD, {"crop_side": side})
+    regions = WarpedRegions(fine_tuned)
+    return cache_regions(fine_tuned, regions, proposals, out, METHOD, {"crop_side": regions.side})
 
 
 def detect_rcnn(network: Path, svms: Path, regressors: Path, proposals: Path, *, out: Path, config: DetectRCNN,
                 runtime: Runtime) -> dict[str, Any]:
     """Detect on the test split with slow R-CNN: every proposal warped, scored by SVMs, its box regressed."""
+    from stages.region_views import WarpedRegions
     from stages.regions import LinearLayers, RegionNetwork, detect_regions
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
-    return detect_regions(fine_tuned, _warped(fine_tuned), LinearLayers(svms, regressors, fine_tuned), proposals, out)
+    linear = LinearLayers(svms, regressors, fine_tuned)
+    return detect_regions(fine_tuned, WarpedRegions(fine_tuned), linear, proposals, out)
 
 
 def original_frame(network: NetworkConfig, size: tuple[int, int]) -> NetworkConfig:
     """Return the network with the frame in which a picture of ``size`` keeps its pixels."""
     return replace(network, short_side=min(size), max_side=max(size))
-
-
-def _warped(fine_tuned: Any) -> Any:
-    """Return how R-CNN looks at regions: each is cut out of the original picture."""
-    from altopt.pictures import make_batch, read_sample
-    from altopt.warped_crops import warp
-
-    dataset, classifier = fine_tuned.dataset, fine_tuned.classifier
-    side = fine_tuned.description["crop_side"]
-
-    class WarpedRegions:
-        def read(self, id: str) -> Any:
-            return read_sample(dataset, id, original_frame(fine_tuned.config.network, dataset.size(id)))
-
-        def open(self, prepared: Any) -> Any:
-            return make_batch([prepared], fine_tuned.device).images[0]
-
-        def pool(self, picture: Any, boxes: Any) -> Any:
-            return classifier.pool_crops(warp(picture, boxes, side))
-
-    return WarpedRegions()

@@ -95,7 +95,6 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
     frames = frames_of(config.network, config.scales, config.max_side)
     shapes = _map_shapes(dataset, frames, config.flips)
-    found = 0
 
     def read(key: Any) -> Any:
         return read_sample(dataset, key.image_id, frames[key.scale], flipped=key.mirrored)
@@ -108,7 +107,7 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
                 with torch.inference_mode(), inference.autocast():
                     features = network.conv(make_batch([sample], inference.device).images)
                 writer.write(key, features[0].to(getattr(torch, config.precision)))
-                runtime.report({"event": "pictures", "done": done, "total": len(shapes)})
+                runtime.report({"event": "pictures", "done": done, "total": len(shapes), "what": "maps"})
     return {"maps": len(shapes), "maps_found": found, "bytes": out.stat().st_size}
 
 
@@ -154,43 +153,27 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
 def cache_region_features(network: Path, maps: Path, proposals: Path, *, out: Path, config: CacheRegionFeatures,
                           runtime: Runtime) -> dict[str, Any]:
     """Cache fc7 of every region of the training split, and what the box regressors train on."""
-    from cache.features import FeatureMapFile, MapKey
+    from cache.features import FeatureMapFile
+    from stages.region_views import StoredPyramids
     from stages.regions import RegionNetwork, cache_regions
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "train")
     with FeatureMapFile(maps) as stored:
         frames = _stored_frames(stored, maps, fine_tuned.classifier.tensors(["conv"]), config.network)
-
-        def read(id: str) -> list[Any]:
-            return [stored.get(MapKey(id, False, scale)) for scale in range(len(frames))]
-
-        def to_map(features: Any) -> Any:
-            return features.to(fine_tuned.device).float()[None]
-
         settings = {"region_area": config.region_area, "scales": [frame.short_side for frame in frames]}
-        return cache_regions(fine_tuned, _pyramids(fine_tuned, frames, read, to_map), proposals, out, METHOD, settings)
+        return cache_regions(fine_tuned, StoredPyramids(fine_tuned, frames, stored), proposals, out, METHOD, settings)
 
 
 def detect_spp_net(network: Path, svms: Path, regressors: Path, proposals: Path, *, out: Path, config: DetectSPPNet,
                    runtime: Runtime) -> dict[str, Any]:
     """Detect on the test split with SPP-net: one pass of the conv layers for each scale, then SVMs and regressors."""
-    import torch
-
-    from altopt.pictures import make_batch, read_sample
+    from stages.region_views import FreshPyramids
     from stages.regions import LinearLayers, RegionNetwork, detect_regions
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
     frames = frames_of(config.network, config.scales, config.max_side)
-
-    def read(id: str) -> list[Any]:
-        return [read_sample(fine_tuned.dataset, id, frame) for frame in frames]
-
-    def to_map(sample: Any) -> Any:
-        with torch.inference_mode(), fine_tuned.autocast():
-            return fine_tuned.classifier.conv(make_batch([sample], fine_tuned.device).images)
-
     linear = LinearLayers(svms, regressors, fine_tuned)
-    return detect_regions(fine_tuned, _pyramids(fine_tuned, frames, read, to_map), linear, proposals, out)
+    return detect_regions(fine_tuned, FreshPyramids(fine_tuned, frames), linear, proposals, out)
 
 
 def frames_of(network: NetworkConfig, scales: tuple[int, ...], max_side: int) -> list[NetworkConfig]:
@@ -234,33 +217,3 @@ def _stored_frames(stored: Any, path: Path, tensors: Any, network: NetworkConfig
         raise ArtifactError(f"{path.name} was made by other conv layers than the network's: make it again from the "
                             "same pre-trained network")
     return frames_of(network, tuple(stored.settings["scales"]), stored.settings["max_side"])
-
-
-def _pyramids(fine_tuned: Any, frames: list[NetworkConfig], read_maps: Any, to_map: Any) -> Any:
-    """Return how SPP-net looks at regions: each pools a pyramid from the map whose scale suits it best."""
-    import torch
-
-    from altopt.pictures import scale_of
-    from altopt.pyramid import nearest_scale
-
-    dataset, classifier = fine_tuned.dataset, fine_tuned.classifier
-    levels, area = fine_tuned.description["levels"], fine_tuned.config.region_area
-
-    class PyramidRegions:
-        def read(self, id: str) -> Any:
-            scales = [scale_of(dataset.size(id), frame.short_side, frame.max_side) for frame in frames]
-            return read_maps(id), scales
-
-        def open(self, prepared: Any) -> Any:
-            return [to_map(each) for each in prepared[0]], prepared[1]
-
-        def pool(self, picture: Any, boxes: Any) -> Any:
-            maps, scales = picture
-            chosen = nearest_scale(boxes, scales, area)
-            pooled = boxes.new_empty(len(boxes), classifier.pooled_features, dtype=maps[0].dtype)
-            for number, (features, scale) in enumerate(zip(maps, scales, strict=True)):
-                here = torch.nonzero(chosen == number)[:, 0]
-                pooled[here] = classifier.pool_pyramids(features, [boxes[here] * scale], levels)
-            return pooled
-
-    return PyramidRegions()

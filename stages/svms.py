@@ -89,7 +89,7 @@ def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runt
 
                 targets = torch.from_numpy(file.pooled_targets(own))
                 weights[label], biases[label] = fit_box_ridge(blocks, targets, penalty, config.whitening_floor)
-            runtime.report({"event": "pictures", "done": label + 1, "total": len(file.classes)})
+            runtime.report({"event": "pictures", "done": label + 1, "total": len(file.classes), "what": "classes"})
         save_checkpoint(out, {"weights": weights * scale, "biases": biases}, describe_features(file.attributes))
         unseen = len(file.classes) - len(np.unique(labels))
     return {"regions": len(labels), "ridge": penalty, "feature_scale": scale, "classes_without_regions": unseen,

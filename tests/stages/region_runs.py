@@ -1,7 +1,7 @@
 """SPP-net and slow R-CNN on a few small pictures, stage function by stage function, each writing into one folder."""
 
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,14 @@ def jittered(boxes: np.ndarray, id: str) -> np.ndarray:
     return kept
 
 
-def make(folder: Path, artifact: str, scheme: str, report: Any = None, **runtime: Any) -> dict[str, Any]:
-    """Run the stage that makes an artifact."""
+def make(folder: Path, artifact: str, scheme: str, report: Any = None, changes: Any = None,
+         **runtime: Any) -> dict[str, Any]:
+    """Run the stage that makes an artifact, with changes of its config."""
     settings: dict[str, Any] = {"device": "cpu", "snapshot_seconds": 0, "report_every": 1} | runtime
     stage, inputs, config = next(each[1:] for each in STAGES[scheme] if each[0] == artifact)
     with torch.random.fork_rng():
         return partial(stage, *(folder / file_name(name) for name in inputs))(
-            out=folder / file_name(artifact), config=config,
+            out=folder / file_name(artifact), config=replace(config, **(changes or {})),
             runtime=Runtime(report=report or (lambda event: None), **settings))
 
 

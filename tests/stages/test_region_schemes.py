@@ -278,6 +278,18 @@ def test_a_network_of_the_other_scheme_is_refused(copied):
         make(copied["rcnn"], "F1", "rcnn")
 
 
+def test_bfloat16_is_stored_as_computed_and_changes_little(made, copied):
+    """The fine-tuned network of the float32 run serves both; only what is computed with it differs."""
+    folder, half = copied["spp_net"], {"precision": "bfloat16"}
+    for artifact in ("F1", "F2", "S1", "R1", "D1"):
+        make(folder, artifact, "spp_net", changes=half if artifact in ("F1", "F2", "D1") else {})
+    assert (folder / "F1.h5").stat().st_size < 0.55 * (made[0]["spp_net"] / "F1.h5").stat().st_size
+    with RegionFeatureFile(folder / "F2.h5") as one, RegionFeatureFile(made[0]["spp_net"] / "F2.h5") as other:
+        difference = np.abs(one.features(0) - other.features(0)).max()
+        assert 0 < difference < 0.05 * np.abs(other.features(0)).max()
+    assert sum(map(len, read_detections(folder / file_name("D1"), TEST.ids, TEST.category_ids).values())) > 0
+
+
 @EACH_SCHEME
 def test_facts_for_the_record(made, scheme):
     folder, facts = made[0][scheme], made[1][scheme]
