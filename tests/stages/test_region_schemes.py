@@ -13,9 +13,11 @@ from altopt.errors import ArtifactError
 from altopt.evaluation.detections import read_detections
 from altopt.pictures import make_batch, read_sample, stored_sample
 from altopt.pyramid import pyramid_pool
-from altopt.randomness import generator
+from altopt.randomness import generator, seed_of
 from altopt.region_classifier import PyramidTraining, RegionClassifier
+from altopt.ridge import fit_box_ridge
 from altopt.sampling import RoIRule
+from altopt.svm import MinedSVM, mine
 from altopt.warped_crops import warp
 from cache.checkpoints import load_checkpoint, read_description
 from cache.features import FeatureMapFile, MapKey
@@ -25,6 +27,7 @@ from stages.rcnn import original_frame
 from stages.regions import boxes_of
 from stages.spp_net import TrainFCLayers, frames_of, train_fc_layers
 from stages.step import Runtime, file_name
+from stages.svms import TrainSVMs
 
 CPU = torch.device("cpu")
 TRAIN, TEST = (ShapesDataset((split,), width=96, height=80) for split in ("train:5", "test:3"))
@@ -288,6 +291,32 @@ def test_bfloat16_is_stored_as_computed_and_changes_little(made, copied):
         difference = np.abs(one.features(0) - other.features(0)).max()
         assert 0 < difference < 0.05 * np.abs(other.features(0)).max()
     assert sum(map(len, read_detections(folder / file_name("D1"), TEST.ids, TEST.category_ids).values())) > 0
+
+
+@pytest.mark.parametrize(("scheme", "artifact"), [("spp_net", "F2"), ("rcnn", "F1")])
+def test_linear_layers_take_features_as_they_are(made, scheme, artifact):
+    """They are trained on features of another norm, and the factor is part of their weights."""
+    folder, facts = made[0][scheme], made[1][scheme]
+    svms, regressors = (load_checkpoint(folder / file_name(name))[0] for name in ("S1", "R1"))
+    with RegionFeatureFile(folder / f"{artifact}.h5") as file:
+        scale = facts["S1"]["feature_scale"]
+        found = [file.objects(picture) for picture in range(len(file))]
+        label = int(found[0][0][0])
+        svm = MinedSVM(np.concatenate([rows[labels == label] for labels, rows in found]) * scale, TrainSVMs(),
+                       seed_of(3, "svm", TRAIN.classes[label]) % 2**31)
+        for picture in range(len(file)):
+            mine([svm], file.features(picture) * scale, file.rows("overlaps", picture)[:, label : label + 1])
+        svm.train()
+        scores = torch.from_numpy(file.features(0)) @ svms["weights"][label] + svms["biases"][label]
+        np.testing.assert_allclose(scores, svm.scores(file.features(0) * scale), atol=1e-3)
+
+        scale = facts["R1"]["feature_scale"]
+        own = np.flatnonzero(file.pooled_labels() == label)
+        rows = torch.from_numpy(np.concatenate(list(file.pooled(own))))
+        targets = torch.from_numpy(file.pooled_targets(own))
+        weights, biases = fit_box_ridge(lambda: [rows * scale], targets, facts["R1"]["ridge"], 0.001)
+        deltas = rows @ regressors["weights"][label].T + regressors["biases"][label]
+        torch.testing.assert_close(deltas, rows * scale @ weights.T + biases, atol=1e-4, rtol=1e-3)
 
 
 @EACH_SCHEME
