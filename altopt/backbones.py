@@ -32,7 +32,7 @@ class Backbone:
 def vgg16() -> Backbone:
     """VGG-16 (Simonyan and Zisserman): conv1 to conv5 without the last pooling, fc6 and fc7, RoI pool 7 x 7."""
     layers = list(torchvision.models.vgg16(weights=None).features)[:-1]
-    return Backbone(_blocks(_split_at_pools(layers)), _fully_connected(512 * 7 * 7, 4096), 512, 7, 4096)
+    return Backbone(_blocks(_split_at_pools(layers)), fully_connected(512 * 7 * 7, 4096), 512, 7, 4096)
 
 
 def alexnet() -> Backbone:
@@ -42,7 +42,7 @@ def alexnet() -> Backbone:
     assert isinstance(conv1, nn.Conv2d)
     conv1.padding = (10, 10)
     blocks = [features[0:2], features[2:5], features[5:8], features[8:10], features[10:12]]
-    return Backbone(_blocks(blocks), _fully_connected(256 * 6 * 6, 4096), 256, 6, 4096)
+    return Backbone(_blocks(blocks), fully_connected(256 * 6 * 6, 4096), 256, 6, 4096)
 
 
 def squeezenet1_1() -> Backbone:
@@ -52,7 +52,7 @@ def squeezenet1_1() -> Backbone:
     assert isinstance(conv1, nn.Conv2d)
     conv1.padding = (8, 8)
     blocks = [features[0:2], features[2:5], features[5:8], features[8:11], features[11:13]]
-    return Backbone(_blocks(blocks), _fully_connected(512 * 6 * 6, 512), 512, 6, 512)
+    return Backbone(_blocks(blocks), fully_connected(512 * 6 * 6, 512), 512, 6, 512)
 
 
 def small() -> Backbone:
@@ -69,7 +69,7 @@ def small() -> Backbone:
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
         blocks.append(layers)
-    return Backbone(_blocks(blocks), _fully_connected(128 * 6 * 6, 256), 128, 6, 256)
+    return Backbone(_blocks(blocks), fully_connected(128 * 6 * 6, 256), 128, 6, 256)
 
 
 def build(name: str) -> Backbone:
@@ -78,6 +78,14 @@ def build(name: str) -> Backbone:
         "vgg16": vgg16, "alexnet": alexnet, "squeezenet1_1": squeezenet1_1, "small": small,
     }
     return networks[name]()
+
+
+def fully_connected(inputs: int, features: int) -> nn.Sequential:
+    """Return fc6 and fc7, from ``inputs`` pooled features to ``features``."""
+    return nn.Sequential(OrderedDict([
+        ("fc6", nn.Linear(inputs, features)), ("relu6", nn.ReLU(inplace=True)), ("drop6", nn.Dropout(0.5)),
+        ("fc7", nn.Linear(features, features)), ("relu7", nn.ReLU(inplace=True)), ("drop7", nn.Dropout(0.5)),
+    ]))
 
 
 def _blocks(blocks: list[list[nn.Module]]) -> nn.Sequential:
@@ -91,10 +99,3 @@ def _split_at_pools(layers: list[nn.Module]) -> list[list[nn.Module]]:
             blocks.append([])
         blocks[-1].append(layer)
     return blocks
-
-
-def _fully_connected(inputs: int, features: int) -> nn.Sequential:
-    return nn.Sequential(OrderedDict([
-        ("fc6", nn.Linear(inputs, features)), ("relu6", nn.ReLU(inplace=True)), ("drop6", nn.Dropout(0.5)),
-        ("fc7", nn.Linear(features, features)), ("relu7", nn.ReLU(inplace=True)), ("drop7", nn.Dropout(0.5)),
-    ]))

@@ -73,3 +73,29 @@ class DetectionRule:
     nms: float = sourced(0.3, "pfr TEST.NMS")
     per_picture: int = sourced(100, "pfr test_net: detections kept for a picture, over all classes")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVMRule:
+    """How a class's linear SVM is trained on region features; scores are those of features brought to one norm."""
+
+    cost: float = sourced(1e-3, "R-CNN rcnn_train: C")
+    bias: float = sourced(10.0, "R-CNN rcnn_train: the constant feature")
+    positive_weight: float = sourced(2.0, "R-CNN rcnn_train: w1")
+    negative_iou: float = sourced(0.3, "R-CNN, section 2.3: background below, ignored above")
+    hard_score: float = sourced(-1.0001, "R-CNN rcnn_train: hard_thresh, remembered above")
+    easy_score: float = sourced(-1.2, "R-CNN rcnn_train: evict_thresh, forgotten below (py port: -1.1)")
+    retrain_after: int = sourced(2000, "R-CNN rcnn_train: retrain_limit, new negatives of the class")
+    max_iterations: int = sourced(1000, "liblinear's own limit")
+    tolerance: float = sourced(1e-4, "scikit-learn's own; liblinear: 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionDetectionRule:
+    """How the SVMs' scores of proposals, and the regressed boxes, become detections."""
+
+    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
+    score: float = sourced(-1.5, "SPP-net's floor; R-CNN has none, and cuts the worst by 40 boxes a picture and class")
+    per_class: int = sourced(100, "R-CNN rcnn_test, SPP-net: boxes of a class in a picture, before suppression")
+    nms: float = sourced(0.3, "R-CNN, section 2.2")
+    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")

@@ -27,6 +27,8 @@ class Sample:
 
     ``pixels`` is uint8 ``Tensor[3, H, W]``; ``objects`` ``Tensor[G, 4]``; ``classes`` int64 ``Tensor[G]`` from 0;
     ``proposals`` ``Tensor[K, 4]`` or None; ``scale`` is input pixels for one original pixel.
+    A sample with ``features``, the conv layers' stored map ``Tensor[C, h, w]``, has no picture: its pixels are one
+    zero, repeated without memory, and only their size means something.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Sample:
     objects: Tensor
     classes: Tensor
     proposals: Tensor | None = None
+    features: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -45,10 +48,16 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples on a device, and their pixels as one ``Tensor[B, 3, H, W]``, normalised, zero-padded at the end."""
+    """Samples on a device, and their pixels as one ``Tensor[B, 3, H, W]``, normalised, zero-padded at the end.
+
+    Where the samples carry stored maps, ``features`` is ``Tensor[B, C, h, w]``, zero-padded at the end too, and stands
+    in place of what the conv layers make of ``images``, which are then blank. RoI pooling does not see the padding:
+    maps end with a ReLU, and no maximum changes by a zero.
+    """
 
     samples: list[Sample]
     images: Tensor
+    features: Tensor | None = None
 
 
 def scale_of(size: tuple[int, int], short_side: int, max_side: int) -> float:
@@ -56,10 +65,15 @@ def scale_of(size: tuple[int, int], short_side: int, max_side: int) -> float:
     return min(short_side / min(size), max_side / max(size))
 
 
+def input_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Return (width, height) of a picture of ``size`` in the input frame."""
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def resized(image: np.ndarray, scale: float) -> np.ndarray:
     """Return the picture, uint8 [H, W, 3], scaled bilinearly (with antialiasing where it shrinks)."""
     height, width = image.shape[:2]
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size = input_size((width, height), scale)
     if size == (width, height):
         return image
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
@@ -74,6 +88,22 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
     pixels = resized(image, scale)
     if flipped:
         pixels = pixels[:, ::-1]
+    turned = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return _sample(dataset, id, flipped, turned, scale, width, proposals)
+
+
+def stored_sample(dataset: Dataset, id: str, network: NetworkConfig, features: Tensor, *, flipped: bool = False,
+                  proposals: np.ndarray | None = None) -> Sample:
+    """Return what ``read_sample`` does, with the stored map of the picture in place of the picture."""
+    extent = dataset.size(id)
+    scale = scale_of(extent, network.short_side, network.max_side)
+    width, height = input_size(extent, scale)
+    blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, height, width)
+    return _sample(dataset, id, flipped, blank, scale, extent[0], proposals, features)
+
+
+def _sample(dataset: Dataset, id: str, flipped: bool, pixels: Tensor, scale: float, width: int,
+            proposals: np.ndarray | None, features: Tensor | None = None) -> Sample:
     objects = dataset.objects(id).usable()
 
     def framed(boxes: np.ndarray) -> Tensor:
@@ -81,9 +111,8 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
         return (bx.flip(original, width) if flipped else original) * scale
 
     return Sample(
-        id, flipped, torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), scale,
-        framed(objects.boxes), torch.from_numpy(np.array(objects.labels, dtype=np.int64)),
-        None if proposals is None else framed(proposals),
+        id, flipped, pixels, scale, framed(objects.boxes), torch.from_numpy(np.array(objects.labels, dtype=np.int64)),
+        None if proposals is None else framed(proposals), features,
     )
 
 
@@ -98,7 +127,12 @@ def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
 
 
 def make_batch(samples: list[Sample], device: torch.device) -> Batch:
-    """Move the samples to the device and stack their pixels, smaller pictures padded with the mean colour."""
+    """Move the samples to the device and stack their pixels, smaller pictures padded with the mean colour.
+
+    Samples with stored maps have their maps stacked instead, in float32.
+    """
+    if samples[0].features is not None:
+        return _stored_batch(samples, device)
     height = max(sample.pixels.shape[1] for sample in samples)
     width = max(sample.pixels.shape[2] for sample in samples)
     images = torch.zeros(len(samples), 3, height, width, device=device).to(memory_format=torch.channels_last)
@@ -108,8 +142,22 @@ def make_batch(samples: list[Sample], device: torch.device) -> Batch:
     for image, sample in zip(images, samples, strict=True):
         pixels = sample.pixels.to(device, non_blocking=True)
         image[:, : pixels.shape[1], : pixels.shape[2]] = (pixels - mean) / std
-        moved.append(Sample(
-            sample.id, sample.flipped, pixels, sample.scale, sample.objects.to(device), sample.classes.to(device),
-            None if sample.proposals is None else sample.proposals.to(device),
-        ))
+        moved.append(_moved(sample, pixels, device))
     return Batch(moved, images)
+
+
+def _stored_batch(samples: list[Sample], device: torch.device) -> Batch:
+    maps = [sample.features for sample in samples if sample.features is not None]
+    height, width = max(each.shape[1] for each in maps), max(each.shape[2] for each in maps)
+    features = torch.zeros(len(samples), maps[0].shape[0], height, width, device=device)
+    for place, each in zip(features, maps, strict=True):
+        place[:, : each.shape[1], : each.shape[2]] = each.to(device, non_blocking=True)
+    blank = torch.zeros(1, 1, 1, 1, device=device).expand(len(samples), 3, 1, 1)
+    return Batch([_moved(sample, sample.pixels, device) for sample in samples], blank, features)
+
+
+def _moved(sample: Sample, pixels: Tensor, device: torch.device) -> Sample:
+    return Sample(
+        sample.id, sample.flipped, pixels, sample.scale, sample.objects.to(device), sample.classes.to(device),
+        None if sample.proposals is None else sample.proposals.to(device),
+    )

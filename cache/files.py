@@ -60,10 +60,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             if error.errno in NO_ROOM or error.filename in (temporary, str(temporary)):
                 raise file_error(path, error, "written") from error
             raise
-        with _translated(path):
-            _sync_file(temporary)
-            os.replace(temporary, path)  # noqa: PTH105 - beside os.fsync, as the recipe for it is known
-            _sync_folder(path.parent)
+        publish(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -79,6 +76,14 @@ def link_or_copy(source: Path, path: Path) -> None:
             temporary.hardlink_to(source)
         except OSError:
             shutil.copyfile(source, temporary)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Make a complete file in the same folder become ``path``, on the disk too. Errors: as ``atomic_path``."""
+    with _translated(path):
+        _sync_file(temporary)
+        os.replace(temporary, path)  # noqa: PTH105 - beside os.fsync, as the recipe for it is known
+        _sync_folder(path.parent)
 
 
 class DeferringFile(io.FileIO):

@@ -6,9 +6,12 @@ from stages.fast_rcnn import train_fast_rcnn, train_fast_rcnn_frozen_conv
 from stages.joint import train_approximate_joint, train_exact_joint
 from stages.pretrained import load_imagenet_weights, pretrain_on_crops
 from stages.proposals import generate_proposals
+from stages.rcnn import cache_warped_features, detect_rcnn, train_on_warped_regions
 from stages.rpn import train_rpn, train_rpn_frozen_conv
 from stages.selective_search import selective_search, selective_search_test
+from stages.spp_net import cache_conv_features, cache_region_features, detect_spp_net, train_fc_layers
 from stages.step import Step
+from stages.svms import train_regressors, train_svms
 
 # M0 comes from before the list; a recipe has the table of one of the two.
 PRETRAINED = [
@@ -27,6 +30,25 @@ ALTERNATING = [
     Step("M5", add_rpn_layers, "M4", "M3"),
 ]
 
+# Girshick et al., "Rich feature hierarchies": features of warped regions, SVMs and box regressors on them.
+RCNN = [
+    Step("P0", selective_search),
+    Step("M1", train_on_warped_regions, "M0", "P0"),
+    Step("F1", cache_warped_features, "M1", "P0"),
+    Step("S1", train_svms, "F1"),
+    Step("R1", train_regressors, "F1"),
+]
+
+# He et al., "Spatial pyramid pooling": conv features once for each picture, only the layers behind them learn.
+SPP_NET = [
+    Step("P0", selective_search),
+    Step("F1", cache_conv_features, "M0"),
+    Step("M1", train_fc_layers, "M0", "F1", "P0"),
+    Step("F2", cache_region_features, "M1", "F1", "P0"),
+    Step("S1", train_svms, "F2"),
+    Step("R1", train_regressors, "F2"),
+]
+
 # Girshick, "Fast R-CNN": one network on proposals of other origin.
 FAST_RCNN = [
     Step("P0", selective_search),
@@ -43,6 +65,8 @@ EXACT_JOINT = [
 
 SCHEMES = {
     "alternating": ALTERNATING,
+    "rcnn": RCNN,
+    "spp-net": SPP_NET,
     "fast-rcnn": FAST_RCNN,
     "approximate-joint": APPROXIMATE_JOINT,
     "exact-joint": EXACT_JOINT,
@@ -52,6 +76,8 @@ SCHEMES = {
 # one of the last step.
 DETECTIONS = {
     "alternating": [Step("D2", detect_unshared, "M1", "M2"), Step("D5", detect_shared, "M5")],
+    "rcnn": [Step("T0", selective_search_test), Step("D1", detect_rcnn, "M1", "S1", "R1", "T0")],
+    "spp-net": [Step("T0", selective_search_test), Step("D1", detect_spp_net, "M1", "S1", "R1", "T0")],
     "fast-rcnn": [Step("T0", selective_search_test), Step("D1", detect_on_proposals, "M1", "T0")],
     "approximate-joint": [Step("D1", detect_shared, "M1")],
     "exact-joint": [Step("D1", detect_shared, "M1")],

@@ -24,7 +24,7 @@ def detection_steps(run: Run) -> list[Step]:
 
 def networks(step: Step) -> str:
     """Return what a detection step detects with: ``M1+M2``."""
-    return "+".join(name for name in step.inputs if not name.startswith("T"))
+    return "+".join(name for name in step.inputs if name.startswith("M"))
 
 
 def name_of(run: Run, step: Step) -> str:

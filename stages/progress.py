@@ -48,7 +48,7 @@ class Reporter:
                     f"wait {event['wait_share']:.0%}")
             self._advance(artifact, event["iteration"], event["iterations"], text, event["seconds"])
         elif kind == "pictures":
-            self._advance(artifact, event["done"], event["total"], "pictures", None)
+            self._advance(artifact, event["done"], event["total"], event.get("what", "pictures"), None)
         elif kind == "finished":
             self.close()
             self.line(f"{artifact}: done in {duration(event['seconds'])}")

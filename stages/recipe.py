@@ -27,7 +27,7 @@ HEADER = ("title", "description", "data_root", "protocol", "expect", "scheme")
 SHARED: dict[str, type] = {"network": NetworkConfig, "data": DataConfig}
 AT_LEAST = {"iterations": 0, "warmup": 0} | dict.fromkeys(
     ("images_per_batch", "short_side", "max_side", "rpn_channels", "crop_side", "anchors_per_image",
-     "rois_per_batch"), 1)
+     "rois_per_batch", "rois_at_once", "per_class", "region_area"), 1)
 PROTOCOL = Literal["voc07", "voc10", "coco"]
 
 

@@ -12,7 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = {"M": ".safetensors", "P": ".h5", "T": ".h5", "D": ".json"}
+SUFFIXES = {
+    "M": ".safetensors", "P": ".h5", "D": ".json",
+    "F": ".h5",  # features, of pictures or of regions
+    "S": ".safetensors", "R": ".safetensors",  # SVMs and box regressors
+    "T": ".h5",  # proposals of the test split
+}
 
 
 class Step:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from altopt.errors import ArtifactError, UsageError
 from altopt.interruption import Stop, deferred_signals
 from altopt.pictures import Batch, Sample, read_sample
 from altopt.randomness import generator
+from altopt.region_classifier import RegionClassifier
 from altopt.sampling import RoIRule, has_samples
 from altopt.training import Progress, describe, freeze, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
@@ -92,7 +93,14 @@ class Training:
         self.runtime.report({"event": "weights", "drawn": [part for part in drawn if part in parts]})
         return network
 
-    def freeze(self, network: FasterRCNN, blocks: Sequence[str] | None) -> None:
+    def classifier(self, levels: Sequence[int] = ()) -> RegionClassifier:
+        """Return a region classifier with the initial weights; its head, and what does not fit, is drawn anew."""
+        classifier = RegionClassifier(self.config.network, len(self.dataset.classes), levels)
+        drawn = classifier.fill(self.tensors, generator(*self.key, "weights"), fresh=("head",))
+        self.runtime.report({"event": "weights", "drawn": drawn})
+        return classifier
+
+    def freeze(self, network: FasterRCNN | RegionClassifier, blocks: Sequence[str] | None) -> None:
         """Freeze the named conv blocks, or all of them for None."""
         names = [name for name, _ in network.conv.named_children()]
         for block in blocks or ():
@@ -107,20 +115,24 @@ class Training:
         return entries_of(self.dataset, self.dataset.ids, self.config.flips)
 
     def run(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None") -> dict[str, Any]:
-        """Train the module on the entries and return facts for the record."""
+        """Train the module on the entries' pictures and return facts for the record."""
+        def read(entry: Entry, iteration: int) -> Sample:
+            return read_sample(self.dataset, entry.id, self.config.network, flipped=entry.flipped,
+                               proposals=cached.get(entry.id) if cached else None)
+
+        return self.run_on(module, entries, read)
+
+    def run_on(self, module: nn.Module, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
+        """Do what ``run`` does, on samples that ``read(entry, iteration)`` makes, called from threads."""
         order = BatchOrder(entries, self.config.images_per_batch, *self.key)
 
-        def read(iteration: int) -> list[Sample]:
-            return [
-                read_sample(self.dataset, entry.id, self.config.network, flipped=entry.flipped,
-                            proposals=cached.get(entry.id) if cached else None)
-                for entry in order[iteration]
-            ]
+        def read_all(iteration: int) -> list[Sample]:
+            return [read(entry, iteration) for entry in order[iteration]]
 
-        return run_loop(module, read, self.config, self.out, self.runtime, self.key, self.device)
+        return run_loop(module, read_all, self.config, self.out, self.runtime, self.key, self.device)
 
-    def save(self, network: FasterRCNN, parts: Sequence[str]) -> None:
-        """Write the output, after making sure that frozen layers are what they were."""
+    def save(self, network: FasterRCNN | RegionClassifier, parts: Sequence[str], **described: Any) -> None:
+        """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it."""
         tensors = network.tensors(parts)
         for block in self._frozen:
             before = digest(_under(self.tensors, f"conv.{block}."))
@@ -128,7 +140,7 @@ class Training:
                 raise AssertionError(f"{self.stage} changed {block}, which is frozen")
         classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
         pooling = {"samples_per_bin": network.samples_per_bin} if network.samples_per_bin else {}
-        save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | pooling)
+        save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | pooling | described)
         remove_snapshot(snapshot_path(self.out))
 
 

@@ -1,0 +1,159 @@
+"""The networks of SPP-net and slow R-CNN: conv layers, fully connected layers on regions, and a softmax over classes.
+
+They differ in what the fully connected layers see: SPP-net pools a pyramid from the map of the whole picture, R-CNN
+runs the conv layers on each warped region by itself. Boxes are the regressors' business (altopt/ridge.py), and after
+the fine-tuning SVMs take the softmax's place (altopt/svm.py).
+
+Letters: R regions, K classes without background, D features of the last hidden layer, E features that fc6 sees.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from altopt import backbones
+from altopt.backbones import STRIDE
+from altopt.config import NetworkConfig
+from altopt.pictures import Batch
+from altopt.pyramid import bins, pyramid_pool
+from altopt.randomness import generator
+from altopt.roi_pool import roi_pool
+from altopt.sampling import RoIRule, RoISample, sample_rois
+from altopt.warped_crops import warp
+
+
+class RegionClassifier(nn.Module):
+    """``conv``, ``fc`` and ``head``, on the meta device until ``fill`` gives them weights.
+
+    With ``levels`` fc6 takes the bins of that pyramid, and without the RoI grid of the network.
+    """
+
+    def __init__(self, network: NetworkConfig, classes: int, levels: Sequence[int] = ()) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            backbone = backbones.build(network.name)
+            self.roi_size = backbone.roi_size
+            self.features = backbone.features
+            self.pooled_features = backbone.channels * (bins(levels) if levels else backbone.roi_size**2)
+            self.conv = backbone.conv
+            self.fc = backbones.fully_connected(self.pooled_features, backbone.features)
+            self.head = nn.Sequential(OrderedDict([("cls_score", nn.Linear(backbone.features, classes + 1))]))
+
+    def fill(self, tensors: Mapping[str, Tensor], random: torch.Generator, fresh: Sequence[str] = ()) -> list[str]:
+        """Take each layer's weights from the tensors; return the layers that are drawn anew.
+
+        Those are the layers of parts in ``fresh``, layers that are missing, and layers of another shape: fc6, when a
+        pyramid takes the place of the RoI grid that it was trained on. A missing layer of ``conv`` is a ``KeyError``.
+        """
+        drawn = []
+        for name, layer in self.named_modules():
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                continue
+            part = name.split(".")[0]
+            held = tensors.get(f"{name}.weight")
+            if part == "conv" or (held is not None and held.shape == layer.weight.shape and part not in fresh):
+                own = {key: tensors[f"{name}.{key}"] for key in layer.state_dict()}
+                layer.load_state_dict(own, assign=True)
+                layer.requires_grad_(True)
+            else:
+                layer.to_empty(device="cpu")
+                _draw(name, layer, random)
+                drawn.append(name)
+        return drawn
+
+    def pool_pyramids(self, features: Tensor, boxes: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
+        """Return what fc6 sees of regions on whole pictures' maps ``Tensor[B, C, H, W]``: ``Tensor[R, E]``."""
+        return pyramid_pool(features, boxes, levels, 1 / STRIDE)
+
+    def pool_crops(self, crops: Tensor) -> Tensor:
+        """Return what fc6 sees of warped crops ``Tensor[R, 3, S, S]``, each whole map one RoI: ``Tensor[R, E]``."""
+        whole = crops.new_tensor([[0, 0, crops.shape[3], crops.shape[2]]])
+        return roi_pool(self.conv(crops), [whole] * len(crops), self.roi_size, 1 / STRIDE).flatten(1)
+
+    def set_dropout(self, probability: float) -> None:
+        """Set the share of features that training drops after fc6 and fc7."""
+        for layer in self.fc.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = probability
+
+    def tensors(self, parts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the named parts' weights, as a checkpoint holds them."""
+        return {
+            f"{part}.{name}": tensor.detach().to("cpu", memory_format=torch.contiguous_format)
+            for part in parts for name, tensor in getattr(self, part).state_dict().items()
+        }
+
+
+class RegionTraining(nn.Module):
+    """What both fine-tunings share: regions sampled by IoU, and the softmax loss over them."""
+
+    def __init__(self, *, rule: RoIRule, regions_per_image: int, fg_fraction: float, key: tuple[object, ...]) -> None:
+        super().__init__()
+        self.rule, self.regions_per_image = rule, regions_per_image
+        self.fg_fraction, self.key = fg_fraction, key
+
+    def sample(self, batch: Batch, iteration: int) -> list[RoISample]:
+        """Return the regions of each picture that the iteration trains on."""
+        samples = []
+        for each in batch.samples:
+            assert each.proposals is not None
+            samples.append(sample_rois(
+                each.proposals, each.objects, each.classes, count=self.regions_per_image,
+                fg_fraction=self.fg_fraction, rule=self.rule,
+                generator=generator(*self.key, iteration, each.id, each.flipped),
+            ))
+        return samples
+
+
+class PyramidTraining(RegionTraining):
+    """SPP-net's fine-tuning: fc6, fc7 and the softmax on stored maps. The conv layers are not even there."""
+
+    def __init__(self, network: RegionClassifier, levels: Sequence[int], *, rule: RoIRule, regions_per_image: int,
+                 fg_fraction: float, key: tuple[object, ...]) -> None:
+        super().__init__(rule=rule, regions_per_image=regions_per_image, fg_fraction=fg_fraction, key=key)
+        self.fc, self.head, self.levels = network.fc, network.head, tuple(levels)
+
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """Return ``cls``, the mean softmax loss over the sampled regions."""
+        assert batch.features is not None
+        samples = self.sample(batch, iteration)
+        pooled = pyramid_pool(batch.features, [sample.rois for sample in samples], self.levels, 1 / STRIDE)
+        return _softmax_loss(self.head(self.fc(pooled)), samples)
+
+
+class WarpedTraining(RegionTraining):
+    """Slow R-CNN's fine-tuning: the whole network on warped regions of pictures in their original frame."""
+
+    def __init__(self, network: RegionClassifier, side: int, *, rule: RoIRule, regions_per_image: int,
+                 fg_fraction: float, key: tuple[object, ...]) -> None:
+        super().__init__(rule=rule, regions_per_image=regions_per_image, fg_fraction=fg_fraction, key=key)
+        self.network, self.side = network, side
+
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        """Return ``cls``, the mean softmax loss over the sampled regions."""
+        samples = self.sample(batch, iteration)
+        crops = torch.cat([
+            warp(image[:, : each.size[1], : each.size[0]], sample.rois, self.side)
+            for image, each, sample in zip(batch.images, batch.samples, samples, strict=True)
+        ])
+        hidden = self.network.fc(self.network.pool_crops(crops))
+        return _softmax_loss(self.network.head(hidden), samples)
+
+
+def _softmax_loss(logits: Tensor, samples: Sequence[RoISample]) -> dict[str, Tensor]:
+    labels = torch.cat([sample.labels for sample in samples])
+    return {"cls": F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)}
+
+
+@torch.no_grad()
+def _draw(name: str, layer: nn.Conv2d | nn.Linear, random: torch.Generator) -> None:
+    """Draw a layer: standard deviation 0.01 for class scores, He et al. for hidden layers; biases 0."""
+    if name == "head.cls_score":
+        nn.init.normal_(layer.weight, std=0.01, generator=random)
+    else:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=random)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,236 @@
+"""What SPP-net and slow R-CNN share: features of every region of a picture, on disk for training and in detection."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from altopt import boxes as bx
+from altopt.batches import Ahead
+from altopt.datasets.dataset import Dataset
+from altopt.datasets.opening import open_dataset
+from altopt.errors import ArtifactError
+from altopt.evaluation.detections import Detections, to_coco_results
+from altopt.evaluation.ground_truth import counted
+from altopt.evaluation.recall import proposal_recall
+from altopt.randomness import generator
+from altopt.region_classifier import RegionClassifier
+from altopt.region_detections import region_detections
+from altopt.sampling import match_rois
+from cache.checkpoints import load_checkpoint
+from cache.files import sha256_file, write_json_atomic
+from cache.region_features import PictureRegions, RegionCount, RegionFeatureWriter, RegionSizes
+from stages.step import Runtime
+from stages.training import CachedProposals, describe_network, device_of, require_network
+
+
+class Regions(Protocol):
+    """How a method looks at the regions of a picture."""
+
+    def read(self, id: str) -> Any:
+        """Return what can be prepared of a picture; called from threads."""
+
+    def open(self, prepared: Any) -> Any:
+        """Bring it to the device, as ``pool`` wants it."""
+
+    def pool(self, picture: Any, boxes: Tensor) -> Tensor:
+        """Return what fc6 sees, ``Tensor[R, E]``, of boxes ``Tensor[R, 4]`` in the original frame."""
+
+
+class RegionNetwork:
+    """A fine-tuned region classifier in evaluation mode, and a split of the data set."""
+
+    def __init__(self, path: Path, method: str, config: Any, runtime: Runtime, split: Any) -> None:
+        self.path, self.config, self.runtime = path, config, runtime
+        self.device = device_of(runtime)
+        self.dataset: Dataset = open_dataset(config.data, split, runtime.data_root)
+        tensors, self.description = load_checkpoint(path)
+        require_network(path, self.description, config.network)
+        if self.description.get("method") != method:
+            raise ArtifactError(f"{path.name} was not fine-tuned for {method}: make it with the steps of that scheme")
+        require_classes(path, self.description, self.dataset)
+        levels = self.description.get("levels", ())
+        self.classifier = RegionClassifier(config.network, len(self.dataset.classes), levels)
+        drawn = self.classifier.fill(tensors, generator("unused"))
+        if drawn:
+            raise ArtifactError(f"{path.name} has no {drawn[0]} that fits: it is an output of another stage")
+        self.classifier.to(self.device).to(memory_format=torch.channels_last).eval()
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the network computes with the config's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def look(self, regions: Regions, ids: Sequence[str]) -> Iterator[tuple[str, Any]]:
+        """Yield (id, opened picture), reading ahead; reports progress."""
+        total = len(self.dataset.ids)
+        done = total - len(ids)
+        with Ahead(regions.read, ids, self.runtime.workers) as ahead:
+            for id, prepared in zip(ids, ahead, strict=True):
+                yield id, regions.open(prepared)
+                done += 1
+                self.runtime.report({"event": "pictures", "done": done, "total": total})
+
+    def features(self, regions: Regions, picture: Any, boxes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what fc6 sees, ``Tensor[r, E]``, and fc7, ``Tensor[r, D]``, in float32 for a few boxes at a time."""
+        for part in torch.split(boxes.to(self.device), self.config.rois_at_once):
+            with torch.inference_mode(), self.autocast():
+                pooled = regions.pool(picture, part)
+                hidden = self.classifier.fc(pooled)
+            yield pooled.float(), hidden.float()
+
+
+def require_classes(path: Path, description: dict[str, Any], dataset: Dataset) -> None:
+    """Raise ``ArtifactError`` unless an artifact is about the data set's classes."""
+    if list(dataset.classes) != description.get("classes"):
+        raise ArtifactError(f"{path.name} knows the classes {', '.join(description.get('classes', []))} and the data "
+                            f"set has {', '.join(dataset.classes)}: use the data set it was made for")
+
+
+@dataclass(frozen=True, eq=False)
+class PictureBoxes:
+    """A picture's regions before any network has seen them, objects first; G objects, R regions, Q kept pooled.
+
+    ``boxes`` ``Tensor[R, 4]`` in the original frame, ``labels`` int64 ``Tensor[R]`` (-1 for proposals), ``overlaps``
+    ``Tensor[R, K]``, ``kept`` int64 ``Tensor[Q]`` into the regions, ``matched`` int64 ``Tensor[Q]`` into the objects.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    overlaps: Tensor
+    kept: Tensor
+    matched: Tensor
+
+
+def boxes_of(dataset: Dataset, id: str, proposals: Any, regressor_iou: float) -> PictureBoxes:
+    """Return a picture's objects and proposals; kept are proposals with IoU above ``regressor_iou``."""
+    usable = dataset.objects(id).usable()
+    objects, classes = torch.from_numpy(usable.boxes), torch.from_numpy(usable.labels)
+    boxes = torch.cat([objects, torch.from_numpy(proposals)])
+    labels = torch.cat([classes, classes.new_full((len(proposals),), -1)])
+    overlaps = torch.zeros(len(boxes), len(dataset.classes))
+    if len(objects):
+        of_object = bx.iou(boxes, objects)  # (R, G)
+        overlaps.scatter_reduce_(1, classes.expand(len(boxes), -1), of_object, "amax")
+    best, matched = match_rois(boxes, objects)
+    kept = torch.nonzero((best > regressor_iou) & (labels < 0))[:, 0]
+    return PictureBoxes(boxes, labels, overlaps, kept, matched[kept])
+
+
+def cache_regions(network: RegionNetwork, regions: Regions, proposals: Path, out: Path, method: str,
+                  settings: dict[str, Any]) -> dict[str, Any]:
+    """Write the features of every region of the training split; return facts for the record."""
+    config, dataset, runtime = network.config, network.dataset, network.runtime
+    cached = CachedProposals(proposals, dataset, config.proposals)
+
+    def boxes(id: str) -> PictureBoxes:
+        return boxes_of(dataset, id, cached.get(id), config.regressor_iou)
+
+    counts = {}
+    for id in dataset.ids:
+        each = boxes(id)
+        counts[id] = RegionCount(len(each.boxes), len(each.kept))
+    classifier = network.classifier
+    sizes = RegionSizes(len(dataset.classes), classifier.features, classifier.pooled_features, config.stored)
+    attributes = {
+        "method": method, "model": sha256_file(network.path), "proposals": sha256_file(proposals),
+        "dataset": runtime.data_digest, **describe_network(config.network, dataset.classes),
+        "settings": settings | {"proposals": config.proposals, "regressor_iou": config.regressor_iou,
+                                "precision": config.precision, "rois_at_once": config.rois_at_once},
+    }
+    with RegionFeatureWriter(out, attributes, counts, sizes) as writer:
+        missing = [id for id in dataset.ids if not writer.done(id)]
+        for id, picture in network.look(regions, missing):
+            writer.write(id, _features_of(network, regions, picture, boxes(id), dataset.objects(id).usable()))
+    total = sum(count.regions for count in counts.values())
+    return {"regions": total, "pooled_regions": sum(count.pooled for count in counts.values()),
+            "pictures": len(counts), "pictures_found": len(counts) - len(missing), "bytes": out.stat().st_size}
+
+
+def _features_of(network: RegionNetwork, regions: Regions, picture: Any, each: PictureBoxes,
+                 objects: Any) -> PictureRegions:
+    stored = np.dtype(network.config.stored)
+    kept = torch.zeros(len(each.boxes), dtype=torch.bool)
+    kept[each.kept] = True
+    classifier = network.classifier
+    hidden = [np.empty((0, classifier.features), stored)]
+    pooled = [np.empty((0, classifier.pooled_features), stored)]
+    row = 0
+    for seen, last in network.features(regions, picture, each.boxes):
+        pooled.append(seen[kept[row : row + len(seen)].to(seen.device)].cpu().numpy().astype(stored))
+        hidden.append(last.cpu().numpy().astype(stored))
+        row += len(seen)
+    targets = bx.encode(torch.from_numpy(objects.boxes)[each.matched], each.boxes[each.kept])
+    return PictureRegions(
+        each.boxes.numpy(), each.labels.numpy().astype(np.int32), each.overlaps.numpy(), np.concatenate(hidden),
+        np.concatenate(pooled), objects.labels[each.matched.numpy()].astype(np.int32), targets.numpy(),
+    )
+
+
+class LinearLayers:
+    """The SVMs and the box regressors of all classes, as two matrices on a device."""
+
+    def __init__(self, svms: Path, regressors: Path, network: RegionNetwork) -> None:
+        model = sha256_file(network.path)
+        self.scores = _linear(svms, model, network)
+        self.deltas = _linear(regressors, model, network)
+
+    def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores ``Tensor[R, K]`` and deltas ``Tensor[R, K, 4]``."""
+        deltas = torch.addmm(self.deltas[1].flatten(), pooled, self.deltas[0].flatten(0, 1).T)
+        return torch.addmm(self.scores[1], hidden, self.scores[0].T), deltas.view(len(pooled), -1, 4)
+
+
+def _linear(path: Path, model: str, network: RegionNetwork) -> tuple[Tensor, Tensor]:
+    tensors, description = load_checkpoint(path)
+    if description.get("model") != model:
+        raise ArtifactError(f"{path.name} was trained on the features of another network than {network.path.name}: "
+                            "make it again from this one's features")
+    require_classes(path, description, network.dataset)
+    return tensors["weights"].to(network.device), tensors["biases"].to(network.device)
+
+
+def detect_regions(network: RegionNetwork, regions: Regions, linear: LinearLayers, proposals: Path,
+                   out: Path) -> dict[str, Any]:
+    """Score and refine the proposals of every test picture; write detections and return facts for the record."""
+    config, dataset = network.config, network.dataset
+    cached = CachedProposals(proposals, dataset, config.proposals)
+    found: dict[str, Detections] = {}
+    covered = []
+    seconds = 0.0
+    pictures = network.look(regions, dataset.ids)
+    while True:
+        started = time.perf_counter()
+        id, picture = next(pictures, (None, None))
+        if id is None:
+            break
+        boxes = torch.from_numpy(cached.get(id))
+        found[id] = _detections_in(network, regions, linear, picture, boxes.to(network.device), dataset.size(id))
+        seconds += time.perf_counter() - started
+        objects = dataset.objects(id)
+        covered.append((objects.boxes[counted(objects)], boxes.numpy()))
+    write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
+    recall = proposal_recall(covered, (config.proposals,))
+    return {"seconds_per_picture": round(seconds / max(len(found), 1), 5),
+            "recall_at_0.5": float(recall.at(config.proposals)[0]), "average_recall": recall.average(config.proposals)}
+
+
+def _detections_in(network: RegionNetwork, regions: Regions, linear: LinearLayers, picture: Any, boxes: Tensor,
+                   size: tuple[int, int]) -> Detections:
+    classes = len(network.dataset.classes)
+    parts = [linear(pooled, hidden) for pooled, hidden in network.features(regions, picture, boxes)]
+    scores = torch.cat([boxes.new_zeros(0, classes), *(scores for scores, _ in parts)])
+    deltas = torch.cat([boxes.new_zeros(0, classes, 4), *(deltas for _, deltas in parts)])
+    result = region_detections(scores, deltas, boxes, size, network.config)
+    return Detections(*(each.cpu().numpy() for each in result))
+
+
+def describe_features(attributes: dict[str, str]) -> dict[str, Any]:
+    """Return what SVMs and regressors say of the features that they were trained on."""
+    return {"network": json.loads(attributes["network"]), "classes": json.loads(attributes["classes"]),
+            "model": attributes["model"], "method": attributes["method"]}
