@@ -101,7 +101,8 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
     network.set_dropout(config.dropout)
     network.samples_per_bin = samples_per_bin
     facts = training.run(joint_training(network, config, path, training.key), training.entries(), None)
-    training.save(network, PARTS)
+    pooling = {"samples_per_bin": samples_per_bin} if samples_per_bin else {}
+    training.save(network, PARTS, **pooling)
     return facts
 
 

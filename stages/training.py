@@ -139,8 +139,7 @@ class Training:
             if digest(_under(tensors, f"conv.{block}.")) != before:
                 raise AssertionError(f"{self.stage} changed {block}, which is frozen")
         classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
-        pooling = {"samples_per_bin": network.samples_per_bin} if network.samples_per_bin else {}
-        save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | pooling | described)
+        save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | described)
         remove_snapshot(snapshot_path(self.out))
 
 
