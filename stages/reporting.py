@@ -30,7 +30,7 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     for name, each in summary["stages"].items():
         times.add_row(name, each["stage"], "given" if each["given"] else duration(each["seconds"]))
     times.add_row("", "total", duration(sum(each["seconds"] for each in summary["stages"].values())))
-    return [scores, recalls, times]
+    return [scores, *([recalls] if summary["recall"] else []), times]
 
 
 def score_table(result: dict[str, Any]) -> Table:
