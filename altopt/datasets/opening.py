@@ -1,5 +1,6 @@
 """Open the data set that a recipe names. Nothing is parsed before it is asked for, and no other format is imported."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +16,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path
     _check_names(config, split)
     splits = config.train if split == "train" else config.test
     if config.format == "shapes":
-        from altopt.datasets.shapes import ShapesDataset
-
-        return ShapesDataset(splits, width=config.width, height=config.height, seed=config.seed)
+        return _shapes(splits, config.width, config.height, config.seed)
     folder = _existing(root, config.format)
     if config.format == "voc":
         from altopt.datasets.voc import VocDataset
@@ -32,6 +31,14 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path
     if split == "train":
         return coco
     return CocoDataset(folder, splits, classes=config.classes, invalid=config.invalid, train=coco)
+
+
+@lru_cache(maxsize=4)
+def _shapes(splits: tuple[str, ...], width: int, height: int, seed: int) -> Dataset:
+    """Return the same data set for the same pictures, so that the stages of a run draw them once, not once each."""
+    from altopt.datasets.shapes import ShapesDataset
+
+    return ShapesDataset(splits, width=width, height=height, seed=seed)
 
 
 def _check_names(config: DataConfig, split: str) -> None:
