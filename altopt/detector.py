@@ -32,6 +32,7 @@ class FasterRCNN(nn.Module):
             self.fc = backbone.fc
             self.head = FastRCNNHead(backbone.features, classes)
         self.roi_size = backbone.roi_size
+        self.drawn: list[str] = []  # the parts that are not from a checkpoint
         self.samples_per_bin = 0  # the op that fc and head were trained with: 0 is RoI pooling
 
     def fill(self, tensors: Mapping[str, Tensor], random: torch.Generator, fresh: Sequence[str] = ()) -> list[str]:
@@ -52,7 +53,19 @@ class FasterRCNN(nn.Module):
                 part.to_empty(device="cpu")
                 initialise(part, random)
                 drawn.append(name)
+        self.drawn = drawn
         return drawn
+
+    def use_box_statistics(self, means: Tensor, stds: Tensor) -> None:
+        """Let ``bbox_pred`` speak in units of these statistics, ``Tensor[K + 1, 4]`` each.
+
+        What it has learnt keeps its meaning; weights just drawn are small in the new units (py-faster-rcnn: 0.001).
+        """
+        if "head" in self.drawn:
+            self.head.bbox_means.copy_(means)
+            self.head.bbox_stds.copy_(stds)
+        else:
+            self.head.renormalise(means, stds)
 
     def set_dropout(self, probability: float) -> None:
         """Set the share of features that training drops after fc6 and fc7."""

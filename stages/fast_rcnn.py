@@ -16,7 +16,7 @@ SAMPLING = "Fast R-CNN, section 2.3"
 class FastRCNNConfig(TrainingConfig):
     """How Fast R-CNN is trained: RoIs sampled by IoU, two losses (Fast R-CNN, section 2.3)."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # a head that starts anew starts small in units of its statistics
     split: ClassVar[str] = "train"
     network: NetworkConfig
     data: DataConfig
@@ -76,7 +76,7 @@ def _train(init: Path, proposals: Path, out: Path, config: FastRCNNConfig, runti
     entries, unusable = trainable_entries(training, cached, rule)
     network = training.network(("conv", "fc", "head"), fresh)
     training.freeze(network, freeze)
-    network.head.renormalise(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
+    network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
     network.set_dropout(config.dropout)
     module = FastRCNNTraining(
         network.conv, network.fc, network.head, roi_size=network.roi_size, rule=rule,

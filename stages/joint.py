@@ -97,7 +97,7 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
     training = Training(name, init, out, config, runtime)
     network = training.network(PARTS)
     training.freeze(network, config.freeze)
-    network.head.renormalise(*fixed_statistics(len(training.dataset.classes)))
+    network.use_box_statistics(*fixed_statistics(len(training.dataset.classes)))
     network.set_dropout(config.dropout)
     network.samples_per_bin = samples_per_bin
     facts = training.run(joint_training(network, config, path, training.key), training.entries(), None)

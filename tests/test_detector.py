@@ -106,6 +106,19 @@ def test_fresh_parts_are_drawn_although_they_are_there(tensors):
     assert equal(network.tensors(["conv", "fc"]), only(tensors, "conv", "fc"))
 
 
+def test_a_fresh_head_is_small_in_the_units_of_its_statistics_and_a_trained_one_keeps_its_boxes(tensors):
+    means, stds = torch.full((CLASSES + 1, 4), 0.1), torch.full((CLASSES + 1, 4), 0.05)
+    fresh = network_of(tensors, fresh=("head",))
+    trained = network_of({name: tensor.clone() for name, tensor in tensors.items()})
+    hidden = torch.rand(3, fresh.head.bbox_pred.in_features)
+    before = trained.head.deltas(trained.head(hidden)[1])
+    for network in (fresh, trained):
+        network.use_box_statistics(means, stds)
+        assert torch.equal(network.head.bbox_stds, stds)
+    assert fresh.head.bbox_pred.weight.std().item() == pytest.approx(0.001, rel=0.1)
+    torch.testing.assert_close(trained.head.deltas(trained.head(hidden)[1]), before)
+
+
 def test_what_is_drawn_depends_on_the_generator_alone(tensors):
     given = only(tensors, "conv")
     torch.manual_seed(1)
