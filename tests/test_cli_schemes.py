@@ -6,12 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import TINY, write_recipe
 
-from stages import SCHEMES
+from cache.checkpoints import load_checkpoint
+from stages import DETECTIONS, SCHEMES
+from stages.detect import detect_unshared
+from stages.fast_rcnn import train_fast_rcnn
+from stages.proposals import generate_proposals
 from stages.recipe import read_recipe
+from stages.rpn import train_rpn
 from stages.run import open_folder
-from stages.step import Runtime
+from stages.step import Runtime, Step
 
 SIX = TINY.replace("[all]\n", "[all]\nrois_per_batch = 16         # few\n") + """
 [train_on_warped_regions]
@@ -172,6 +178,34 @@ def test_recipe_may_name_its_scheme(altopt, six):
     assert [step["output"] for step in result["steps"]] == ["M0", "M1"]
     write_recipe(six / "wrong.toml", 'scheme = "exact"\n' + SIX)
     assert "did you mean 'exact-joint'?" in altopt("plan", "--recipe", "wrong.toml").err
+
+
+def test_seventh_scheme_is_a_list(altopt, six, monkeypatch):
+    """Fast R-CNN on an RPN's proposals, its conv layers trained on from the RPN's."""
+    monkeypatch.setitem(SCHEMES, "rpn-first", [
+        Step("M1", train_rpn, "M0"),
+        Step("P1", generate_proposals, "M1"),
+        Step("M2", train_fast_rcnn, "M1", "P1"),
+    ])
+    monkeypatch.setitem(DETECTIONS, "rpn-first", [Step("D2", detect_unshared, "M1", "M2")])
+    answer = altopt("run-all", "--recipe", "six.toml", "--scheme", "rpn-first", "--workers", "0")
+    assert answer.code == 0
+    assert "M1+M2 (rpn-first)" in answer.out
+    assert "M2: train_fast_rcnn from M1, P1" in answer.err
+    assert altopt("run-all", "--run", "six-rpn-first").err == "runs/six-rpn-first is up to date: nothing to do\n"
+    first, second = (load_checkpoint(Path(f"runs/six-rpn-first/{name}.safetensors"))[0] for name in ("M1", "M2"))
+    assert torch.equal(first["conv.conv2.1.weight"], second["conv.conv2.1.weight"])
+    assert not torch.equal(first["conv.conv5.0.weight"], second["conv.conv5.0.weight"])
+
+
+@pytest.mark.parametrize("scheme", ["fast-rcnn-svm", "fast-rcnn-stage-wise"])
+def test_ablations_of_fast_rcnn_that_are_schemes(altopt, six, scheme):
+    if not {"cv2", "sklearn"} <= set(filter(importlib.util.find_spec, ("cv2", "sklearn"))):
+        pytest.skip("OpenCV or scikit-learn is not installed")
+    answer = altopt("run-all", "--recipe", "six.toml", "--scheme", scheme, "--workers", "0")
+    assert answer.code == 0
+    assert f"({scheme})" in answer.out
+    assert "is up to date" in altopt("run-all", "--run", f"six-{scheme}").err
 
 
 @with_opencv
