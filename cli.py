@@ -474,10 +474,10 @@ def compare(schemes: str | None, seeds: int, recipe: str, run_name: str | None, 
     altopt compare
     altopt compare --schemes alternating,approximate-joint --seeds 1
     """
+    from altopt.errors import DivergedError
     from stages import comparison
-    from stages.recipe import check_scheme
 
-    chosen = [check_scheme(name.strip()) for name in schemes.split(",")] if schemes else list(comparison.SLIDES)
+    chosen = comparison.chosen_schemes(schemes)
     folder = Path("runs") / (run_name or f"compare-{Path(recipe).stem}")
     results = []
     for each in comparison.outcomes(
@@ -488,11 +488,14 @@ def compare(schemes: str | None, seeds: int, recipe: str, run_name: str | None, 
     table = comparison.rows(results)
     if as_json:
         print_json(table)
-    else:
+    elif results:
         from stages.reporting import comparison_table
 
-        show(comparison_table(comparison.HEADINGS, [comparison.printed(row) for row in table]))
+        show(comparison_table(comparison.HEADINGS, comparison.printed(table)))
         click.echo(f"The same in {folder}/compare.json, .csv and .md")
+    if missing := len(chosen) * seeds - len(results):
+        raise DivergedError(f"{missing} of {len(chosen) * seeds} runs diverged and are not in the table: the warnings "
+                            "above say where")
 
 
 @main.command()
@@ -601,7 +604,7 @@ def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
     verdicts = run.survey(run.recipe.steps, demand=not all_steps)
     seconds = {each.step.output: record.seconds for each in verdicts if (record := run.record(each.step.output))}
     if as_json:
-        print_json({"folder": str(run.folder), "recipe": run.recipe.name, "steps": [
+        print_json({"folder": str(run.folder), "recipe": run.recipe.name, "scheme": run.recipe.scheme, "steps": [
             {"output": each.step.output, "stage": each.step.name, "inputs": list(each.step.inputs),
              "verdict": each.state, "reasons": list(each.reasons), "seconds": seconds.get(each.step.output)}
             for each in verdicts]})
@@ -609,7 +612,7 @@ def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
     from stages.plan import plan_lines
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    click.echo(f"{run.folder}: recipe {run.recipe.name}")
+    click.echo(f"{run.folder}: recipe {run.recipe.name}, scheme {run.recipe.scheme}")
     click.echo("\n".join(plan_lines(verdicts, seconds, width)))
 
 

@@ -4,7 +4,8 @@ Each field carries the source of its default, which ``altopt recipe`` prints. De
 VOC 2007 (``pfr`` in the sources), so that a recipe only states what it does differently.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -28,6 +29,10 @@ class NetworkConfig:
     anchor_ratios: tuple[float, ...] = sourced((0.5, 1.0, 2.0), "Faster R-CNN, section 3.3")
     anchor_scales: tuple[float, ...] = sourced((8.0, 16.0, 32.0), "Faster R-CNN, section 3.3: 128, 256, 512 px")
     rpn_channels: int = sourced(512, "Faster R-CNN, section 3.1; 256 for ZF")
+
+    def at_scales(self, scales: Sequence[int], max_side: int) -> "list[NetworkConfig]":
+        """Return the network with the frame of each scale, which is the length of a picture's shorter side."""
+        return [replace(self, short_side=scale, max_side=max_side) for scale in scales]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,7 @@ class DetectionRule:
     score: float = sourced(0.05, "pfr test_net: floor on class scores")
     nms: float = sourced(0.3, "pfr TEST.NMS")
     per_picture: int = sourced(100, "pfr test_net: detections kept for a picture, over all classes")
+    regress_boxes: bool = sourced(True, "Fast R-CNN, section 2.2; false leaves proposals as they are (section 5.1)")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
 
 

@@ -54,6 +54,13 @@ class FastRCNNHead(nn.Module):
         self.bbox_means.copy_(means)
         self.bbox_stds.copy_(stds)
 
+    @torch.no_grad()
+    def leave_boxes(self) -> None:
+        """Make every delta 0, so that boxes stay as they are, also after training with a box loss of weight 0."""
+        for tensor in (self.bbox_pred.weight, self.bbox_pred.bias, self.bbox_means):
+            tensor.zero_()
+        self.bbox_stds.fill_(1)
+
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits ``Tensor[R, K + 1]`` and normalised deltas ``Tensor[R, K + 1, 4]``."""
         return at_least_float(self.cls_score(hidden)), at_least_float(self.bbox_pred(hidden).unflatten(1, (-1, 4)))
@@ -67,22 +74,24 @@ class FastRCNNTraining(nn.Module):
     """Convolutional layers, fully connected layers and head, from a batch with proposals to the two losses."""
 
     def __init__(self, conv: nn.Sequential, fc: nn.Sequential, head: FastRCNNHead, *, roi_size: int, rule: RoIRule,
-                 rois_per_image: int, fg_fraction: float, box_weight: float, key: tuple[object, ...]) -> None:
+                 rois_per_image: int, fg_fraction: float, box_weight: float, key: tuple[object, ...],
+                 cls_weight: float = 1.0) -> None:
         super().__init__()
         self.conv, self.fc, self.head = conv, fc, head
         self.roi_size, self.rule, self.rois_per_image = roi_size, rule, rois_per_image
-        self.fg_fraction, self.box_weight, self.key = fg_fraction, box_weight, key
+        self.fg_fraction, self.cls_weight, self.box_weight, self.key = fg_fraction, cls_weight, box_weight, key
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return ``cls``, softmax loss over the sampled RoIs, and ``box``, smooth L1 of foreground RoIs.
 
-        Both are divided by the number of RoIs of the batch.
+        Both are divided by the number of RoIs of the batch, and multiplied by their weights.
         """
         samples = self._sample(batch, iteration)
         features = self.conv(batch.images)
         pooled = roi_pool(features, [sample.rois for sample in samples], self.roi_size, 1 / STRIDE)
         logits, normalised = self.head(self.fc(pooled.flatten(1)))
-        return sampled_losses(self.head, logits, normalised, samples, self.box_weight)
+        losses = sampled_losses(self.head, logits, normalised, samples, self.box_weight)
+        return losses | {"cls": self.cls_weight * losses["cls"]}
 
     def _sample(self, batch: Batch, iteration: int) -> list[RoISample]:
         samples = []
@@ -127,7 +136,8 @@ def detections_of(logits: Tensor, deltas: Tensor, rois: Tensor, size: tuple[int,
     class; the cut to ``rule.per_picture`` is over all classes.
     """
     scores = logits.softmax(dim=1)[:, 1:]  # (R, K)
-    boxes = bx.clip(bx.decode(deltas[:, 1:], rois), size)  # (R, K, 4)
+    deltas = deltas[:, 1:] if rule.regress_boxes else torch.zeros_like(deltas[:, 1:])
+    boxes = bx.clip(bx.decode(deltas, rois), size)  # (R, K, 4)
     roi, label = torch.nonzero(scores > rule.score, as_tuple=True)
     boxes, scores = boxes[roi, label], scores[roi, label]
     kept = torchvision.ops.batched_nms(boxes, scores, label, rule.nms)[: rule.per_picture]

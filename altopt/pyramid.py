@@ -3,7 +3,7 @@
 Letters: B pictures, R regions, C channels. Each level L is RoI pooling to L x L bins, by the op that every stage uses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ def pyramid_pool(features: Tensor, boxes: Sequence[Tensor], levels: Sequence[int
     ``features`` is ``Tensor[B, C, H, W]``, ``boxes`` for each picture ``Tensor[R_b, 4]`` in pixels of the input frame.
     """
     return torch.cat([roi_pool(features, boxes, level, spatial_scale).flatten(1) for level in levels], dim=1)
+
+
+def pool_at_nearest_scale(boxes: Tensor, scales: Sequence[float], region_area: float,
+                          pool: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Return ``Tensor[R, ...]`` of what ``pool(scale, boxes)`` gives for boxes that are nearest to that scale.
+
+    ``boxes`` is ``Tensor[R, 4]`` in the original frame; ``pool`` takes them in the frame of the scale, which counts
+    from 0.
+    """
+    chosen = nearest_scale(boxes, scales, region_area)
+    rows = [torch.nonzero(chosen == number)[:, 0] for number in range(len(scales))]
+    parts = [pool(number, boxes[here] * scales[number]) for number, here in enumerate(rows)]
+    return torch.cat(parts)[torch.cat(rows).argsort()]
 
 
 def nearest_scale(boxes: Tensor, scales: Sequence[float], region_area: float) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from altopt.batches import Ahead
 from altopt.config import TrainingConfig
-from altopt.errors import DivergedError
+from altopt.errors import DivergedError, UsageError
 from altopt.pictures import Batch, Sample, make_batch
 from altopt.randomness import seed_of
 
@@ -177,10 +178,28 @@ class _Meter:
         return progress
 
 
-def freeze(conv: nn.Sequential, blocks: Iterable[str]) -> None:
-    """Take the named blocks out of training: no gradient, and so not in the optimizer; unknown names are an error."""
-    for name in blocks:
-        conv.get_submodule(name).requires_grad_(False)
+def layers_named(conv: nn.Sequential, patterns: Iterable[str]) -> list[str]:
+    """Return the layers with weights, in order, that a pattern names, by their own name or that of a part around them.
+
+    ``conv3`` is a whole block and ``conv3.0`` a layer of it; ``*`` stands for anything, so ``conv[12]*`` and
+    ``conv3.*`` are patterns too. Raises ``UsageError`` for one that names nothing.
+    """
+    weighted = [name for name, layer in conv.named_modules() if any(True for _ in layer.parameters(recurse=False))]
+    around = {name: [name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)] for name in weighted}
+    chosen = set()
+    for pattern in patterns:
+        found = {name for name in weighted if any(fnmatchcase(each, pattern) for each in around[name])}
+        if not found:
+            raise UsageError(f"freeze: there is no layer {pattern!r}: blocks are "
+                             f"{', '.join(dict(conv.named_children()))}, and layers {', '.join(weighted)}")
+        chosen |= found
+    return [name for name in weighted if name in chosen]
+
+
+def freeze(part: nn.Module, names: Iterable[str]) -> None:
+    """Take the named modules out of training: no gradient, and so not in the optimizer; unknown names are an error."""
+    for name in names:
+        part.get_submodule(name).requires_grad_(False)
 
 
 def describe(progress: Progress) -> dict[str, Any]:

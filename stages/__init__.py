@@ -2,7 +2,13 @@
 
 from stages.assemble import add_rpn_layers
 from stages.detect import detect_on_proposals, detect_shared, detect_unshared
-from stages.fast_rcnn import train_fast_rcnn, train_fast_rcnn_frozen_conv
+from stages.fast_rcnn import (
+    train_box_layer,
+    train_classification,
+    train_fast_rcnn,
+    train_fast_rcnn_frozen_conv,
+)
+from stages.fast_rcnn_svms import cache_pooled_features, detect_with_svms
 from stages.joint import train_approximate_joint, train_exact_joint
 from stages.pretrained import load_imagenet_weights, pretrain_on_crops
 from stages.proposals import generate_proposals
@@ -55,6 +61,20 @@ FAST_RCNN = [
     Step("M1", train_fast_rcnn, "M0", "P0"),
 ]
 
+# Its ablations that take further steps: SVMs in place of the softmax (section 5.4), and the box layer trained by itself
+# on a network that learned to classify only (section 5.1).
+FAST_RCNN_SVM = [
+    Step("P0", selective_search),
+    Step("M1", train_fast_rcnn, "M0", "P0"),
+    Step("F1", cache_pooled_features, "M1", "P0"),
+    Step("S1", train_svms, "F1"),
+]
+FAST_RCNN_STAGE_WISE = [
+    Step("P0", selective_search),
+    Step("M1", train_classification, "M0", "P0"),
+    Step("M2", train_box_layer, "M1", "P0"),
+]
+
 # Faster R-CNN, section 3.2: one network, four losses; proposals are constants in the backward pass, or they are not.
 APPROXIMATE_JOINT = [
     Step("M1", train_approximate_joint, "M0"),
@@ -70,6 +90,8 @@ SCHEMES = {
     "fast-rcnn": FAST_RCNN,
     "approximate-joint": APPROXIMATE_JOINT,
     "exact-joint": EXACT_JOINT,
+    "fast-rcnn-svm": FAST_RCNN_SVM,
+    "fast-rcnn-stage-wise": FAST_RCNN_STAGE_WISE,
 }
 
 # What is evaluated, scheme by scheme. Alternating: two networks that share nothing (the paper's "unshared"), and the
@@ -81,4 +103,6 @@ DETECTIONS = {
     "fast-rcnn": [Step("T0", selective_search_test), Step("D1", detect_on_proposals, "M1", "T0")],
     "approximate-joint": [Step("D1", detect_shared, "M1")],
     "exact-joint": [Step("D1", detect_shared, "M1")],
+    "fast-rcnn-svm": [Step("T0", selective_search_test), Step("D1", detect_with_svms, "M1", "S1", "T0")],
+    "fast-rcnn-stage-wise": [Step("T0", selective_search_test), Step("D1", detect_on_proposals, "M2", "T0")],
 }

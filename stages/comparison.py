@@ -7,14 +7,18 @@ settings, another takes over: M0, proposals of other origin, caches. Asked again
 import csv
 import io
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from altopt.errors import DivergedError, UsageError
 from cache.files import write_json_atomic, write_text_atomic
+from stages import DETECTIONS, SCHEMES
 from stages.evaluation import detection_steps, evaluate
-from stages.recipe import read_recipe
+from stages.plan import duration
+from stages.recipe import check_scheme, nearest, read_recipe
 from stages.run import Run
 from stages.step import Runtime
 
@@ -49,12 +53,15 @@ COSTS = {"M": "fine_tuning", "P": "proposals", "F": "features", "S": "classifier
 class Outcome:
     """One scheme with one seed: mAP, seconds by kind of work, seconds for a test picture, bytes, iterations.
 
-    ``classifiers`` are SVMs and box regressors. ``bytes`` is what the scheme keeps on disk, detections not counted.
+    ``training`` is what the slides count: all that is made from a network, so neither M0 nor proposals of other origin.
+    ``classifiers`` are SVMs and box regressors. ``bytes`` is what the scheme keeps on disk, detections and the test
+    split's proposals not counted. ``map`` is None where the test split has no objects.
     """
 
     scheme: str
     seed: int
-    map: float
+    map: float | None
+    training: float
     pretraining: float
     proposals: float
     fine_tuning: float
@@ -64,36 +71,68 @@ class Outcome:
     bytes: int
     iterations: int
 
-    @property
-    def training(self) -> float:
-        """Seconds of training as the slides count it: without M0 and without proposals of other origin."""
-        own = 0.0 if self.scheme in GIVEN_PROPOSALS else self.proposals
-        return own + self.fine_tuning + self.features + self.classifiers
+
+AVERAGED = ("map", "training", "fine_tuning", "features", "classifiers", "proposals", "pretraining", "test_seconds",
+            "bytes", "iterations")
 
 
-GIVEN_PROPOSALS = ("rcnn", "spp-net", "fast-rcnn")
+def chosen_schemes(text: str | None) -> list[str]:
+    """Return the schemes of ``rcnn,fast-rcnn``, each once; the six of the slides for None. Raises ``UsageError``."""
+    names = list(SLIDES) if text is None else text.split(",")
+    return list(dict.fromkeys(check_scheme(name.strip()) for name in names))
+
+
+def given_artifacts(words: Sequence[str], schemes: Sequence[str]) -> dict[str, Path]:
+    """Return {artifact: file} of ``M0=FILE`` and the like. Raises ``UsageError``.
+
+    Only what is made from nothing is the same thing in every scheme: M0, and proposals of other origin.
+    """
+    steps = [step for name in schemes for step in [*SCHEMES[name], *DETECTIONS[name]]]
+    known = ["M0", *dict.fromkeys(step.output for step in steps if not step.inputs)]
+    given = {}
+    for word in words:
+        name, equals, file = word.partition("=")
+        if name not in known:
+            raise UsageError(f"--from {word}: there is no {name!r} to take{nearest(name, known)}: choose one of "
+                             f"{', '.join(known)}")
+        if not equals or not file:
+            raise UsageError(f"--from {word}: name the file to take, --from {name}=FILE")
+        given[name] = Path(file)
+    return given
 
 
 def outcomes(folder: Path, recipe: str, schemes: Sequence[str], seeds: Sequence[int], sets: Sequence[str],
              runtime: Runtime, *, data_root: Path | None = None, given: Sequence[str] = (),
-             working_in: Callable[[Run], Any]) -> Iterator[Outcome]:
+             working_in: Callable[[Run], AbstractContextManager[None]]) -> Iterator[Outcome]:
     """Bring every run of a comparison up to date and yield its outcome; all schemes with one seed, then the next.
 
-    ``given`` holds artifacts to take as they are in every run that has them, ``M0=FILE``.
+    ``given`` holds artifacts to take as they are in every run that has them, ``M0=FILE``. A run that diverges is
+    reported and yields nothing; the others go on.
     """
+    files = given_artifacts(given, schemes)
     runs: list[Run] = []
     for seed in seeds:
         for scheme in schemes:
-            chosen = read_recipe(recipe, [*sets, f"all.seed={seed}"], scheme)
-            if data_root is not None:
-                chosen.header["data_root"] = str(data_root)
-            runtime.data_root = Path(chosen.header.get("data_root", "data"))
-            run = Run(folder / f"{scheme}-{seed}", chosen, runtime)
+            run = _open(folder / f"{scheme}-{seed}", recipe, scheme, [*sets, f"all.seed={seed}"], data_root, runtime)
             runtime.report({"event": "note", "text": f"{scheme}, seed {seed}: {run.folder}"})
             with working_in(run):
-                _adopt(run, given)
-                yield outcome(run, scheme, seed, runs)
+                _adopt(run, files)
+                try:
+                    found = [outcome(run, scheme, seed, runs)]
+                except DivergedError as error:
+                    runtime.report({"event": "warning", "text": f"{scheme}, seed {seed} diverged: {error}"})
+                    found = []
+            yield from found
             runs.append(run)
+
+
+def _open(folder: Path, recipe: str, scheme: str, sets: Sequence[str], data_root: Path | None,
+          runtime: Runtime) -> Run:
+    chosen = read_recipe(recipe, sets, scheme)
+    if data_root is not None:
+        chosen.header["data_root"] = str(data_root)
+    runtime.data_root = Path(chosen.header.get("data_root", "data"))
+    return Run(folder, chosen, runtime)
 
 
 def outcome(run: Run, scheme: str, seed: int, others: Sequence[Run] = ()) -> Outcome:
@@ -106,27 +145,28 @@ def outcome(run: Run, scheme: str, seed: int, others: Sequence[Run] = ()) -> Out
         if not any(run.take_over(step, other) for other in others):
             run.bring_up_to_date([step])
     score = evaluate(run, detection, run.protocol)
-    seconds = dict.fromkeys(["pretraining", *COSTS.values()], 0.0)
-    kept = iterations = 0
+    return Outcome(scheme, seed, score["map"], test_seconds=score["seconds_per_picture"], **_costs(run))
+
+
+def _costs(run: Run) -> dict[str, Any]:
+    """Return seconds by kind of work, bytes and iterations, as the records of a run have them."""
+    costs: dict[str, Any] = dict.fromkeys(["training", "pretraining", *COSTS.values(), "bytes", "iterations"], 0)
     for step in run.recipe.steps:
         record = run.record(step.output)
         assert record is not None
-        kept += record.size
-        if step is run.recipe.pretrained:
-            seconds["pretraining"] += record.seconds
-        else:
-            seconds[COSTS[step.output[0]]] += record.seconds
-            iterations += record.metrics.get("iterations", 0)
-    return Outcome(scheme, seed, score["map"], test_seconds=score["seconds_per_picture"], bytes=kept,
-                   iterations=iterations, **seconds)
+        kind = "pretraining" if step is run.recipe.steps[0] else COSTS[step.output[0]]
+        costs[kind] += record.seconds
+        costs["bytes"] += record.size
+        if step.inputs:
+            costs["training"] += record.seconds
+            costs["iterations"] += record.metrics.get("iterations", 0)
+    return costs
 
 
-def _adopt(run: Run, given: Sequence[str]) -> None:
+def _adopt(run: Run, files: dict[str, Path]) -> None:
     names = {step.output for step in [*run.recipe.steps, *run.recipe.detections]}
-    for each in given:
-        name, _, file = each.partition("=")
-        if name in names and not run.path(name).is_file():
-            run.adopt(name, Path(file), f"--from {each}")
+    for name in files.keys() & names:
+        run.adopt(name, files[name], f"--from {name}={files[name]}")
 
 
 def rows(results: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -134,57 +174,64 @@ def rows(results: Sequence[Outcome]) -> list[dict[str, Any]]:
     table = []
     for scheme in dict.fromkeys(each.scheme for each in results):
         mine = [each for each in results if each.scheme == scheme]
-
-        def mean(name: str, mine: list[Outcome] = mine) -> float:
-            return statistics.fmean(getattr(each, name) for each in mine)
-
-        scores = [each.map for each in mine]
-        table.append({
-            "scheme": scheme, "seeds": len(mine), "map": statistics.fmean(scores),
-            "map_sd": statistics.stdev(scores) if len(scores) > 1 else None,
-            **{name: mean(name) for name in ("training", "fine_tuning", "features", "classifiers", "proposals",
-                                             "pretraining", "test_seconds", "bytes", "iterations")},
-            "slides": asdict(SLIDES.get(scheme, Slides())),
-        })
+        values = {name: _defined(getattr(each, name) for each in mine) for name in AVERAGED}
+        means = {name: statistics.fmean(found) if found else None for name, found in values.items()}
+        spread = statistics.stdev(values["map"]) if len(values["map"]) > 1 else None
+        table.append({"scheme": scheme, "seeds": len(mine), "map": means.pop("map"), "map_sd": spread, **means,
+                      "slides": asdict(SLIDES.get(scheme, Slides()))})
     return table
+
+
+def _defined(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def write(folder: Path, results: Sequence[Outcome]) -> None:
     """Write compare.json, compare.csv and compare.md into the folder."""
     table = rows(results)
     write_json_atomic(folder / "compare.json", {"rows": table, "runs": [asdict(each) for each in results]})
-    flat = [{**row, **{f"slides_{name}": value for name, value in row["slides"].items()}} for row in table]
-    names = [name for name in flat[0] if name != "slides"]
+    write_text_atomic(folder / "compare.csv", _csv(table))
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *printed(table)]
+    write_text_atomic(folder / "compare.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def _csv(table: Sequence[dict[str, Any]]) -> str:
+    flat = [row | {f"slides_{name}": value for name, value in row["slides"].items()} for row in table]
     text = io.StringIO()
+    names = [name for name in flat[0] if name != "slides"]
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    write_text_atomic(folder / "compare.csv", text.getvalue())
-    cells = [HEADINGS, ["---"] * len(HEADINGS), *map(printed, table)]
-    write_text_atomic(folder / "compare.md", "".join(f"| {' | '.join(row)} |\n" for row in cells))
+    return text.getvalue()
 
 
-HEADINGS = ["scheme", "mAP", "training", "fine-tuning", "features", "SVMs, regressors", "proposals", "s/picture",
-            "disk", "iterations", "slides: mAP", "slides: training", "slides: s/picture"]
+HEADINGS = ["scheme", "seeds", "mAP", "training", "fine-tuning", "features", "SVMs, boxes", "proposals", "s/picture",
+            "disk", "iterations"]
 
 
-def printed(row: dict[str, Any]) -> list[str]:
-    """Return a row of ``rows`` as the cells under ``HEADINGS``."""
-    from stages.plan import duration
+def printed(table: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells under ``HEADINGS`` of the rows of ``rows``, each followed by the slides' where there are any."""
+    lines = []
+    for row in table:
+        lines.append(_measured(row))
+        if row["slides"]["map"] is not None:
+            lines.append(_published(row["slides"]))
+    return lines
 
-    slides = row["slides"]
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    score = "-" if row["map"] is None else f"{row['map']:.3f}"
     spread = "" if row["map_sd"] is None else f" ± {row['map_sd']:.3f}"
-    split = [slides[name] for name in ("fine_tuning", "features", "classifiers")]
-    parts = f" ({' + '.join(f'{part:g}' for part in split)})" if None not in split else ""
+    times = [duration(row[name]) if row[name] else "-"
+             for name in ("training", "fine_tuning", "features", "classifiers", "proposals")]
+    return [row["scheme"], str(row["seeds"]), score + spread, *times, f"{row['test_seconds']:.3f}",
+            f"{row['bytes'] / 2**20:.0f} MiB", f"{row['iterations']:.0f}"]
 
-    def or_dash(value: float | None, unit: str = "") -> str:
-        return "-" if value is None else f"{value:g}{unit}"
 
-    return [
-        row["scheme"], f"{row['map']:.3f}{spread}", duration(row["training"]), duration(row["fine_tuning"]),
-        duration(row["features"]) if row["features"] else "-",
-        duration(row["classifiers"]) if row["classifiers"] else "-",
-        duration(row["proposals"]) if row["proposals"] else "-", f"{row['test_seconds']:.3f}",
-        f"{row['bytes'] / 2**20:.0f} MiB", f"{row['iterations']:.0f}",
-        or_dash(slides["map"]), or_dash(slides["hours"], " h") + parts, or_dash(slides["test_seconds"]),
-    ]
+def _published(slides: dict[str, float | None]) -> list[str]:
+    """Return the slides' figures in the units of the measured ones."""
+    hours = ["-" if (value := slides[name]) is None else f"{value:g} h"
+             for name in ("hours", "fine_tuning", "features", "classifiers")]
+    assert slides["map"] is not None
+    seconds = "-" if slides["test_seconds"] is None else f"{slides['test_seconds']:g}"
+    return ["- slides", "", f"{slides['map'] / 100:.3f}", *hours, "-", seconds, "-", "-"]

@@ -27,6 +27,10 @@ class DetectOnProposals(Detect):
 
     table: ClassVar[str] = "detect_on_proposals"
     proposals: int = sourced(2000, "Fast R-CNN, section 2: about 2000 of selective search")
+    scales: tuple[int, ...] = sourced((), "the network's short_side alone; five: 480, 576, 688, 864, 1200")
+    max_side: int = sourced(2000, "Fast R-CNN's config for five scales; one scale has the network's")
+    region_area: int = sourced(224 * 224, "SPP-net, section 4.1: where the scale is chosen by region")
+    rois_at_once: int = sourced(512, "chosen: bounds the memory where there are several scales")
 
 
 def detect_shared(detector: Path, *, out: Path, config: Detect, runtime: Runtime) -> dict[str, Any]:
@@ -42,6 +46,10 @@ def detect_unshared(rpn: Path, detector: Path, *, out: Path, config: Detect, run
 def detect_on_proposals(detector: Path, proposals: Path, *, out: Path, config: DetectOnProposals,
                         runtime: Runtime) -> dict[str, Any]:
     """Detect on the test split with a Fast R-CNN on proposals of other origin, the best of each picture."""
+    if config.scales:
+        from stages.fast_rcnn_regions import detect_at_scales
+
+        return detect_at_scales(detector, proposals, out, config, runtime)
     return _detect([(detector, ("conv", "fc", "head"))], out, config, runtime, proposals)
 
 

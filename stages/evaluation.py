@@ -107,7 +107,8 @@ def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool =
     """
     steps = proposal_steps(run)
     if artifact not in steps:
-        raise UsageError(f"there are no proposals {artifact!r}: choose {' or '.join(steps)}")
+        remedy = f"choose {' or '.join(steps)}" if steps else f"the scheme {run.recipe.scheme} keeps none on disk"
+        raise UsageError(f"there are no proposals {artifact!r}: {remedy}")
     step, path = steps[artifact], run.path(artifact)
     if not path.is_file():
         raise ArtifactError(f"{path.name} is not in {run.folder}: make it with altopt stage {artifact}")

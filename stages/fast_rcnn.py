@@ -1,5 +1,6 @@
-"""Stages 3 and 6: training Fast R-CNN on cached proposals, with its conv layers and on top of frozen ones."""
+"""Training Fast R-CNN on cached proposals: with its conv layers, on top of frozen ones, or its box layer alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,8 @@ from stages.step import Runtime
 
 SOLVER = "pfr models/pascal_voc/VGG16/faster_rcnn_alt_opt/*fast_rcnn_solver*.pt"
 SAMPLING = "Fast R-CNN, section 2.3"
+SCALES = ("the network's short_side alone; Fast R-CNN, section 5.2, draws one of five at each visit: 480, 576, 688, "
+          "864, 1200")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,10 @@ class FastRCNNConfig(TrainingConfig):
     bg_iou_high: float = sourced(0.5, SAMPLING)
     bg_iou_low: float = sourced(0.0, "pfr faster_rcnn_alt_opt.yml; Fast R-CNN and MATLAB: 0.1")
     proposals: int = sourced(2000, "pfr: all that the proposal stage kept")
+    cls_weight: float = sourced(1.0, SAMPLING)
     box_weight: float = sourced(1.0, SAMPLING)
+    box_regression: Literal["multi-task", "none"] = sourced(
+        "multi-task", "Fast R-CNN, section 2.3; none trains classification only, and boxes stay as they are (5.1)")
     box_statistics: Literal["measured", "fixed"] = sourced("measured", "pfr alt_opt: measured on the proposals")
     dropout: float = sourced(0.5, "pfr train.pt, after fc6 and fc7")
     init: str = sourced("", "the list's own")
@@ -40,6 +46,21 @@ class TrainFastRCNN(FastRCNNConfig):
     """Stage 3, where the later conv blocks learn too."""
 
     freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "Fast R-CNN, section 4.5; pfr: conv1_1 to conv2_2 at rate 0")
+    scales: tuple[int, ...] = sourced((), SCALES)
+    max_side: int = sourced(2000, "Fast R-CNN's config for five scales; one scale has the network's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainClassification(TrainFastRCNN):
+    """The same without a box loss, for a box layer that is trained afterwards."""
+
+    table: ClassVar[str] = "train_fast_rcnn"
+    box_regression: Literal["multi-task", "none"] = sourced("none", "Fast R-CNN, section 5.1: the first of two steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBoxLayer(FastRCNNConfig):
+    """The second step, in which all other layers stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,36 +74,60 @@ class TrainFastRCNNFrozenConv(FastRCNNConfig):
 def train_fast_rcnn(init: Path, proposals: Path, *, out: Path, config: TrainFastRCNN,
                     runtime: Runtime) -> dict[str, Any]:
     """Train Fast R-CNN, and the conv layers under it, from pre-trained weights on cached proposals."""
-    return _train(init, proposals, out, config, runtime, config.freeze, fresh=("head",))
+    frames = config.network.at_scales(config.scales, config.max_side)
+    return _train("train_fast_rcnn", init, proposals, out, config, runtime, config.freeze, ("head",), frames=frames)
+
+
+def train_classification(init: Path, proposals: Path, *, out: Path, config: TrainClassification,
+                         runtime: Runtime) -> dict[str, Any]:
+    """Train Fast R-CNN as a classifier of RoIs, without its box layer."""
+    return train_fast_rcnn(init, proposals, out=out, config=config, runtime=runtime)
+
+
+def train_box_layer(init: Path, proposals: Path, *, out: Path, config: TrainBoxLayer,
+                    runtime: Runtime) -> dict[str, Any]:
+    """Train the box layer of a Fast R-CNN that was trained without; nothing else changes."""
+    from altopt.errors import ArtifactError
+    from cache.checkpoints import load_checkpoint
+
+    box_layer = load_checkpoint(init)[0].get("head.bbox_pred.weight")
+    if box_layer is None or box_layer.any():
+        raise ArtifactError(f"{init.name} is no Fast R-CNN that was trained without its box layer: make one with "
+                            "box_regression = none (altopt stage train_classification)")
+    return _train("train_box_layer", init, proposals, out, config, runtime, None, others=("fc", "head.cls_score"))
 
 
 def train_fast_rcnn_frozen_conv(init: Path, proposals: Path, *, out: Path, config: TrainFastRCNNFrozenConv,
                                 runtime: Runtime) -> dict[str, Any]:
     """Train Fast R-CNN's fully connected layers on the RPN's own conv layers, which do not change."""
     fresh = ("head",) if config.outputs == "draw-anew" else ()
-    return _train(init, proposals, out, config, runtime, None, fresh)
+    return _train("train_fast_rcnn_frozen_conv", init, proposals, out, config, runtime, None, fresh)
 
 
-def _train(init: Path, proposals: Path, out: Path, config: FastRCNNConfig, runtime: Runtime,
-           freeze: tuple[str, ...] | None, fresh: tuple[str, ...]) -> dict[str, Any]:
+def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNConfig, runtime: Runtime,
+           freeze: tuple[str, ...] | None, fresh: tuple[str, ...] = (), *, others: tuple[str, ...] = (),
+           frames: Sequence[NetworkConfig] = ()) -> dict[str, Any]:
     from altopt.fast_rcnn import FastRCNNTraining
     from altopt.sampling import RoIRule
     from stages.training import CachedProposals, Training, box_statistics, trainable_entries
 
-    name = "train_fast_rcnn" if freeze is not None else "train_fast_rcnn_frozen_conv"
     training = Training(name, init, out, config, runtime)
     cached = CachedProposals(proposals, training.dataset, config.proposals)
     rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
     entries, unusable = trainable_entries(training, cached, rule)
     network = training.network(("conv", "fc", "head"), fresh)
-    training.freeze(network, freeze)
-    network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
+    training.freeze(network, freeze, others)
+    if config.box_regression == "none":
+        network.head.leave_boxes()
+    else:
+        network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
     network.set_dropout(config.dropout)
     module = FastRCNNTraining(
         network.conv, network.fc, network.head, roi_size=network.roi_size, rule=rule,
         rois_per_image=max(1, config.rois_per_batch // config.images_per_batch), fg_fraction=config.fg_fraction,
-        box_weight=config.box_weight, key=training.key,
+        cls_weight=config.cls_weight, box_weight=config.box_weight if config.box_regression == "multi-task" else 0.0,
+        key=training.key,
     )
-    facts = training.run(module, entries, cached)
+    facts = training.run(module, entries, cached, frames)
     training.save(network, ["conv", "fc", "head"])
     return facts | {"pictures_without_rois": unusable}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from altopt.config import NetworkConfig
 from altopt.pictures import Sample, make_batch, read_sample, scale_of
-from altopt.pyramid import nearest_scale
+from altopt.pyramid import pool_at_nearest_scale
 from altopt.warped_crops import warp
 from cache.features import FeatureMapFile, MapKey
 from stages.rcnn import original_frame
@@ -38,11 +38,13 @@ class WarpedRegions:
 
 
 class PyramidRegions:
-    """SPP-net: each region pools a pyramid from the map whose scale suits it best. Where maps come from, heirs say."""
+    """SPP-net: each region pools a pyramid from the map whose scale suits it best. Where maps come from, heirs say.
+
+    Fast R-CNN's RoI pooling is such a pyramid, of one level.
+    """
 
     def __init__(self, network: RegionNetwork, frames: Sequence[NetworkConfig]) -> None:
         self.network, self.frames = network, frames
-        self.levels: list[int] = network.description["levels"]
         self.area: int = network.config.region_area
 
     def scales(self, id: str) -> list[float]:
@@ -53,13 +55,9 @@ class PyramidRegions:
     def pool(self, picture: tuple[Maps, list[float]], boxes: Tensor) -> Tensor:
         """Return what fc6 sees of the boxes; ``picture`` is a map ``Tensor[1, C, H, W]`` and a scale for each frame."""
         maps, scales = picture
-        classifier = self.network.classifier
-        chosen = nearest_scale(boxes, scales, self.area)
-        pooled = maps[0].new_empty(len(boxes), classifier.pooled_features)
-        for number, (features, scale) in enumerate(zip(maps, scales, strict=True)):
-            here = torch.nonzero(chosen == number)[:, 0]
-            pooled[here] = classifier.pool_pyramids(features, [boxes[here] * scale], self.levels)
-        return pooled
+        classifier, levels = self.network.classifier, self.network.levels
+        return pool_at_nearest_scale(
+            boxes, scales, self.area, lambda scale, here: classifier.pool_pyramids(maps[scale], [here], levels))
 
 
 class StoredPyramids(PyramidRegions):

@@ -29,6 +29,8 @@ from cache.region_features import PictureRegions, RegionCount, RegionFeatureWrit
 from stages.step import Runtime
 from stages.training import CachedProposals, describe_network, device_of, require_network
 
+FAST_RCNN = "fast_rcnn"  # the method of a network that names none
+
 
 class Regions(Protocol):
     """How a method looks at the regions of a picture."""
@@ -43,6 +45,17 @@ class Regions(Protocol):
         """Return what fc6 sees, ``Tensor[R, E]``, of boxes ``Tensor[R, 4]`` in the original frame."""
 
 
+class Outputs(Protocol):
+    """What is on top of the features of a picture's regions."""
+
+    def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores and deltas of regions, from what fc6 sees of them, ``Tensor[R, E]``, and fc7's output."""
+
+    def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor,
+                   size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a picture's boxes, scores and classes in the original frame, of ``size`` (width, height)."""
+
+
 class RegionNetwork:
     """A fine-tuned region classifier in evaluation mode, and a split of the data set."""
 
@@ -52,11 +65,12 @@ class RegionNetwork:
         self.dataset: Dataset = open_dataset(config.data, split, runtime.data_root)
         tensors, self.description = load_checkpoint(path)
         require_network(path, self.description, config.network)
-        if self.description.get("method") != method:
+        if self.description.get("method", FAST_RCNN) != method:
             raise ArtifactError(f"{path.name} was not fine-tuned for {method}: make it with the steps of that scheme")
         require_classes(path, self.description, self.dataset)
         levels = self.description.get("levels", ())
         self.classifier = RegionClassifier(config.network, len(self.dataset.classes), levels)
+        self.levels: list[int] = list(levels) or [self.classifier.roi_size]
         drawn = self.classifier.fill(tensors, generator("unused"))
         if drawn:
             raise ArtifactError(f"{path.name} has no {drawn[0]} that fits: it is an output of another stage")
@@ -176,26 +190,32 @@ class LinearLayers:
     """The SVMs and the box regressors of all classes, as two matrices on a device."""
 
     def __init__(self, svms: Path, regressors: Path, network: RegionNetwork) -> None:
-        model = sha256_file(network.path)
-        self.scores = _linear(svms, model, network)
-        self.deltas = _linear(regressors, model, network)
+        self.scores = linear_layer(svms, network)
+        self.deltas = linear_layer(regressors, network)
+        self.rule = network.config
 
     def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores ``Tensor[R, K]`` and deltas ``Tensor[R, K, 4]``."""
         deltas = torch.addmm(self.deltas[1].flatten(), pooled, self.deltas[0].flatten(0, 1).T)
         return torch.addmm(self.scores[1], hidden, self.scores[0].T), deltas.view(len(pooled), -1, 4)
 
+    def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor,
+                   size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what ``region_detections`` makes of them."""
+        return region_detections(scores, deltas, boxes, size, self.rule)
 
-def _linear(path: Path, model: str, network: RegionNetwork) -> tuple[Tensor, Tensor]:
+
+def linear_layer(path: Path, network: RegionNetwork) -> tuple[Tensor, Tensor]:
+    """Return the weights and biases of SVMs or regressors, which must be of the network's own features."""
     tensors, description = load_checkpoint(path)
-    if description.get("model") != model:
+    if description.get("model") != sha256_file(network.path):
         raise ArtifactError(f"{path.name} was trained on the features of another network than {network.path.name}: "
                             "make it again from this one's features")
     require_classes(path, description, network.dataset)
     return tensors["weights"].to(network.device), tensors["biases"].to(network.device)
 
 
-def detect_regions(network: RegionNetwork, regions: Regions, linear: LinearLayers, proposals: Path,
+def detect_regions(network: RegionNetwork, regions: Regions, outputs: Outputs, proposals: Path,
                    out: Path) -> dict[str, Any]:
     """Score and refine the proposals of every test picture; write detections and return facts for the record."""
     config, dataset = network.config, network.dataset
@@ -210,7 +230,7 @@ def detect_regions(network: RegionNetwork, regions: Regions, linear: LinearLayer
         if id is None:
             break
         boxes = torch.from_numpy(cached.get(id))
-        found[id] = _detections_in(network, regions, linear, picture, boxes.to(network.device), dataset.size(id))
+        found[id] = _detections_in(network, regions, outputs, picture, boxes.to(network.device), dataset.size(id))
         seconds += time.perf_counter() - started
         objects = dataset.objects(id)
         covered.append((objects.boxes[counted(objects)], boxes.numpy()))
@@ -220,13 +240,11 @@ def detect_regions(network: RegionNetwork, regions: Regions, linear: LinearLayer
             "recall_at_0.5": float(recall.at(config.proposals)[0]), "average_recall": recall.average(config.proposals)}
 
 
-def _detections_in(network: RegionNetwork, regions: Regions, linear: LinearLayers, picture: Any, boxes: Tensor,
+def _detections_in(network: RegionNetwork, regions: Regions, outputs: Outputs, picture: Any, boxes: Tensor,
                    size: tuple[int, int]) -> Detections:
-    classes = len(network.dataset.classes)
-    parts = [linear(pooled, hidden) for pooled, hidden in network.features(regions, picture, boxes)]
-    scores = torch.cat([boxes.new_zeros(0, classes), *(scores for scores, _ in parts)])
-    deltas = torch.cat([boxes.new_zeros(0, classes, 4), *(deltas for _, deltas in parts)])
-    result = region_detections(scores, deltas, boxes, size, network.config)
+    parts = [outputs(pooled, hidden) for pooled, hidden in network.features(regions, picture, boxes)]
+    scores, deltas = (torch.cat(each) for each in zip(*parts, strict=True))
+    result = outputs.detections(scores, deltas, boxes, size)
     return Detections(*(each.cpu().numpy() for each in result))
 
 

@@ -70,10 +70,10 @@ def beside_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def comparison_table(headings: list[str], rows: list[list[str]]) -> Table:
-    """Return a row for each scheme."""
+    """Return a row for each scheme, and one for what the slides say of it; names are never folded."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "scheme" else "right")
+        table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=heading == "scheme")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from altopt.datasets.opening import open_dataset
-from altopt.errors import AltoptError, ArtifactError, DataError
+from altopt.errors import ArtifactError, DataError
 from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import Record, differences, plain, read_record, write_record
 from stages.recipe import Recipe
@@ -210,6 +210,7 @@ class Run:
         if alike:
             link_or_copy(other.path(step.output), self.path(step.output))
             write_record(self._record_path(step.output), record)
+            self.memo.save()
             self.report(step, {"event": "reason", "text": f"taken over from {other.folder}"})
         return alike
 
@@ -375,8 +376,3 @@ def _adopt_unless_done(run: Run, step: Step, source: Path | None, why: str) -> N
     made_here = record is not None and run.path(step.output).is_file() and run.verdict(step).state == "done"
     if source is not None or not made_here:
         run.adopt(step.output, source, why)
-
-
-def broken_by(error: AltoptError, step: Step) -> AltoptError:
-    """Return the error with the stage that it happened in."""
-    return type(error)(f"{step.output} ({step.name}): {error}")

@@ -1,6 +1,6 @@
 """SPP-net: conv feature maps computed once, the layers above them fine-tuned, SVMs and box regressors on top."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -93,7 +93,7 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     network, dataset = inference.networks[0], inference.dataset
     settings = {"network": config.network.name, "scales": list(config.scales), "max_side": config.max_side}
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
-    frames = frames_of(config.network, config.scales, config.max_side)
+    frames = config.network.at_scales(config.scales, config.max_side)
     shapes = _map_shapes(dataset, frames, config.flips)
 
     def read(key: Any) -> Any:
@@ -114,10 +114,7 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
 def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, config: TrainFCLayers,
                     runtime: Runtime) -> dict[str, Any]:
     """Fine-tune fc6, fc7 and a softmax on pyramids pooled from stored maps; the conv layers do not change."""
-    import torch
-
     from altopt.pictures import stored_sample
-    from altopt.randomness import generator
     from altopt.region_classifier import PyramidTraining
     from altopt.sampling import RoIRule
     from cache.features import FeatureMapFile, MapKey
@@ -139,8 +136,7 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
         frames = _stored_frames(stored, maps, training.tensors, config.network)
 
         def read(entry: Any, iteration: int) -> Any:
-            random = generator(*training.key, "scale", iteration, entry.id, entry.flipped)
-            scale = int(torch.randint(len(frames), (), generator=random))
+            scale = training.scale(len(frames), entry, iteration)
             features = stored.get(MapKey(entry.id, entry.flipped, scale))
             return stored_sample(dataset, entry.id, frames[scale], features, flipped=entry.flipped,
                                  proposals=cached.get(entry.id))
@@ -171,14 +167,9 @@ def detect_spp_net(network: Path, svms: Path, regressors: Path, proposals: Path,
     from stages.regions import LinearLayers, RegionNetwork, detect_regions
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
-    frames = frames_of(config.network, config.scales, config.max_side)
+    frames = config.network.at_scales(config.scales, config.max_side)
     linear = LinearLayers(svms, regressors, fine_tuned)
     return detect_regions(fine_tuned, FreshPyramids(fine_tuned, frames), linear, proposals, out)
-
-
-def frames_of(network: NetworkConfig, scales: tuple[int, ...], max_side: int) -> list[NetworkConfig]:
-    """Return the network with the frame of each scale, which is the length of a picture's shorter side."""
-    return [replace(network, short_side=scale, max_side=max_side) for scale in scales]
 
 
 def _map_shapes(dataset: Any, frames: list[NetworkConfig], flips: bool) -> dict[Any, tuple[int, ...]]:
@@ -216,4 +207,4 @@ def _stored_frames(stored: Any, path: Path, tensors: Any, network: NetworkConfig
     if stored.attributes.get("conv") != conv:
         raise ArtifactError(f"{path.name} was made by other conv layers than the network's: make it again from the "
                             "same pre-trained network")
-    return frames_of(network, tuple(stored.settings["scales"]), stored.settings["max_side"])
+    return network.at_scales(stored.settings["scales"], stored.settings["max_side"])

@@ -22,7 +22,7 @@ from altopt.pictures import Batch, Sample, read_sample
 from altopt.randomness import generator
 from altopt.region_classifier import RegionClassifier
 from altopt.sampling import RoIRule, has_samples
-from altopt.training import Progress, describe, freeze, train
+from altopt.training import Progress, describe, freeze, layers_named, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.proposals import ProposalFile
 from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
@@ -100,27 +100,34 @@ class Training:
         self.runtime.report({"event": "weights", "drawn": drawn})
         return classifier
 
-    def freeze(self, network: FasterRCNN | RegionClassifier, blocks: Sequence[str] | None) -> None:
-        """Freeze the named conv blocks, or all of them for None."""
-        names = [name for name, _ in network.conv.named_children()]
-        for block in blocks or ():
-            if block not in names:
-                raise UsageError(f"freeze: {self.config.network.name} has no block {block!r}: choose among "
-                                 f"{', '.join(names)}")
-        self._frozen = names if blocks is None else list(blocks)
-        freeze(network.conv, self._frozen)
+    def freeze(self, network: FasterRCNN | RegionClassifier, patterns: Sequence[str] | None,
+               others: Sequence[str] = ()) -> None:
+        """Freeze the conv layers that the patterns name, or all of them for None, and ``others``, such as fc."""
+        layers = layers_named(network.conv, ("*",) if patterns is None else patterns)
+        self._frozen = [*(f"conv.{layer}" for layer in layers), *others]
+        freeze(network, self._frozen)
 
     def entries(self) -> list[Entry]:
         """Return every picture of the training split, and with ``flips`` its mirror image."""
         return entries_of(self.dataset, self.dataset.ids, self.config.flips)
 
-    def run(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None") -> dict[str, Any]:
-        """Train the module on the entries' pictures and return facts for the record."""
+    def run(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None",
+            frames: Sequence[NetworkConfig] = ()) -> dict[str, Any]:
+        """Train the module on the entries' pictures and return facts for the record.
+
+        Pictures have the network's frame, or at each visit one of ``frames``.
+        """
         def read(entry: Entry, iteration: int) -> Sample:
-            return read_sample(self.dataset, entry.id, self.config.network, flipped=entry.flipped,
+            frame = frames[self.scale(len(frames), entry, iteration)] if frames else self.config.network
+            return read_sample(self.dataset, entry.id, frame, flipped=entry.flipped,
                                proposals=cached.get(entry.id) if cached else None)
 
         return self.run_on(module, entries, read)
+
+    def scale(self, count: int, entry: Entry, iteration: int) -> int:
+        """Return which of so many scales a picture has at this visit."""
+        random = generator(*self.key, "scale", iteration, entry.id, entry.flipped)
+        return int(torch.randint(count, (), generator=random))
 
     def run_on(self, module: nn.Module, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
         """Do what ``run`` does, on samples that ``read(entry, iteration)`` makes, called from threads."""
@@ -134,10 +141,9 @@ class Training:
     def save(self, network: FasterRCNN | RegionClassifier, parts: Sequence[str], **described: Any) -> None:
         """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it."""
         tensors = network.tensors(parts)
-        for block in self._frozen:
-            before = digest(_under(self.tensors, f"conv.{block}."))
-            if digest(_under(tensors, f"conv.{block}.")) != before:
-                raise AssertionError(f"{self.stage} changed {block}, which is frozen")
+        for name in self._frozen:
+            if digest(_under(tensors, f"{name}.")) != digest(_under(self.tensors, f"{name}.")):
+                raise AssertionError(f"{self.stage} changed {name}, which is frozen")
         classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
         save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | described)
         remove_snapshot(snapshot_path(self.out))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from altopt.pyramid import bins, nearest_scale, pyramid_pool
+from altopt.pyramid import bins, nearest_scale, pool_at_nearest_scale, pyramid_pool
 from altopt.randomness import generator
 
 BOXES = [torch.tensor([[0, 0, 160, 128], [16, 32, 96, 64], [100.5, 3.2, 101, 4], [-50, 20, 70, 300]]),
@@ -52,3 +52,18 @@ def test_the_nearest_scale_is_the_one_that_makes_the_area_most_alike():
     boxes = torch.tensor([[0.0, 0, 448, 448], [5, 5, 117, 117], [0, 0, 224, 224], [0, 0, 0, 0], [0, 0, 56, 896]])
     assert nearest_scale(boxes, (0.5, 1.0, 2.0), 224 * 224).tolist() == [0, 2, 1, 0, 1]
     assert nearest_scale(torch.zeros(0, 4), (0.5, 1.0), 224 * 224).tolist() == []
+
+
+def test_pooling_at_the_nearest_scale_keeps_the_order_of_the_boxes():
+    boxes = torch.tensor([[0.0, 0, 448, 448], [5, 5, 117, 117], [0, 0, 224, 224], [1, 0, 449, 448]])
+    asked = []
+
+    def pool(scale, here):
+        asked.append((scale, len(here)))
+        return torch.cat([torch.full((len(here), 1), float(scale)), here], dim=1)
+
+    pooled = pool_at_nearest_scale(boxes, (0.5, 1.0, 2.0), 224 * 224, pool)
+    assert asked == [(0, 2), (1, 1), (2, 1)]
+    scales = torch.tensor([0.5, 2, 1, 0.5])
+    assert pooled.tolist() == torch.cat([torch.tensor([[0.0], [2], [1], [0]]), boxes * scales[:, None]], dim=1).tolist()
+    assert pool_at_nearest_scale(boxes[:0], (0.5, 1.0), 224 * 224, pool).shape == (0, 5)

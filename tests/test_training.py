@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from altopt import backbones
 from altopt.config import TrainingConfig
-from altopt.errors import DivergedError
+from altopt.errors import DivergedError, UsageError
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
-from altopt.training import Progress, describe, freeze, learning_rate, make_optimizer, train
+from altopt.training import Progress, describe, freeze, layers_named, learning_rate, make_optimizer, train
 
 CPU = torch.device("cpu")
 
@@ -299,3 +300,27 @@ def test_bfloat16_trains_other_weights_that_stay_float32():
 
 def test_no_iterations_leave_the_weights_alone():
     assert equal(trained(config(iterations=0)), weights(Classifier()))
+
+
+SMALL = ["conv1.0", "conv2.1", "conv2.3", "conv3.1", "conv3.3", "conv4.1", "conv4.3", "conv5.0", "conv5.2"]
+
+
+@pytest.mark.parametrize(("patterns", "names"), [
+    ((), []), (("conv*",), SMALL), (("*",), SMALL), (("conv2",), SMALL[1:3]), (("conv2.*",), SMALL[1:3]),
+    (("conv2.3",), SMALL[2:3]), (("conv5.2", "conv1"), [SMALL[0], SMALL[-1]]), (("conv[12]",), SMALL[:3]),
+    (("conv1", "conv1.0"), SMALL[:1]),
+])
+def test_layers_by_pattern(patterns, names):
+    assert layers_named(backbones.small().conv, patterns) == names
+
+
+def test_layers_within_layers_by_pattern():
+    conv = backbones.squeezenet1_1().conv
+    assert layers_named(conv, ["conv5.*.squeeze"]) == ["conv5.0.squeeze", "conv5.1.squeeze"]
+    assert layers_named(conv, ["conv5.1"]) == ["conv5.1.squeeze", "conv5.1.expand1x1", "conv5.1.expand3x3"]
+
+
+@pytest.mark.parametrize("pattern", ["conv6", "conv", "conv2.0", "conv2.3.weight", "fc6", ""])
+def test_pattern_that_names_no_layer(pattern):
+    with pytest.raises(UsageError, match=r"no layer .*: blocks are conv1, .*, conv5, and layers conv1.0, .*, conv5.2$"):
+        layers_named(backbones.small().conv, ["conv1", pattern])

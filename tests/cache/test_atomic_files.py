@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from altopt.errors import ArtifactError, ResourceError
-from cache.files import atomic_path, canonical_json, sha256_file, write_json_atomic, write_text_atomic
+from cache.files import (
+    atomic_path,
+    canonical_json,
+    link_or_copy,
+    sha256_file,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def test_file_appears_when_the_block_ends(tmp_path, names):
@@ -114,3 +121,31 @@ def test_sha256_file(tmp_path):
     assert sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(ArtifactError, match="none is missing"):
         sha256_file(tmp_path / "none")
+
+
+def test_link_or_copy_makes_one_file_of_two(tmp_path):
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "sub" / "b").parent.mkdir()
+    (tmp_path / "sub" / "b").write_text("what was there before")
+    for _ in range(2):  # the second time they are one file already
+        link_or_copy(tmp_path / "a", tmp_path / "sub" / "b")
+        assert (tmp_path / "sub" / "b").samefile(tmp_path / "a")
+        assert [path.name for path in (tmp_path / "sub").iterdir()] == ["b"]
+
+
+def test_linked_file_stays_when_the_other_is_replaced(tmp_path):
+    write_text_atomic(tmp_path / "a", "one")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    write_text_atomic(tmp_path / "a", "two")
+    assert (tmp_path / "b").read_text() == "one"
+
+
+def test_copies_where_there_are_no_links(tmp_path, monkeypatch):
+    def refuse(path, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    (tmp_path / "a").write_text("one")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "one"
+    assert not (tmp_path / "b").samefile(tmp_path / "a")

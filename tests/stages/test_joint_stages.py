@@ -122,7 +122,7 @@ def test_training_goes_on_from_a_network_with_all_parts(finished, tmp_path):
 
 
 def test_unknown_blocks_cannot_be_frozen(finished, tmp_path):
-    with pytest.raises(UsageError, match=r"small has no block 'conv9'"):
+    with pytest.raises(UsageError, match=r"there is no layer 'conv9'"):
         made(finished, train_exact_joint, tmp_path / "out.safetensors", freeze=("conv9",))
 
 

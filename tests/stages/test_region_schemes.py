@@ -25,7 +25,7 @@ from cache.proposals import ProposalFile
 from cache.region_features import RegionFeatureFile
 from stages.rcnn import original_frame
 from stages.regions import boxes_of
-from stages.spp_net import TrainFCLayers, frames_of, train_fc_layers
+from stages.spp_net import TrainFCLayers, train_fc_layers
 from stages.step import Runtime, file_name
 from stages.svms import TrainSVMs
 
@@ -104,7 +104,7 @@ def test_rcnn_trains_all_layers(made):
 def test_maps_are_what_the_conv_layers_make_of_each_picture(made):
     folder = made[0]["spp_net"]
     conv = network_of(folder, (6, 3, 2, 1)).conv.to(memory_format=torch.channels_last)
-    frames = frames_of(NETWORK, (64, 96), 200)
+    frames = NETWORK.at_scales((64, 96), 200)
     with FeatureMapFile(folder / "F1.h5") as file:
         assert len(file.keys) == 5 * 2 * 2
         for key in file.keys:
@@ -229,7 +229,7 @@ def pooled_by_hand(network, scheme, id, box):
         return network.pool_crops(warp(picture, box, 64))
     area = float(bx.area(box))
     scale = min((0, 1), key=lambda s: abs(area * (0.8, 1.2)[s] ** 2 - 1600))
-    sample = read_sample(TEST, id, frames_of(NETWORK, (64, 96), 200)[scale])
+    sample = read_sample(TEST, id, NETWORK.at_scales((64, 96), 200)[scale])
     return pyramid_pool(network.conv(make_batch([sample], CPU).images), [box * sample.scale], (6, 3, 2, 1), 1 / 16)
 
 
@@ -237,7 +237,7 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
     """Also where maps of several sizes share a batch: the padding of the smaller ones is not seen."""
     folder = made[0]["spp_net"]
     network = network_of(folder, (6, 3, 2, 1))
-    frames = frames_of(NETWORK, (64, 96), 200)
+    frames = NETWORK.at_scales((64, 96), 200)
     module = PyramidTraining(network, (6, 3, 2, 1), rule=RoIRule(0.5, 0.5, 0.1), regions_per_image=16,
                              fg_fraction=0.25, key=("test",))
     with FeatureMapFile(folder / "F1.h5") as maps, ProposalFile(folder / "P0.h5") as proposals:

@@ -82,7 +82,7 @@ def test_config_is_frozen_versioned_and_every_default_has_a_source(step):
 def test_stages_that_read_a_split_say_which():
     splits = {step.name: getattr(step.config_class, "split", None) for step in STEPS}
     assert {name for name, split in splits.items() if split == "test"} == {
-        "detect_shared", "detect_unshared", "detect_on_proposals", "detect_spp_net", "detect_rcnn",
+        "detect_shared", "detect_unshared", "detect_on_proposals", "detect_spp_net", "detect_rcnn", "detect_with_svms",
         "selective_search_test"}
     assert {name for name, split in splits.items() if split is None} == {
         "load_imagenet_weights", "add_rpn_layers", "train_svms", "train_regressors"}
