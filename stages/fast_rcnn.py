@@ -67,6 +67,8 @@ class TrainBoxLayer(FastRCNNConfig):
 class TrainFastRCNNFrozenConv(FastRCNNConfig):
     """Stage 6, where all conv layers stay as they are."""
 
+    version: ClassVar[int] = 2
+    frozen_conv: ClassVar[bool] = True
     outputs: Literal["draw-anew", "continue"] = sourced(
         "draw-anew", "pfr Python: cls_score and bbox_pred start anew (MATLAB starts from M2, whose outputs continue)")
 
@@ -128,6 +130,9 @@ def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNCo
         cls_weight=config.cls_weight, box_weight=config.box_weight if config.box_regression == "multi-task" else 0.0,
         key=training.key,
     )
-    facts = training.run(module, entries, cached, frames)
+    if freeze is None and not frames:
+        facts = training.run_on_frozen(network.conv, module, entries, cached)
+    else:
+        facts = training.run(module, entries, cached, frames)
     training.save(network, ["conv", "fc", "head"])
     return facts | {"pictures_without_rois": unusable}
