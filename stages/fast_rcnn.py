@@ -67,7 +67,7 @@ class TrainBoxLayer(FastRCNNConfig):
 class TrainFastRCNNFrozenConv(FastRCNNConfig):
     """Stage 6, where all conv layers stay as they are."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # conv layers see each picture by itself
     frozen_conv: ClassVar[bool] = True
     outputs: Literal["draw-anew", "continue"] = sourced(
         "draw-anew", "pfr Python: cls_score and bbox_pred start anew (MATLAB starts from M2, whose outputs continue)")
