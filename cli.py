@@ -79,6 +79,8 @@ WORK_OPTIONS = [
     option("--workers", type=click.IntRange(0, 64), default=1, help="Threads that read pictures ahead."),
     option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, help="Between snapshots inside a stage."),
     option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),
+    option("--feature-store", type=click.Choice(["auto", "on", "off"]), default="auto",
+           help="Stages 4 to 6 keep frozen conv features on disk; auto: where it pays and fits."),
 ]
 FROM_OPTION = option("--from", "start", metavar="M1[=FILE]",
                      help="Take an artifact as given, from this run or from a file, and go on behind it.")
@@ -535,7 +537,7 @@ def work_runtime(options: dict[str, Any]) -> "Runtime":
 
     return Runtime(device=options["device"], workers=options.get("workers", 1),
                    snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
-                   report=reporter())
+                   feature_store=options.get("feature_store", "auto"), report=reporter())
 
 
 @contextmanager
@@ -597,20 +599,27 @@ def print_score(result: dict[str, Any], as_json: bool) -> None:
 
 
 def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
-    """Print a verdict on every stage."""
+    """Print a verdict on every stage, and what the stores of those to come will take."""
+    from itertools import starmap
+
+    from stages.feature_plan import foreseen, store_line
+
     verdicts = run.survey(run.recipe.steps, demand=not all_steps)
     seconds = {each.step.output: record.seconds for each in verdicts if (record := run.record(each.step.output))}
+    stores = {each.step.output: store for each in verdicts if not each.valid
+              and (store := foreseen(run.folder, run.recipe.config(each.step), run.runtime.data_root))}
     if as_json:
         print_json({"folder": str(run.folder), "recipe": run.recipe.name, "steps": [
             {"output": each.step.output, "stage": each.step.name, "inputs": list(each.step.inputs),
-             "verdict": each.state, "reasons": list(each.reasons), "seconds": seconds.get(each.step.output)}
+             "verdict": each.state, "reasons": list(each.reasons), "seconds": seconds.get(each.step.output),
+             "feature_store": stores.get(each.step.output)}
             for each in verdicts]})
         return
     from stages.plan import plan_lines
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     click.echo(f"{run.folder}: recipe {run.recipe.name}")
-    click.echo("\n".join(plan_lines(verdicts, seconds, width)))
+    click.echo("\n".join([*plan_lines(verdicts, seconds, width), *starmap(store_line, stores.items())]))
 
 
 def run() -> None:

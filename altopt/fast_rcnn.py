@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from altopt import boxes as bx
 from altopt.backbones import STRIDE
 from altopt.config import DetectionRule
+from altopt.frozen import conv_features
 from altopt.pictures import Batch
 from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
@@ -79,7 +80,7 @@ class FastRCNNTraining(nn.Module):
         Both are divided by the number of RoIs of the batch.
         """
         samples = self._sample(batch, iteration)
-        features = self.conv(batch.images)
+        features = conv_features(self.conv, batch)
         pooled = roi_pool(features, [sample.rois for sample in samples], self.roi_size, 1 / STRIDE)
         logits, normalised = self.head(self.fc(pooled.flatten(1)))
         return sampled_losses(self.head, logits, normalised, samples, self.box_weight)

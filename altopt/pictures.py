@@ -5,6 +5,7 @@ Two frames: a picture's *original* pixels, in which data sets, proposal files an
 module is the only place that multiplies by it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from altopt import boxes as bx
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Dataset
+from altopt.extents import input_size, scale_of
 
 # The statistics that torchvision's ImageNet weights were trained with, RGB in 0..1.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -58,16 +60,6 @@ class Batch:
     samples: list[Sample]
     images: Tensor
     features: Tensor | None = None
-
-
-def scale_of(size: tuple[int, int], short_side: int, max_side: int) -> float:
-    """Return the factor that brings the shorter side to ``short_side``, unless the longer would pass ``max_side``."""
-    return min(short_side / min(size), max_side / max(size))
-
-
-def input_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return (width, height) of a picture of ``size`` in the input frame."""
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def resized(image: np.ndarray, scale: float) -> np.ndarray:
@@ -146,12 +138,17 @@ def make_batch(samples: list[Sample], device: torch.device) -> Batch:
     return Batch(moved, images)
 
 
-def _stored_batch(samples: list[Sample], device: torch.device) -> Batch:
-    maps = [sample.features for sample in samples if sample.features is not None]
+def stacked_maps(maps: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return maps ``Tensor[C, h, w]`` of any sizes as one float32 ``Tensor[B, C, h, w]``, zero-padded at the end."""
     height, width = max(each.shape[1] for each in maps), max(each.shape[2] for each in maps)
-    features = torch.zeros(len(samples), maps[0].shape[0], height, width, device=device)
+    features = torch.zeros(len(maps), maps[0].shape[0], height, width, device=device)
     for place, each in zip(features, maps, strict=True):
         place[:, : each.shape[1], : each.shape[2]] = each.to(device, non_blocking=True)
+    return features
+
+
+def _stored_batch(samples: list[Sample], device: torch.device) -> Batch:
+    features = stacked_maps([sample.features for sample in samples if sample.features is not None], device)
     blank = torch.zeros(1, 1, 1, 1, device=device).expand(len(samples), 3, 1, 1)
     return Batch([_moved(sample, sample.pixels, device) for sample in samples], blank, features)
 

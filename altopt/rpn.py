@@ -16,6 +16,7 @@ from altopt import boxes as bx
 from altopt.anchors import reference_anchors, shifted_anchors
 from altopt.backbones import STRIDE
 from altopt.config import NetworkConfig, ProposalRule
+from altopt.frozen import conv_features
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
 from altopt.sampling import label_anchors, sample_anchors
@@ -79,7 +80,7 @@ class RPNTraining(nn.Module):
 
         Both are divided by the number of sampled anchors of a picture, and averaged over the pictures.
         """
-        features = self.conv(batch.images)
+        features = conv_features(self.conv, batch)
         logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors_for(features)
         return rpn_losses(logits, deltas, anchors, batch.samples, self.rule, (*self.key, iteration))

@@ -46,6 +46,8 @@ class TrainFastRCNN(FastRCNNConfig):
 class TrainFastRCNNFrozenConv(FastRCNNConfig):
     """Stage 6, where all conv layers stay as they are."""
 
+    version: ClassVar[int] = 2
+    frozen_conv: ClassVar[bool] = True
     outputs: Literal["draw-anew", "continue"] = sourced(
         "draw-anew", "pfr Python: cls_score and bbox_pred start anew (MATLAB starts from M2, whose outputs continue)")
 
@@ -83,6 +85,9 @@ def _train(init: Path, proposals: Path, out: Path, config: FastRCNNConfig, runti
         rois_per_image=max(1, config.rois_per_batch // config.images_per_batch), fg_fraction=config.fg_fraction,
         box_weight=config.box_weight, key=training.key,
     )
-    facts = training.run(module, entries, cached)
+    if freeze is None:
+        facts = training.run_on_frozen(network.conv, module, entries, cached)
+    else:
+        facts = training.run(module, entries, cached)
     training.save(network, ["conv", "fc", "head"])
     return facts | {"pictures_without_rois": unusable}

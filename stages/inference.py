@@ -11,9 +11,10 @@ from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.detector import FasterRCNN
 from altopt.errors import ArtifactError
-from altopt.pictures import Batch, Sample, make_batch, read_sample
+from altopt.pictures import Batch, Sample, make_batch, read_sample, stored_sample
 from altopt.randomness import generator
 from cache.checkpoints import load_checkpoint
+from stages.feature_store import FeatureStore
 from stages.step import Runtime
 from stages.training import device_of, require_network, require_same_frame
 
@@ -49,12 +50,18 @@ class Inference:
         """Return the context in which networks compute with the config's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """Yield the split in its order, up to ``size`` neighbours of equal size at a time; reports progress."""
+    def batches(self, size: int, store: FeatureStore | None = None) -> Iterator[Batch]:
+        """Yield the split in its order, up to ``size`` neighbours of equal size at a time; reports progress.
+
+        Where a store has maps, they take the place of the pictures.
+        """
         groups = _runs_of_equal_size(self.dataset, size)
 
         def read(ids: list[str]) -> list[Sample]:
-            return [read_sample(self.dataset, id, self.config.network) for id in ids]
+            if store is None or store.maps is None:
+                return [read_sample(self.dataset, id, self.config.network) for id in ids]
+            return [stored_sample(self.dataset, id, self.config.network, store.map_of(id, flipped=False))
+                    for id in ids]
 
         done = 0
         with Ahead(read, groups, self.runtime.workers) as ahead:

@@ -13,7 +13,7 @@ from stages.step import Runtime
 class GenerateProposals(ProposalRule):
     """How the RPN's boxes are made into proposals."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     split: ClassVar[str] = "train"
     network: NetworkConfig
     data: DataConfig
@@ -22,11 +22,16 @@ class GenerateProposals(ProposalRule):
 
 
 def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> dict[str, Any]:
-    """Cache the RPN's proposals for every training picture, upright only."""
-    from altopt.detector import propose
+    """Cache the RPN's proposals for every training picture, upright only.
+
+    Stage 4 has left a store of the conv layers' maps for stage 5, unless it did without; for stage 2 there is none.
+    """
+    from altopt.detector import propose_on
+    from altopt.frozen import frozen_features
     from altopt.pictures import to_original
     from cache.files import sha256_file
     from cache.proposals import ProposalWriter
+    from stages.feature_store import FeatureStore
     from stages.inference import Inference
 
     inference = Inference([(rpn, ("conv", "rpn"))], config, runtime, split="train")
@@ -35,13 +40,17 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     settings = {field.name: getattr(config, field.name) for field in fields(ProposalRule)}
     settings |= {"network": asdict(config.network), "precision": config.precision}
     attributes = {"dataset": runtime.data_digest, "model": sha256_file(rpn), "settings": settings}
-    with ProposalWriter(out, attributes) as writer:
-        for batch in inference.batches(config.images_per_batch):
+    store = FeatureStore(out, network.conv, config.network, inference.dataset, runtime, precision=config.precision,
+                         device=inference.device)
+    with store, ProposalWriter(out, attributes) as writer:
+        store.find(flips=(True, False))
+        for batch in inference.batches(config.images_per_batch, store):
             with inference.autocast():
-                proposals = propose(network, batch, config)
+                proposals = propose_on(network, frozen_features(network.conv, batch), batch, config)
             for sample, (boxes, scores) in zip(batch.samples, proposals, strict=True):
                 original = to_original(boxes, sample, inference.dataset.size(sample.id))
                 writer.append(sample.id, original.cpu().numpy(), scores.cpu().numpy())
                 count += len(scores)
     pictures = len(inference.dataset.ids)
-    return {"pictures": pictures, "proposals": count, "per_picture": round(count / max(pictures, 1), 1)}
+    return {"pictures": pictures, "proposals": count, "per_picture": round(count / max(pictures, 1), 1),
+            **store.facts}

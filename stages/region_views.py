@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from altopt.config import NetworkConfig
-from altopt.pictures import Sample, make_batch, read_sample, scale_of
+from altopt.extents import scale_of
+from altopt.pictures import Sample, make_batch, read_sample
 from altopt.pyramid import nearest_scale
 from altopt.warped_crops import warp
 from cache.features import FeatureMapFile, MapKey

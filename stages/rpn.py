@@ -39,6 +39,9 @@ class TrainRPN(RPNConfig):
 class TrainRPNFrozenConv(RPNConfig):
     """Stage 4, where all conv layers stay as they are."""
 
+    version: ClassVar[int] = 2
+    frozen_conv: ClassVar[bool] = True
+
 
 def train_rpn(init: Path, *, out: Path, config: TrainRPN, runtime: Runtime) -> dict[str, Any]:
     """Train an RPN, and the conv layers under it, from pre-trained weights."""
@@ -60,7 +63,11 @@ def _train(init: Path, out: Path, config: RPNConfig, runtime: Runtime,
     training.freeze(network, freeze)
     rule = RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
                    config.sigma, config.box_weight)
-    facts = training.run(RPNTraining(network.conv, network.rpn, rule, training.key), training.entries(), None)
+    module = RPNTraining(network.conv, network.rpn, rule, training.key)
+    if freeze is None:
+        facts = training.run_on_frozen(network.conv, module, training.entries(), None)
+    else:
+        facts = training.run(module, training.entries(), None)
     kept = [part for part in ("fc", "head") if part in training.parts]
     training.save(network, ["conv", "rpn", *kept])
     return facts

@@ -12,6 +12,7 @@ from altopt.datasets.opening import open_dataset
 from altopt.errors import AltoptError, ArtifactError, DataError
 from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import Record, differences, plain, read_record, write_record
+from stages.feature_plan import remember_sizes
 from stages.recipe import Recipe
 from stages.step import Runtime, Step, file_name
 
@@ -170,8 +171,11 @@ class Run:
         if split is None or split in self._checked:
             return
         self._checked.add(split)
-        for warning in open_dataset(config.data, split, self.runtime.data_root).check():
+        dataset = open_dataset(config.data, split, self.runtime.data_root)
+        for warning in dataset.check():
             self.runtime.report({"event": "warning", "text": warning})
+        if split == "train":
+            remember_sizes(self.folder, config.data, dataset, self.runtime.data_root)
 
     @property
     def protocol(self) -> str:

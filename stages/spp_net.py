@@ -81,12 +81,9 @@ class DetectSPPNet(RegionDetectionRule):
 
 def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, runtime: Runtime) -> dict[str, Any]:
     """Cache the conv layers' map of every training picture, upright and mirrored, at every scale."""
-    import torch
-
-    from altopt.batches import Ahead
-    from altopt.pictures import make_batch, read_sample
     from cache.checkpoints import digest
     from cache.features import FeatureMapWriter
+    from stages.feature_maps import map_shapes, write_maps
     from stages.inference import Inference
 
     inference = Inference([(init, ("conv",))], config, runtime, split="train")
@@ -94,20 +91,10 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     settings = {"network": config.network.name, "scales": list(config.scales), "max_side": config.max_side}
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
     frames = frames_of(config.network, config.scales, config.max_side)
-    shapes = _map_shapes(dataset, frames, config.flips)
-
-    def read(key: Any) -> Any:
-        return read_sample(dataset, key.image_id, frames[key.scale], flipped=key.mirrored)
-
+    shapes = map_shapes(dataset, frames, config.flips)
     with FeatureMapWriter(out, attributes, shapes, config.precision) as writer:
-        missing = [key for key in shapes if not writer.done(key)]
-        found = len(shapes) - len(missing)
-        with Ahead(read, missing, runtime.workers) as ahead:
-            for done, (key, sample) in enumerate(zip(missing, ahead, strict=True), found + 1):
-                with torch.inference_mode(), inference.autocast():
-                    features = network.conv(make_batch([sample], inference.device).images)
-                writer.write(key, features[0].to(getattr(torch, config.precision)))
-                runtime.report({"event": "pictures", "done": done, "total": len(shapes), "what": "maps"})
+        found = write_maps(writer, shapes, network.conv, dataset, frames, precision=config.precision,
+                           device=inference.device, workers=runtime.workers, report=runtime.report)
     return {"maps": len(shapes), "maps_found": found, "bytes": out.stat().st_size}
 
 
@@ -179,32 +166,6 @@ def detect_spp_net(network: Path, svms: Path, regressors: Path, proposals: Path,
 def frames_of(network: NetworkConfig, scales: tuple[int, ...], max_side: int) -> list[NetworkConfig]:
     """Return the network with the frame of each scale, which is the length of a picture's shorter side."""
     return [replace(network, short_side=scale, max_side=max_side) for scale in scales]
-
-
-def _map_shapes(dataset: Any, frames: list[NetworkConfig], flips: bool) -> dict[Any, tuple[int, ...]]:
-    """Return the shape of every map, by running layers without data on each size of picture once."""
-    from functools import cache
-
-    import torch
-
-    from altopt.pictures import input_size, scale_of
-    from altopt.region_classifier import RegionClassifier
-    from cache.features import MapKey
-
-    conv = RegionClassifier(frames[0], 1).conv
-
-    @cache
-    def shape(width: int, height: int) -> tuple[int, ...]:
-        return tuple(conv(torch.empty(1, 3, height, width, device="meta")).shape[1:])
-
-    shapes = {}
-    for id in dataset.ids:
-        size = dataset.size(id)
-        extents = [input_size(size, scale_of(size, frame.short_side, frame.max_side)) for frame in frames]
-        for mirrored in (False, True) if flips else (False,):
-            for scale, extent in enumerate(extents):
-                shapes[MapKey(id, mirrored, scale)] = shape(*extent)
-    return shapes
 
 
 def _stored_frames(stored: Any, path: Path, tensors: Any, network: NetworkConfig) -> list[NetworkConfig]:

@@ -18,7 +18,7 @@ from altopt.datasets.opening import open_dataset
 from altopt.detector import FasterRCNN
 from altopt.errors import ArtifactError, UsageError
 from altopt.interruption import Stop, deferred_signals
-from altopt.pictures import Batch, Sample, read_sample
+from altopt.pictures import Batch, Sample, read_sample, stored_sample
 from altopt.randomness import generator
 from altopt.region_classifier import RegionClassifier
 from altopt.sampling import RoIRule, has_samples
@@ -26,6 +26,7 @@ from altopt.training import Progress, describe, freeze, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.proposals import ProposalFile
 from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
+from stages.feature_store import FeatureStore
 from stages.step import Runtime
 
 
@@ -114,13 +115,31 @@ class Training:
         """Return every picture of the training split, and with ``flips`` its mirror image."""
         return entries_of(self.dataset, self.dataset.ids, self.config.flips)
 
-    def run(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None") -> dict[str, Any]:
-        """Train the module on the entries' pictures and return facts for the record."""
+    def run(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None",
+            store: FeatureStore | None = None) -> dict[str, Any]:
+        """Train the module on the entries' pictures, or their stored maps, and return facts for the record."""
         def read(entry: Entry, iteration: int) -> Sample:
-            return read_sample(self.dataset, entry.id, self.config.network, flipped=entry.flipped,
-                               proposals=cached.get(entry.id) if cached else None)
+            proposals = cached.get(entry.id) if cached else None
+            if store is None or store.maps is None:
+                return read_sample(self.dataset, entry.id, self.config.network, flipped=entry.flipped,
+                                   proposals=proposals)
+            return stored_sample(self.dataset, entry.id, self.config.network, store.map_of(entry.id, entry.flipped),
+                                 flipped=entry.flipped, proposals=proposals)
 
         return self.run_on(module, entries, read)
+
+    def run_on_frozen(self, conv: nn.Sequential, module: nn.Module, entries: list[Entry],
+                      cached: "CachedProposals | None") -> dict[str, Any]:
+        """Do what ``run`` does above conv layers that do not learn, on their stored maps where that pays.
+
+        Building the store counts as time of training.
+        """
+        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime,
+                          precision=self.config.precision, device=self.device) as store:
+            store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
+            facts = self.run(module, entries, cached, store)
+        facts["train_seconds"] = round(facts["train_seconds"] + store.seconds, 2)
+        return facts | store.facts
 
     def run_on(self, module: nn.Module, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
         """Do what ``run`` does, on samples that ``read(entry, iteration)`` makes, called from threads."""
@@ -154,8 +173,9 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
     def keep_batch(batch: Batch, iteration: int) -> str:
         path = out.with_name(f"{out.stem}.diverged.safetensors")
         pictures = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
-        save_checkpoint(path, {"images": batch.images}, {"iteration": iteration, "pictures": pictures})
-        return f" (its pixels are in {path.name})"
+        kept = {"images": batch.images} if batch.features is None else {"features": batch.features}
+        save_checkpoint(path, kept, {"iteration": iteration, "pictures": pictures})
+        return f" (its {'pixels' if batch.features is None else 'feature maps'} are in {path.name})"
 
     with deferred_signals() as stop:
         snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)

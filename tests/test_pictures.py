@@ -9,7 +9,8 @@ import torchvision
 
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Objects
-from altopt.pictures import PIXEL_MEAN, PIXEL_STD, Sample, make_batch, read_sample, resized, scale_of, to_original
+from altopt.extents import scale_of
+from altopt.pictures import PIXEL_MEAN, PIXEL_STD, Sample, make_batch, read_sample, resized, to_original
 
 CPU = torch.device("cpu")
 

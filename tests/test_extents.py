@@ -1,0 +1,38 @@
+"""Sizes by arithmetic, held against the networks themselves."""
+
+import pytest
+import torch
+
+from altopt.backbones import build
+from altopt.config import NETWORKS, NetworkConfig
+from altopt.extents import LAYERS, map_shape, maps_bytes
+
+SIDES = [*range(33, 81), 96, 127, 224, 300, 375, 500, 600, 800, 997, 1000]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_shapes_are_those_that_the_network_makes(name):
+    with torch.device("meta"):
+        conv = build(name).conv
+    for side in SIDES:
+        height = side + 7
+        shape = tuple(conv(torch.empty(1, 3, height, side, device="meta")).shape[1:])
+        network = NetworkConfig(name=name, short_side=side, max_side=height)
+        assert map_shape(network, (side, height)) == shape, side
+
+
+def test_every_network_is_there():
+    assert set(LAYERS) == set(NETWORKS)
+
+
+def test_pictures_are_resized_first():
+    assert map_shape(NetworkConfig(name="vgg16"), (500, 375)) == (512, 37, 50)
+    assert map_shape(NetworkConfig(name="vgg16"), (500, 100)) == (512, 12, 62)  # held by the longer side
+
+
+def test_room_for_maps():
+    network = NetworkConfig(name="vgg16")
+    one = 512 * 37 * 50 * 4
+    assert maps_bytes([(500, 375, 3)], network, False, "float32") == 3 * one
+    assert maps_bytes([(500, 375, 3), (375, 500, 2)], network, True, "bfloat16") == 5 * one
+    assert maps_bytes([], network, True, "float32") == 0
