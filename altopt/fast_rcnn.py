@@ -83,7 +83,7 @@ class FastRCNNTraining(nn.Module):
         features = conv_features(self.conv, batch)
         pooled = roi_pool(features, [sample.rois for sample in samples], self.roi_size, 1 / STRIDE)
         logits, normalised = self.head(self.fc(pooled.flatten(1)))
-        return sampled_losses(self.head, logits, normalised, samples, self.box_weight)
+        return batch.parts(sampled_losses(self.head, logits, normalised, samples, self.box_weight), len(logits))
 
     def _sample(self, batch: Batch, iteration: int) -> list[RoISample]:
         samples = []

@@ -20,6 +20,7 @@ class CacheConvFeatures:
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     scales: tuple[int, ...] = sourced((688,), SCALES)
@@ -34,6 +35,7 @@ class TrainFCLayers(TrainingConfig):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     iterations: int = sourced(90_000, f"{SCRIPT}: rates 1e-3, 1e-4, 1e-5 for 30,000 each (its limit is 200,000)")
@@ -55,6 +57,7 @@ class CacheRegionFeatures:
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     region_area: int = sourced(224 * 224, AREA)
@@ -71,6 +74,7 @@ class DetectSPPNet(RegionDetectionRule):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "test"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     scales: tuple[int, ...] = sourced((688,), SCALES)
