@@ -113,7 +113,7 @@ def reasons(run: Run, artifact: str) -> str:
     return "; ".join(next(each for each in run.survey(run.recipe.steps) if each.step.output == artifact).reasons)
 
 
-def work_until_killed(folder: Path, artifact: str, event: str, count: int) -> None:
+def work_until_killed(folder: Path, artifact: str, event: str, count: int, feature_store: str = "auto") -> None:
     """Work in a folder, and die by SIGKILL at the count-th report of this kind from this step."""
     seen = 0
 
@@ -123,7 +123,8 @@ def work_until_killed(folder: Path, artifact: str, event: str, count: int) -> No
         return seen == count
 
     reports = Reports(at=at, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    make_all(open_tiny(folder, report=reports, snapshot_seconds=0))
+    make_all(open_tiny(folder, report=reports, snapshot_seconds=0, feature_store=feature_store,
+                       data_root=folder.parent / "data"))
 
 
 def work(folder: Path, started: Any) -> None:
