@@ -648,7 +648,7 @@ def exit_code(arguments: list[str]) -> int:
     """Run a command and return its exit code; unexpected exceptions keep their traceback."""
     from altopt.errors import AltoptError
     from altopt.interruption import Terminated, raise_on_sigterm
-    from altopt.ranks import EndedByAnother, company
+    from altopt.ranks import OtherRankError, company
 
     raise_on_sigterm()
     try:
@@ -659,7 +659,7 @@ def exit_code(arguments: list[str]) -> int:
             from stages.run import help_rank_0
 
             help_rank_0(ranks)
-    except EndedByAnother as error:
+    except OtherRankError as error:
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code

@@ -19,7 +19,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,6 +36,8 @@ Made = TypeVar("Made")
 BEAT = 3.0  # seconds between two signs of life
 SILENCE = 30.0  # without one, a rank counts as dead
 GRACE = 10.0  # for ranks to end by themselves once another has failed
+JOINING = timedelta(minutes=5)
+NO_LIMIT = timedelta(days=365)  # signs of life say who is missing
 LOST = ("another process of this command died without a word (killed, perhaps for want of memory, or its machine is "
         "gone): run the same command again to go on")
 
@@ -76,31 +78,36 @@ class Ranks:
         """Return the device of this rank: each has a GPU of its own. Raises ``UsageError`` where there are too few."""
         return device
 
-    def spread(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Iterator[Made]]) -> Iterator[Made]:
+    def spread(self, items: Sequence[Item],
+               work: Callable[[Sequence[Item]], Iterator[Made]]) -> Generator[Made, None, None]:
         """Yield on rank 0 what ``work`` makes of the items, one for each and in their order; elsewhere nothing.
 
         Rank k makes every K-th, beginning with the k-th. All go on in step until the last item is made, or until rank 0
         closes the iterator.
         """
-        return work(items)
+        yield from work(items)
 
 
 class Company(Ranks):
-    """One of several processes, connected with the others by torch.distributed: nccl between GPUs, gloo between CPUs."""
+    """One of several processes, connected by torch.distributed: nccl between GPUs, gloo between CPUs."""
 
     def __init__(self) -> None:
         import torch
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
-        store, self.rank, self.count = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        self._store = dist.PrefixStore("altopt", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        with _exchange():
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("torch", store), rank=self.rank, world_size=self.count,
-                timeout=timedelta(days=30))
+        try:
+            store, self.rank, self.count = next(rendezvous("env://", timeout=JOINING))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=PrefixStore("torch", store), rank=self.rank, world_size=self.count,
+                                    timeout=NO_LIMIT)
+        except RuntimeError as error:
+            raise ResourceError(f"the processes that were started together do not find each other ({error}): see that "
+                                "MASTER_ADDR and MASTER_PORT can be reached, and start them again") from error
+        self._store = PrefixStore("altopt", store)
+        own_store = PrefixStore("altopt", store.clone())  # one waits while another thread uses it
         self._closed = threading.Event()
-        own_store = dist.PrefixStore("altopt", store.clone())  # one waits while another thread uses it
         self._watch = threading.Thread(target=self._keep_watch, args=(own_store,), daemon=True)
         self._watch.start()
 
@@ -150,7 +157,7 @@ class Company(Ranks):
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([parameter.grad.flatten() for parameter in trained if parameter.grad is not None])
         self._reduced(flat, "SUM")
-        for parameter, summed in zip(trained, flat.split([each.numel() for each in trained]), strict=True):
+        for parameter, summed in zip(trained, torch.split(flat, [each.numel() for each in trained]), strict=True):
             assert parameter.grad is not None
             parameter.grad.copy_(summed.view(parameter.shape))
 
@@ -167,7 +174,8 @@ class Company(Ranks):
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
 
-    def spread(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Iterator[Made]]) -> Iterator[Made]:
+    def spread(self, items: Sequence[Item],
+               work: Callable[[Sequence[Item]], Iterator[Made]]) -> Generator[Made, None, None]:
         """Yield on rank 0 what ``work`` makes of the items, in their order; elsewhere nothing."""
         own = work(items[self.rank :: self.count])
         try:
@@ -252,7 +260,7 @@ class Company(Ranks):
         os._exit(ResourceError.exit_code if code is None else code)
 
 
-class EndedByAnother(Exception):
+class OtherRankError(Exception):
     """The command ends because of another rank, which has said why; ``exit_code`` is its."""
 
     def __init__(self, exit_code: int) -> None:
@@ -264,7 +272,7 @@ class EndedByAnother(Exception):
 def company() -> Iterator[Ranks]:
     """Join the processes that torchrun started together with this one, and end with them; by itself it is alone.
 
-    Raises ``EndedByAnother`` in the place of whatever ends this rank, if another one failed before.
+    Raises ``OtherRankError`` in the place of whatever ends this rank, if another one failed before.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
@@ -276,7 +284,7 @@ def company() -> Iterator[Ranks]:
         code = ranks.fail(error)
         if code is None:
             raise
-        raise EndedByAnother(code) from None
+        raise OtherRankError(code) from None
     ranks.end()
 
 

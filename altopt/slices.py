@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class SlicedDropout(nn.Dropout):
     That costs K times the drawing, of some thousand numbers for each RoI.
     """
 
-    def __init__(self, p: float, slices: Slices[object]) -> None:
+    def __init__(self, p: float, slices: Slices[Any]) -> None:
         super().__init__(p)
         self.slices = slices
 
@@ -86,4 +86,4 @@ class SlicedDropout(nn.Dropout):
         mask = F.dropout(torch.ones(sum(counts), *input.shape[1:], dtype=input.dtype, device=input.device), self.p)
         if counts[self.slices.ranks.rank] == 0:
             return input
-        return input * mask.split(counts)[self.slices.ranks.rank]
+        return input * torch.split(mask, counts)[self.slices.ranks.rank]

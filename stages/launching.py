@@ -1,4 +1,4 @@
-"""Starting one command as several processes of this machine: torchrun's launcher, without its own report of failures."""
+"""Starting a command as several processes of this machine: torchrun's launcher, without its report of failures."""
 
 import logging
 import os

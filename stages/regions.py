@@ -70,14 +70,14 @@ class RegionNetwork:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def results(self, regions: Regions, ids: Sequence[str], compute: Callable[[str, Any], Made]) -> Iterator[Made]:
-        """Yield what ``compute(id, opened picture)`` returns, in the order of the ids, reading ahead; reports progress.
+        """Yield ``compute(id, what was prepared)`` in the order of the ids, reading ahead; reports progress.
 
         Several ranks divide the work; the results all come to rank 0, and to no other.
         """
         def work(own: Sequence[str]) -> Iterator[Made]:
             with Ahead(regions.read, own, self.runtime.workers) as ahead:
                 for id, prepared in zip(own, ahead, strict=True):
-                    yield compute(id, regions.open(prepared))
+                    yield compute(id, prepared)
 
         total = len(self.dataset.ids)
         for done, made in enumerate(self.runtime.ranks.spread(ids, work), total - len(ids) + 1):
@@ -152,11 +152,11 @@ def cache_regions(network: RegionNetwork, regions: Regions, proposals: Path, out
                                 "precision": config.precision, "rois_at_once": config.rois_at_once},
     }
 
-    def compute(id: str, picture: Any) -> tuple[str, PictureRegions]:
-        return id, _features_of(network, regions, picture, boxes(id), dataset.objects(id).usable())
+    def compute(id: str, prepared: Any) -> tuple[str, PictureRegions]:
+        return id, _features_of(network, regions, regions.open(prepared), boxes(id), dataset.objects(id).usable())
 
     with written_by_first(runtime.ranks, lambda: RegionFeatureWriter(out, attributes, counts, sizes)) as writer:
-        missing = runtime.ranks.same([id for id in dataset.ids if not writer.done(id)] if writer else None)
+        missing = runtime.ranks.same([id for id in dataset.ids if not writer.done(id)] if runtime.ranks.first else None)
         for id, features in network.results(regions, missing, compute):
             writer.write(id, features)
     if not runtime.ranks.first:
@@ -218,8 +218,9 @@ def detect_regions(network: RegionNetwork, regions: Regions, linear: LinearLayer
     covered = []
     seconds = 0.0
 
-    def compute(id: str, picture: Any) -> tuple[str, Detections, float]:
+    def compute(id: str, prepared: Any) -> tuple[str, Detections, float]:
         started = time.perf_counter()
+        picture = regions.open(prepared)
         boxes = torch.from_numpy(cached.get(id)).to(network.device)
         detections = _detections_in(network, regions, linear, picture, boxes, dataset.size(id))
         return id, detections, time.perf_counter() - started

@@ -88,7 +88,7 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     from cache.checkpoints import digest
     from cache.features import FeatureMapWriter
     from stages.feature_maps import map_shapes, write_maps
-    from stages.inference import Inference
+    from stages.inference import Inference, written_by_first
 
     inference = Inference([(init, ("conv",))], config, runtime, split="train")
     network, dataset = inference.networks[0], inference.dataset
@@ -96,9 +96,12 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
     frames = frames_of(config.network, config.scales, config.max_side)
     shapes = map_shapes(dataset, frames, config.flips)
-    with FeatureMapWriter(out, attributes, shapes, config.precision) as writer:
+    with written_by_first(
+            runtime.ranks, lambda: FeatureMapWriter(out, attributes, shapes, config.precision)) as writer:
         found = write_maps(writer, shapes, network.conv, dataset, frames, precision=config.precision,
-                           device=inference.device, workers=runtime.workers, report=runtime.report)
+                           device=inference.device, runtime=runtime)
+    if not runtime.ranks.first:
+        return {}
     return {"maps": len(shapes), "maps_found": found, "bytes": out.stat().st_size}
 
 
