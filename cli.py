@@ -655,6 +655,7 @@ def exit_code(arguments: list[str]) -> int:
         with company() as ranks:
             if ranks.first:
                 code = main.main(arguments, prog_name="altopt", standalone_mode=False, obj=ranks)
+                ranks.announce(None)
                 return code if isinstance(code, int) else 0  # what ctx.exit() was given
             from stages.run import help_rank_0
 

@@ -5,8 +5,8 @@ holds the lock and writes. The others wait for the stages that it announces and 
 
 Pictures of a batch are divided among the ranks in order. Losses are means over the pictures or RoIs of the whole batch,
 so each rank weighs its own by its part of the count; gradients are then added up, and every rank takes the same step
-(altopt/slices.py). So K processes train the network that one trains, but for the
-order of sums; and K processes do it twice alike, bit by bit.
+(altopt/slices.py). So K processes train the network that one trains, but for the order of sums; and K processes do it
+twice alike, bit by bit.
 
 A rank that fails says why, once for all, and the others end with its exit code. One that dies without a word is missed
 by the others: every rank leaves a sign of life every few seconds, wherever it is, so no exchange needs a limit of its
@@ -197,8 +197,7 @@ class Company(Ranks):
         """Leave with the others, whose work is done too."""
         import torch.distributed as dist
 
-        if self.first:
-            self.announce(None)
+        self.gather(None)  # nobody goes before all have come
         self._close()
         dist.destroy_process_group()
 

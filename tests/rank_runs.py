@@ -16,7 +16,7 @@ LOOPBACK = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform =
 
 
 def in_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return ``function(ranks, *arguments)`` of every rank, each a process of its own."""
+    """Return ``function(ranks, *arguments)`` of every rank, each a process of its own; no tensors."""
     context = torch.multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
