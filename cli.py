@@ -88,14 +88,14 @@ def start_processes(ctx: click.Context, parameter: click.Parameter, count: int) 
 
 
 WORK_OPTIONS = [
-    option("--processes", type=click.IntRange(1), default=1, callback=start_processes,
-           help="Work as so many processes, on the CPU or with a GPU each; the same as starting with torchrun."),
     option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."),
     option("--workers", type=click.IntRange(0, 64), default=1, help="Threads that read pictures ahead."),
     option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, help="Between snapshots inside a stage."),
     option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),
     option("--feature-store", type=click.Choice(["auto", "on", "off"]), default="auto",
            help="Stages 4 to 6 keep frozen conv features on disk; auto: where it pays and fits."),
+    option("--processes", type=click.IntRange(1), default=1, callback=start_processes,
+           help="Work as so many processes, on the CPU or with a GPU each; the same as starting with torchrun."),
 ]
 FROM_OPTION = option("--from", "start", metavar="M1[=FILE]",
                      help="Take an artifact as given, from this run or from a file, and go on behind it.")

@@ -16,6 +16,7 @@ own and a long stage of rank 0 alone may take its time. torch is imported by tho
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -190,6 +191,8 @@ class Company(Ranks):
 
     def fail(self, error: BaseException) -> int | None:
         """Leave because of an error; return None on the first rank to do so, else the exit code of that one."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it to all when one has ended
         self._close()
         return self._failure(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
 
