@@ -74,6 +74,19 @@ RUN_OPTIONS = [
     option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting, e.g. train_rpn.lr=0.01."),
     option("--data-root", type=click.Path(path_type=Path), help="Where the data set lies. Default: the recipe's."),
 ]
+
+
+def start_processes(ctx: click.Context, parameter: click.Parameter, count: int) -> int:
+    """Run the command as several processes in the place of this one, which ends with their exit code."""
+    import os
+
+    if count > 1 and "WORLD_SIZE" not in os.environ and not ctx.resilient_parsing:
+        from stages.launching import launch
+
+        ctx.exit(launch(count, Path(__file__), sys.argv[1:]))
+    return count
+
+
 WORK_OPTIONS = [
     option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."),
     option("--workers", type=click.IntRange(0, 64), default=1, help="Threads that read pictures ahead."),
@@ -81,6 +94,8 @@ WORK_OPTIONS = [
     option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),
     option("--feature-store", type=click.Choice(["auto", "on", "off"]), default="auto",
            help="Stages 4 to 6 keep frozen conv features on disk; auto: where it pays and fits."),
+    option("--processes", type=click.IntRange(1), default=1, callback=start_processes,
+           help="Work as so many processes, on the CPU or with a GPU each; the same as starting with torchrun."),
 ]
 FROM_OPTION = option("--from", "start", metavar="M1[=FILE]",
                      help="Take an artifact as given, from this run or from a file, and go on behind it.")
@@ -536,11 +551,13 @@ def open_run(options: dict[str, Any]) -> "Run":
 
 def work_runtime(options: dict[str, Any]) -> "Runtime":
     """Return the runtime that ``WORK_OPTIONS`` ask for; it reports to stderr."""
+    from altopt.ranks import Ranks
     from stages.step import Runtime
 
     return Runtime(device=options["device"], workers=options.get("workers", 1),
                    snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
-                   feature_store=options.get("feature_store", "auto"), report=reporter())
+                   feature_store=options.get("feature_store", "auto"), report=reporter(),
+                   ranks=click.get_current_context().find_object(Ranks) or Ranks())
 
 
 @contextmanager
@@ -634,10 +651,20 @@ def exit_code(arguments: list[str]) -> int:
     """Run a command and return its exit code; unexpected exceptions keep their traceback."""
     from altopt.errors import AltoptError
     from altopt.interruption import Terminated, raise_on_sigterm
+    from altopt.ranks import OtherRankError, company
 
     raise_on_sigterm()
     try:
-        main.main(arguments, prog_name="altopt", standalone_mode=False)
+        with company() as ranks:
+            if ranks.first:
+                code = main.main(arguments, prog_name="altopt", standalone_mode=False, obj=ranks)
+                ranks.announce(None)
+                return code if isinstance(code, int) else 0  # what ctx.exit() was given
+            from stages.run import help_rank_0
+
+            help_rank_0(ranks)
+    except OtherRankError as error:
+        return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:

@@ -92,7 +92,7 @@ class FastRCNNTraining(nn.Module):
         pooled = roi_pool(features, [sample.rois for sample in samples], self.roi_size, 1 / STRIDE)
         logits, normalised = self.head(self.fc(pooled.flatten(1)))
         losses = sampled_losses(self.head, logits, normalised, samples, self.box_weight)
-        return losses | {"cls": self.cls_weight * losses["cls"]}
+        return batch.parts(losses | {"cls": self.cls_weight * losses["cls"]}, len(logits))
 
     def _sample(self, batch: Batch, iteration: int) -> list[RoISample]:
         samples = []

@@ -10,6 +10,8 @@ from types import FrameType
 class Terminated(BaseException):
     """SIGTERM as an exception; the command line exits with 143."""
 
+    exit_code = 143
+
 
 def raise_on_sigterm() -> None:
     """Make SIGTERM raise ``Terminated``, so that what is open is closed on the way out."""

@@ -90,7 +90,8 @@ class JointTraining(nn.Module):
             self._sample(sample, self._proposals(logits[b], deltas[b], anchors, sample, share), iteration)
             for b, sample in enumerate(batch.samples)
         ]
-        losses |= self._detector_losses(features, samples)
+        losses = batch.parts(losses, len(batch.samples))
+        losses |= batch.parts(self._detector_losses(features, samples), sum(len(each.rois) for each in samples))
         return {name: self.weights[name] * loss for name, loss in losses.items()}
 
     def _proposals(self, logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample, share: float) -> Tensor:

@@ -5,7 +5,7 @@ Two frames: a picture's *original* pixels, in which data sets, proposal files an
 module is the only place that multiplies by it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,11 +55,22 @@ class Batch:
     Where the samples carry stored maps, ``features`` is ``Tensor[B, C, h, w]``, zero-padded at the end too, and stands
     in place of what the conv layers make of ``images``, which are then blank. RoI pooling does not see the padding:
     maps end with a ReLU, and no maximum changes by a zero.
+
+    Where the batch is one rank's slice of a larger one, ``share`` says what part of the whole a count of pictures or
+    RoIs is (altopt/slices.py).
     """
 
     samples: list[Sample]
     images: Tensor
     features: Tensor | None = None
+    share: Callable[[int], float] | None = None
+
+    def parts(self, means: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        """Return losses that are means over ``count`` pictures or RoIs as their parts of the whole batch's means."""
+        if self.share is None:
+            return means
+        share = self.share(count)
+        return {name: share * mean for name, mean in means.items()}
 
 
 def resized(image: np.ndarray, scale: float) -> np.ndarray:

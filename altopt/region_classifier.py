@@ -121,7 +121,7 @@ class PyramidTraining(RegionTraining):
         assert batch.features is not None
         samples = self.sample(batch, iteration)
         pooled = pyramid_pool(batch.features, [sample.rois for sample in samples], self.levels, 1 / STRIDE)
-        return _softmax_loss(self.head(self.fc(pooled)), samples)
+        return batch.parts(_softmax_loss(self.head(self.fc(pooled)), samples), len(pooled))
 
 
 class WarpedTraining(RegionTraining):
@@ -140,7 +140,7 @@ class WarpedTraining(RegionTraining):
             for image, each, sample in zip(batch.images, batch.samples, samples, strict=True)
         ])
         hidden = self.network.fc(self.network.pool_crops(crops))
-        return _softmax_loss(self.network.head(hidden), samples)
+        return batch.parts(_softmax_loss(self.network.head(hidden), samples), len(crops))
 
 
 def _softmax_loss(logits: Tensor, samples: Sequence[RoISample]) -> dict[str, Tensor]:

@@ -83,7 +83,8 @@ class RPNTraining(nn.Module):
         features = conv_features(self.conv, batch)
         logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors_for(features)
-        return rpn_losses(logits, deltas, anchors, batch.samples, self.rule, (*self.key, iteration))
+        losses = rpn_losses(logits, deltas, anchors, batch.samples, self.rule, (*self.key, iteration))
+        return batch.parts(losses, len(batch.samples))
 
 
 def rpn_losses(logits: Tensor, deltas: Tensor, anchors: Tensor, samples: Sequence[Sample], rule: RPNRule,

@@ -15,6 +15,8 @@ from altopt.config import TrainingConfig
 from altopt.errors import DivergedError, UsageError
 from altopt.pictures import Batch, Sample, make_batch
 from altopt.randomness import seed_of
+from altopt.ranks import Ranks
+from altopt.slices import Slices
 
 
 class Snapshots(Protocol):
@@ -67,13 +69,17 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.SGD
 def train(module: nn.Module, read: Callable[[int], list[Sample]], config: TrainingConfig, *, key: tuple[object, ...],
           device: torch.device, workers: int = 0, snapshots: Snapshots | None = None,
           report: Callable[[Progress], None] | None = None, report_every: int = 20,
-          diverged: Callable[[Batch, int], str] | None = None) -> float:
+          diverged: Callable[[Batch, int], str] | None = None, slices: Slices[Any] | None = None) -> float:
     """Train the module in place for ``config.iterations`` and return the seconds it took, resumed parts included.
 
     ``module(batch, iteration)`` returns a dict of losses; ``read(iteration)`` the iteration's samples, called from
     threads. ``key`` (with the seed in it) makes the randomness of the whole run. Raises ``DivergedError`` at the first
     loss that is not finite, after ``diverged(batch, iteration)`` had the chance to keep the batch and say where.
+    With ``slices``, ``read`` returns this rank's samples, and the losses are its parts of the whole batch's.
     """
+    ranks = slices.ranks if slices else Ranks()
+    if slices:
+        slices.slice_dropout(module)
     module.to(device).to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(module, config)
     start, spent = _resume(module, optimizer, snapshots)
@@ -81,11 +87,12 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
     with Ahead(read, range(start, config.iterations), workers) as ahead:
         for iteration in range(start, config.iterations):
             batch = make_batch(next(ahead), device)
-            losses = _step(module, optimizer, batch, config, iteration, key)
+            if slices:
+                batch = slices.begin(batch, iteration)
+            own, losses = _step(module, optimizer, batch, config, iteration, key, ranks)
             if not math.isfinite(sum(losses.values())):
-                where = diverged(batch, iteration) if diverged else ""
-                raise DivergedError(_divergence(losses, batch, iteration, config, where))
-            meter.add(losses, len(batch.samples), ahead.waited)
+                raise DivergedError(_divergence(own, batch, iteration, config, diverged, ranks))
+            meter.add(losses, slices.pictures(iteration) if slices else len(batch.samples), ahead.waited)
             done = iteration + 1
             if report and (done % report_every == 0 or done == config.iterations):
                 report(meter.progress(done))
@@ -95,7 +102,8 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
 
 
 def _step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig, iteration: int,
-          key: tuple[object, ...]) -> dict[str, float]:
+          key: tuple[object, ...], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
+    """Take a step, unless the losses are not finite; return this rank's parts of the losses, and the losses."""
     lr = learning_rate(config, iteration)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["rate"]
@@ -104,19 +112,31 @@ def _step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: T
         losses: dict[str, Tensor] = module(batch, iteration)
     optimizer.zero_grad(set_to_none=True)
     torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    ranks.add_gradients(module)
     if config.clip_gradient:
         nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.clip_gradient)
-    values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
-    if math.isfinite(sum(values.values())):
+    own = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+    values = ranks.total(own)
+    if math.isfinite(sum(values)):
         optimizer.step()
-    return values
+    return dict(zip(losses, own, strict=True)), dict(zip(losses, values, strict=True))
 
 
-def _divergence(losses: dict[str, float], batch: Batch, iteration: int, config: TrainingConfig, where: str) -> str:
+def _divergence(losses: dict[str, float], batch: Batch, iteration: int, config: TrainingConfig,
+                diverged: Callable[[Batch, int], str] | None, ranks: Ranks) -> str:
+    """Return what to say of losses that are not finite: on every rank what the first says whose own are not."""
+    text = None
+    if ranks.count == 1 or not math.isfinite(sum(losses.values())):
+        where = diverged(batch, iteration) if diverged else ""
+        text = _broken(losses, batch, where)
+    found = next(filter(None, ranks.gather(text)), "the total loss is not finite")
+    return f"iteration {iteration + 1}: {found}: lower the learning rate ({config.lr:g}), warm up, or clip gradients"
+
+
+def _broken(losses: dict[str, float], batch: Batch, where: str) -> str:
     pictures = ", ".join(sample.id + (" (mirrored)" if sample.flipped else "") for sample in batch.samples)
     broken = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
-    return (f"iteration {iteration + 1}: {broken or 'the total loss is not finite'} on {pictures}{where}: "
-            f"lower the learning rate ({config.lr:g}), warm up, or clip gradients")
+    return f"{broken or 'the total loss is not finite'} on {pictures}{where}"
 
 
 def _state(module: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ class Detect(DetectionRule):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "test"
+    divided: ClassVar[bool] = True
     table: ClassVar[str] = "detect"
     network: NetworkConfig
     data: DataConfig
@@ -75,7 +76,8 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
     found: dict[str, Detections] = {}
     covered = []
     seconds = 0.0
-    for batch in inference.batches(config.images_per_batch):
+
+    def compute(batch: Any) -> tuple[list[Any], float]:
         started = time.perf_counter()
         with torch.inference_mode(), inference.autocast():
             features = rpn.conv(batch.images)
@@ -86,13 +88,21 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
             if detector is not rpn:
                 features = detector.conv(batch.images)
             results = detect_on(detector, features, batch, rois, config)
+        made = []
         for sample, own, result in zip(batch.samples, rois, results, strict=True):
             size = dataset.size(sample.id)
             boxes, scores, labels = (each.cpu().numpy() for each in (to_original(result[0], sample, size), *result[1:]))
-            found[sample.id] = Detections(boxes, scores, labels)
-            objects = dataset.objects(sample.id)
-            covered.append((objects.boxes[counted(objects)], to_original(own, sample, size).cpu().numpy()))
-        seconds += time.perf_counter() - started
+            made.append((sample.id, Detections(boxes, scores, labels), to_original(own, sample, size).cpu().numpy()))
+        return made, time.perf_counter() - started
+
+    for made, took in inference.results(config.images_per_batch, compute):
+        for id, detections, proposed in made:
+            found[id] = detections
+            objects = dataset.objects(id)
+            covered.append((objects.boxes[counted(objects)], proposed))
+        seconds += took
+    if not runtime.ranks.first:
+        return {}
     write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
     recall = proposal_recall(covered, (config.proposals,))
     return {"seconds_per_picture": round(seconds / max(len(found), 1), 5),

@@ -21,6 +21,7 @@ class FastRCNNConfig(TrainingConfig):
 
     version: ClassVar[int] = 2  # a head that starts anew starts small in units of its statistics
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     iterations: int = sourced(40_000, SOLVER)

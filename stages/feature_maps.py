@@ -1,10 +1,10 @@
 """Writing what conv layers make of every picture: for SPP-net's stage, and for the store of the stages that freeze."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from altopt.batches import Ahead
 from altopt.config import NetworkConfig
@@ -13,6 +13,7 @@ from altopt.extents import map_shape
 from altopt.frozen import picture_map
 from altopt.pictures import Sample, make_batch, read_sample
 from cache.features import FeatureMapWriter, MapKey, Precision
+from stages.step import Runtime
 
 Shapes = Mapping[MapKey, tuple[int, int, int]]
 
@@ -27,22 +28,29 @@ def map_shapes(dataset: Dataset, frames: Sequence[NetworkConfig], flips: bool) -
     return shapes
 
 
-def write_maps(writer: FeatureMapWriter, shapes: Shapes, conv: nn.Sequential, dataset: Dataset,
-               frames: Sequence[NetworkConfig], *, precision: Precision, device: torch.device, workers: int,
-               report: Callable[[dict[str, Any]], None]) -> int:
+def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequential, dataset: Dataset,
+               frames: Sequence[NetworkConfig], *, precision: Precision, device: torch.device,
+               runtime: Runtime) -> int:
     """Write every map that the writer does not have yet, reading pictures ahead; return how many it had.
 
-    ``conv`` is on the device. A map is computed in ``precision``, of one picture at a time.
+    ``conv`` is on the device. A map is computed in ``precision``, of one picture at a time. Several ranks divide the
+    work; rank 0 has the writer.
     """
     def read(key: MapKey) -> Sample:
         return read_sample(dataset, key.image_id, frames[key.scale], flipped=key.mirrored)
 
-    missing = [key for key in shapes if not writer.done(key)]
+    def work(own: Sequence[MapKey]) -> Iterator[Tensor]:
+        with Ahead(read, own, runtime.workers) as ahead:
+            for sample in ahead:
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    features = picture_map(conv, make_batch([sample], device).images[0])
+                yield features.to(getattr(torch, precision)).cpu()
+
+    missing = runtime.ranks.same([key for key in shapes if not writer.done(key)] if writer is not None else None)
     found = len(shapes) - len(missing)
-    with Ahead(read, missing, workers) as ahead:
-        for done, (key, sample) in enumerate(zip(missing, ahead, strict=True), found + 1):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                features = picture_map(conv, make_batch([sample], device).images[0])
-            writer.write(key, features.to(getattr(torch, precision)))
-            report({"event": "pictures", "done": done, "total": len(shapes), "what": "maps"})
+    with closing(runtime.ranks.spread(missing, work)) as made:
+        for done, (features, key) in enumerate(zip(made, missing, strict=False), found + 1):
+            assert writer is not None
+            writer.write(key, features)
+            runtime.report({"event": "pictures", "done": done, "total": len(shapes), "what": "maps"})
     return found

@@ -68,7 +68,20 @@ class FeatureStore:
         self._say("read" if self.maps else "none read")
 
     def find_or_build(self, flips: bool, visits: int) -> None:
-        """Take the store, or build it if that pays for so many visits of pictures; see ``decide``."""
+        """Take the store, or build it if that pays for so many visits of pictures; see ``decide``.
+
+        Of several ranks the first one decides; they build it together, and all read it or none.
+        """
+        ranks = self.runtime.ranks
+        if ranks.first:
+            self._find_or_build(flips, visits)
+            ranks.same("read" if self.maps else "none")
+            return
+        while (news := ranks.same(None)) == "build":
+            self._write(None, flips)
+        self.maps = self._opened(flips) if news == "read" else None
+
+    def _find_or_build(self, flips: bool, visits: int) -> None:
         wish = self.runtime.feature_store
         self.maps = self._opened(flips) if wish != "off" else None
         if self.maps is not None:
@@ -126,15 +139,20 @@ class FeatureStore:
         self._remove_outdated()
         self._say(f"building {FOLDER}/{path.name}: {reason}")
         shapes = map_shapes(self.dataset, [self.network], flips)
-        conv = self.conv.to(self.device).to(memory_format=torch.channels_last)
         with FeatureMapWriter(path, self._attributes(flips), shapes, self.precision) as writer:
-            found = write_maps(writer, shapes, conv, self.dataset, [self.network], precision=self.precision,
-                               device=self.device, workers=self.runtime.workers, report=self.runtime.report)
+            self.runtime.ranks.same("build")
+            found = self._write(writer, flips)
         self.maps = FeatureMapFile(path)
         self.seconds = time.perf_counter() - started
         self._say(f"built: {len(shapes)} maps, {gigabytes(path.stat().st_size)}, in {self.seconds:.1f} s")
         self.facts |= {"store_seconds": round(self.seconds, 2), "store_maps": len(shapes), "store_maps_found": found,
                        "store_bytes": path.stat().st_size}
+
+    def _write(self, writer: FeatureMapWriter | None, flips: bool) -> int:
+        shapes = map_shapes(self.dataset, [self.network], flips)
+        conv = self.conv.to(self.device).to(memory_format=torch.channels_last)
+        return write_maps(writer, shapes, conv, self.dataset, [self.network], precision=self.precision,
+                          device=self.device, runtime=self.runtime)
 
     def _outdated(self) -> Iterator[Path]:
         """Yield the stores of other conv layers, finished and begun."""

@@ -1,8 +1,9 @@
 """What stages share that run networks over a whole split: weights on a device, and batches of equal size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,10 +14,13 @@ from altopt.detector import FasterRCNN
 from altopt.errors import ArtifactError
 from altopt.pictures import Batch, Sample, make_batch, read_sample, stored_sample
 from altopt.randomness import generator
+from altopt.ranks import Ranks
 from cache.checkpoints import load_checkpoint
 from stages.feature_store import FeatureStore
 from stages.step import Runtime
 from stages.training import device_of, require_network, require_same_frame
+
+Made = TypeVar("Made")
 
 
 class Inference:
@@ -50,10 +54,11 @@ class Inference:
         """Return the context in which networks compute with the config's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def batches(self, size: int, store: FeatureStore | None = None) -> Iterator[Batch]:
-        """Yield the split in its order, up to ``size`` neighbours of equal size at a time; reports progress.
+    def results(self, size: int, compute: Callable[[Batch], Made], store: FeatureStore | None = None) -> Iterator[Made]:
+        """Yield what ``compute`` makes of the split, up to ``size`` neighbours of equal size at a time, in its order.
 
-        Where a store has maps, they take the place of the pictures.
+        Reports progress. Several ranks divide the work; the results all come to rank 0, and to no other. Where a store
+        has maps, they take the place of the pictures.
         """
         groups = _runs_of_equal_size(self.dataset, size)
 
@@ -63,12 +68,21 @@ class Inference:
             return [stored_sample(self.dataset, id, self.config.network, store.map_of(id, flipped=False))
                     for id in ids]
 
+        def work(own: Sequence[list[str]]) -> Iterator[Made]:
+            with Ahead(read, own, self.runtime.workers) as ahead:
+                for samples in ahead:
+                    yield compute(make_batch(samples, self.device))
+
         done = 0
-        with Ahead(read, groups, self.runtime.workers) as ahead:
-            for samples in ahead:
-                yield make_batch(samples, self.device)
-                done += len(samples)
-                self.runtime.report({"event": "pictures", "done": done, "total": len(self.dataset.ids)})
+        for made, group in zip(self.runtime.ranks.spread(groups, work), groups, strict=False):
+            yield made
+            done += len(group)
+            self.runtime.report({"event": "pictures", "done": done, "total": len(self.dataset.ids)})
+
+
+def written_by_first(ranks: Ranks, writer: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+    """Return what writes a file on rank 0; the others, to which no results come, have nothing to write."""
+    return writer() if ranks.first else nullcontext()
 
 
 def _runs_of_equal_size(dataset: Dataset, size: int) -> list[list[str]]:

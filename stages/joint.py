@@ -28,6 +28,7 @@ class JointConfig(TrainingConfig, ProposalRule):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     iterations: int = sourced(70_000, SOLVER)

@@ -15,6 +15,7 @@ class GenerateProposals(ProposalRule):
 
     version: ClassVar[int] = 2
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     images_per_batch: int = sourced(1, "pfr rpn_generate: one picture at a time")
@@ -32,7 +33,7 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     from cache.files import sha256_file
     from cache.proposals import ProposalWriter
     from stages.feature_store import FeatureStore
-    from stages.inference import Inference
+    from stages.inference import Inference, written_by_first
 
     inference = Inference([(rpn, ("conv", "rpn"))], config, runtime, split="train")
     network = inference.networks[0]
@@ -42,14 +43,21 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     attributes = {"dataset": runtime.data_digest, "model": sha256_file(rpn), "settings": settings}
     store = FeatureStore(out, network.conv, config.network, inference.dataset, runtime, precision=config.precision,
                          device=inference.device)
-    with store, ProposalWriter(out, attributes) as writer:
+
+    def compute(batch: Any) -> list[Any]:
+        with inference.autocast():
+            proposals = propose_on(network, frozen_features(network.conv, batch), batch, config)
+        return [
+            (sample.id, to_original(boxes, sample, inference.dataset.size(sample.id)).cpu().numpy(),
+             scores.cpu().numpy())
+            for sample, (boxes, scores) in zip(batch.samples, proposals, strict=True)
+        ]
+
+    with store, written_by_first(runtime.ranks, lambda: ProposalWriter(out, attributes)) as writer:
         store.find(flips=(True, False))
-        for batch in inference.batches(config.images_per_batch, store):
-            with inference.autocast():
-                proposals = propose_on(network, frozen_features(network.conv, batch), batch, config)
-            for sample, (boxes, scores) in zip(batch.samples, proposals, strict=True):
-                original = to_original(boxes, sample, inference.dataset.size(sample.id))
-                writer.append(sample.id, original.cpu().numpy(), scores.cpu().numpy())
+        for found in inference.results(config.images_per_batch, compute, store):
+            for id, boxes, scores in found:
+                writer.append(id, boxes, scores)
                 count += len(scores)
     pictures = len(inference.dataset.ids)
     return {"pictures": pictures, "proposals": count, "per_picture": round(count / max(pictures, 1), 1),

@@ -18,6 +18,7 @@ class TrainOnWarpedRegions(TrainingConfig):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     iterations: int = sourced(70_000, "R-CNN's own models; it saturates near 40,000")
@@ -40,6 +41,7 @@ class CacheWarpedFeatures:
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
@@ -55,6 +57,7 @@ class DetectRCNN(RegionDetectionRule):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "test"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     rois_at_once: int = sourced(128, "chosen: bounds the memory")

@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from altopt.sampling import match_rois
 from cache.checkpoints import load_checkpoint
 from cache.files import sha256_file, write_json_atomic
 from cache.region_features import PictureRegions, RegionCount, RegionFeatureWriter, RegionSizes
+from stages.inference import written_by_first
 from stages.step import Runtime
 from stages.training import CachedProposals, describe_network, device_of, require_network
 
 FAST_RCNN = "fast_rcnn"  # the method of a network that names none
+Made = TypeVar("Made")
 
 
 class Regions(Protocol):
@@ -80,15 +82,20 @@ class RegionNetwork:
         """Return the context in which the network computes with the config's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def look(self, regions: Regions, ids: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        """Yield (id, opened picture), reading ahead; reports progress."""
+    def results(self, regions: Regions, ids: Sequence[str], compute: Callable[[str, Any], Made]) -> Iterator[Made]:
+        """Yield ``compute(id, what was prepared)`` in the order of the ids, reading ahead; reports progress.
+
+        Several ranks divide the work; the results all come to rank 0, and to no other.
+        """
+        def work(own: Sequence[str]) -> Iterator[Made]:
+            with Ahead(regions.read, own, self.runtime.workers) as ahead:
+                for id, prepared in zip(own, ahead, strict=True):
+                    yield compute(id, prepared)
+
         total = len(self.dataset.ids)
-        done = total - len(ids)
-        with Ahead(regions.read, ids, self.runtime.workers) as ahead:
-            for id, prepared in zip(ids, ahead, strict=True):
-                yield id, regions.open(prepared)
-                done += 1
-                self.runtime.report({"event": "pictures", "done": done, "total": total})
+        for done, made in enumerate(self.runtime.ranks.spread(ids, work), total - len(ids) + 1):
+            yield made
+            self.runtime.report({"event": "pictures", "done": done, "total": total})
 
     def features(self, regions: Regions, picture: Any, boxes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what fc6 sees, ``Tensor[r, E]``, and fc7, ``Tensor[r, D]``, in float32 for a few boxes at a time."""
@@ -157,10 +164,16 @@ def cache_regions(network: RegionNetwork, regions: Regions, proposals: Path, out
         "settings": settings | {"proposals": config.proposals, "regressor_iou": config.regressor_iou,
                                 "precision": config.precision, "rois_at_once": config.rois_at_once},
     }
-    with RegionFeatureWriter(out, attributes, counts, sizes) as writer:
-        missing = [id for id in dataset.ids if not writer.done(id)]
-        for id, picture in network.look(regions, missing):
-            writer.write(id, _features_of(network, regions, picture, boxes(id), dataset.objects(id).usable()))
+
+    def compute(id: str, prepared: Any) -> tuple[str, PictureRegions]:
+        return id, _features_of(network, regions, regions.open(prepared), boxes(id), dataset.objects(id).usable())
+
+    with written_by_first(runtime.ranks, lambda: RegionFeatureWriter(out, attributes, counts, sizes)) as writer:
+        missing = runtime.ranks.same([id for id in dataset.ids if not writer.done(id)] if runtime.ranks.first else None)
+        for id, features in network.results(regions, missing, compute):
+            writer.write(id, features)
+    if not runtime.ranks.first:
+        return {}
     total = sum(count.regions for count in counts.values())
     return {"regions": total, "pooled_regions": sum(count.pooled for count in counts.values()),
             "pictures": len(counts), "pictures_found": len(counts) - len(missing), "bytes": out.stat().st_size}
@@ -223,17 +236,21 @@ def detect_regions(network: RegionNetwork, regions: Regions, outputs: Outputs, p
     found: dict[str, Detections] = {}
     covered = []
     seconds = 0.0
-    pictures = network.look(regions, dataset.ids)
-    while True:
+
+    def compute(id: str, prepared: Any) -> tuple[str, Detections, float]:
         started = time.perf_counter()
-        id, picture = next(pictures, (None, None))
-        if id is None:
-            break
-        boxes = torch.from_numpy(cached.get(id))
-        found[id] = _detections_in(network, regions, outputs, picture, boxes.to(network.device), dataset.size(id))
-        seconds += time.perf_counter() - started
+        picture = regions.open(prepared)
+        boxes = torch.from_numpy(cached.get(id)).to(network.device)
+        detections = _detections_in(network, regions, outputs, picture, boxes, dataset.size(id))
+        return id, detections, time.perf_counter() - started
+
+    for id, detections, took in network.results(regions, dataset.ids, compute):
+        found[id] = detections
+        seconds += took
         objects = dataset.objects(id)
-        covered.append((objects.boxes[counted(objects)], boxes.numpy()))
+        covered.append((objects.boxes[counted(objects)], cached.get(id)))
+    if not network.runtime.ranks.first:
+        return {}
     write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
     recall = proposal_recall(covered, (config.proposals,))
     return {"seconds_per_picture": round(seconds / max(len(found), 1), 5),

@@ -17,6 +17,7 @@ class RPNConfig(TrainingConfig):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     positive_iou: float = sourced(0.7, TARGETS)

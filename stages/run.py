@@ -5,16 +5,18 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, DataError
+from altopt.ranks import Ranks
 from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import Record, differences, plain, read_record, write_record
 from stages.feature_plan import remember_sizes
 from stages.recipe import Recipe
-from stages.step import Runtime, Step, file_name
+from stages.step import Runtime, Step, file_name, unheard
 
 State = Literal["done", "given", "missing", "stale", "waits", "not needed"]
 PACKAGES = ("altopt", "torch", "torchvision", "numpy", "h5py", "pillow", "safetensors")
@@ -144,11 +146,12 @@ class Run:
         data = self.data_digest(step)
         runtime = dataclasses.replace(
             self.runtime, inputs_key=json.dumps([hashes, data]), data_digest=data or "",
-            report=lambda event: self.report(step, event))
+            report=lambda event: self.report(step, event), ranks=self.runtime.ranks if step.divided else Ranks())
         self.report(step, {"event": "started", "stage": step.name, "inputs": list(inputs)})
         started = time.perf_counter()
-        facts = step.stage(*(self.path(name) for name in inputs), out=self.path(step.output), config=config,
-                           runtime=runtime)
+        stage = partial(step.stage, *(self.path(name) for name in inputs), out=self.path(step.output), config=config)
+        runtime.ranks.announce((stage, dataclasses.replace(runtime, report=unheard, ranks=Ranks())))
+        facts = stage(runtime=runtime)
         seconds = facts.get("train_seconds", 0.0) or time.perf_counter() - started
         record = self._write_record(step.output, step.name, step.config_class.version,  # type: ignore[attr-defined]
                                     inputs=hashes, data=data, config=key_of(step, config), seconds=round(seconds, 2),
@@ -245,6 +248,13 @@ class Run:
         text = self.recipe.text()
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text_atomic(path, text)
+
+
+def help_rank_0(ranks: Ranks) -> None:
+    """Take part in every stage that rank 0 announces, until it has no more."""
+    while (task := ranks.same(None)) is not None:
+        stage, runtime = task
+        stage(runtime=dataclasses.replace(runtime, ranks=ranks))
 
 
 def key_of(step: Step, config: Any) -> dict[str, Any]:

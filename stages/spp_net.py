@@ -20,6 +20,7 @@ class CacheConvFeatures:
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     scales: tuple[int, ...] = sourced((688,), SCALES)
@@ -34,6 +35,7 @@ class TrainFCLayers(TrainingConfig):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     iterations: int = sourced(90_000, f"{SCRIPT}: rates 1e-3, 1e-4, 1e-5 for 30,000 each (its limit is 200,000)")
@@ -55,6 +57,7 @@ class CacheRegionFeatures:
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "train"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     region_area: int = sourced(224 * 224, AREA)
@@ -71,6 +74,7 @@ class DetectSPPNet(RegionDetectionRule):
 
     version: ClassVar[int] = 1
     split: ClassVar[str] = "test"
+    divided: ClassVar[bool] = True
     network: NetworkConfig
     data: DataConfig
     scales: tuple[int, ...] = sourced((688,), SCALES)
@@ -84,7 +88,7 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     from cache.checkpoints import digest
     from cache.features import FeatureMapWriter
     from stages.feature_maps import map_shapes, write_maps
-    from stages.inference import Inference
+    from stages.inference import Inference, written_by_first
 
     inference = Inference([(init, ("conv",))], config, runtime, split="train")
     network, dataset = inference.networks[0], inference.dataset
@@ -92,9 +96,12 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
     frames = config.network.at_scales(config.scales, config.max_side)
     shapes = map_shapes(dataset, frames, config.flips)
-    with FeatureMapWriter(out, attributes, shapes, config.precision) as writer:
+    with written_by_first(
+            runtime.ranks, lambda: FeatureMapWriter(out, attributes, shapes, config.precision)) as writer:
         found = write_maps(writer, shapes, network.conv, dataset, frames, precision=config.precision,
-                           device=inference.device, workers=runtime.workers, report=runtime.report)
+                           device=inference.device, runtime=runtime)
+    if not runtime.ranks.first:
+        return {}
     return {"maps": len(shapes), "maps_found": found, "bytes": out.stat().st_size}
 
 

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from altopt.ranks import Ranks
+
 SUFFIXES = {
     "M": ".safetensors", "P": ".h5", "D": ".json",
     "F": ".h5",  # features, of pictures or of regions
@@ -42,6 +44,11 @@ class Step:
         return typing.cast(type, typing.get_type_hints(self.stage)["config"])
 
     @property
+    def divided(self) -> bool:
+        """Whether several processes work on the stage together; if not, rank 0 does it alone."""
+        return getattr(self.config_class, "divided", False)
+
+    @property
     def summary(self) -> str:
         """The first line of the stage's docstring."""
         return (self.stage.__doc__ or "").strip().splitlines()[0]
@@ -58,6 +65,10 @@ def file_name(artifact: str) -> str:
     return f"{artifact}.detections{kind}" if artifact[0] == "D" else f"{artifact}{kind}"
 
 
+def unheard(event: dict[str, Any]) -> None:
+    """Take a report that nobody wants to see."""
+
+
 @dataclass(kw_only=True)
 class Runtime:
     """Everything a stage needs that does not change its result."""
@@ -70,4 +81,5 @@ class Runtime:
     feature_store: str = "auto"  # or "on", "off": whether frozen stages read stored maps (stages/feature_store.py)
     inputs_key: str = ""  # hashes of the inputs: a snapshot made from others is not resumed
     data_digest: str = ""  # of the split that the stage reads, for what it writes down
-    report: Callable[[dict[str, Any]], None] = field(default=lambda event: None)
+    report: Callable[[dict[str, Any]], None] = unheard
+    ranks: Ranks = field(default_factory=Ranks)

@@ -20,8 +20,10 @@ from altopt.errors import ArtifactError, UsageError
 from altopt.interruption import Stop, deferred_signals
 from altopt.pictures import Batch, Sample, read_sample, stored_sample
 from altopt.randomness import generator
+from altopt.ranks import Ranks
 from altopt.region_classifier import RegionClassifier
 from altopt.sampling import RoIRule, has_samples
+from altopt.slices import Slices
 from altopt.training import Progress, describe, freeze, layers_named, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.proposals import ProposalFile
@@ -31,14 +33,14 @@ from stages.step import Runtime
 
 
 def device_of(runtime: Runtime) -> torch.device:
-    """Return the device that the runtime asks for; ``auto`` is CUDA where there is one.
+    """Return the device that the runtime asks for; ``auto`` is CUDA where there is one, a GPU for each rank.
 
     Raises ``UsageError`` for one that is not there.
     """
     if runtime.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return runtime.ranks.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        return torch.empty(0, device=runtime.device).device
+        return runtime.ranks.own_device(torch.empty(0, device=runtime.device).device)
     except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
         raise UsageError(f"--device {runtime.device}: this PyTorch sees no such device; use --device cpu") from None
 
@@ -149,15 +151,22 @@ class Training:
     def run_on(self, module: nn.Module, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
         """Do what ``run`` does, on samples that ``read(entry, iteration)`` makes, called from threads."""
         order = BatchOrder(entries, self.config.images_per_batch, *self.key)
+        slices = Slices(self.runtime.ranks, order) if self.runtime.ranks.count > 1 else None
 
         def read_all(iteration: int) -> list[Sample]:
-            return [read(entry, iteration) for entry in order[iteration]]
+            return [read(entry, iteration) for entry in (slices or order)[iteration]]
 
-        return run_loop(module, read_all, self.config, self.out, self.runtime, self.key, self.device)
+        return run_loop(module, read_all, self.config, self.out, self.runtime, self.key, self.device, slices)
 
     def save(self, network: FasterRCNN | RegionClassifier, parts: Sequence[str], **described: Any) -> None:
-        """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it."""
+        """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it.
+
+        Of several ranks the first one writes, after making sure that all have the same.
+        """
         tensors = network.tensors(parts)
+        require_alike(self.stage, tensors, self.runtime.ranks)
+        if not self.runtime.ranks.first:
+            return
         for name in self._frozen:
             if digest(_under(tensors, f"{name}.")) != digest(_under(self.tensors, f"{name}.")):
                 raise AssertionError(f"{self.stage} changed {name}, which is frozen")
@@ -167,7 +176,7 @@ class Training:
 
 
 def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, runtime: Runtime,
-             key: tuple[object, ...], device: torch.device) -> dict[str, Any]:
+             key: tuple[object, ...], device: torch.device, slices: Slices[Any] | None = None) -> dict[str, Any]:
     """Run the training loop with snapshots beside ``out`` and reports to the runtime; return facts for the record."""
     text = json.dumps([runtime.inputs_key, asdict(config)], sort_keys=True)
 
@@ -184,9 +193,21 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
     with deferred_signals() as stop:
         snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)
         seconds = train(module, read, config, key=key, device=device, workers=runtime.workers, snapshots=snapshots,
-                        report=report, report_every=runtime.report_every, diverged=keep_batch)
-    # The number of threads decides the order of sums, and so the last bits, on the CPU.
-    return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads()}
+                        report=report, report_every=runtime.report_every, diverged=keep_batch, slices=slices)
+    # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes everywhere.
+    return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads(),
+            "processes": runtime.ranks.count}
+
+
+def require_alike(stage: str, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Make sure that every rank ends with the same weights; if not, name the first layer that differs."""
+    if ranks.count == 1:
+        return
+    digests = ranks.gather({name: digest({name: tensor}) for name, tensor in tensors.items()})
+    for name in tensors:
+        for rank, held in enumerate(digests):
+            if held[name] != digests[0][name]:
+                raise AssertionError(f"{stage}: {name} of process {rank} is not that of process 0")
 
 
 def snapshot_path(out: Path) -> Path:
@@ -195,29 +216,39 @@ def snapshot_path(out: Path) -> Path:
 
 
 class FileSnapshots:
-    """The training loop's state in a file; written when the clock says so, and when a signal asks to stop."""
+    """The training loop's state in a file; written when the clock says so, and when a signal asks to stop.
+
+    Of several ranks the first one writes, and a signal to any of them stops all after the same iteration.
+    """
 
     def __init__(self, path: Path, key: str, runtime: Runtime, stop: Stop) -> None:
-        self.path, self.key, self.runtime, self.stop = path, key, runtime, stop
+        self.path, self.key, self.runtime, self.ranks, self.stop = path, key, runtime, runtime.ranks, stop
+        self.agreed = Stop()
         self.clock = SnapshotClock(runtime.snapshot_seconds)
 
     def load(self) -> tuple[int, dict[str, Tensor], float] | None:
         """Return what the last process of the same stage, inputs and config left; None if nothing fits."""
         found = load_snapshot(self.path, self.key)
+        if len(set(self.ranks.gather(found and found.iteration))) > 1:
+            raise ArtifactError(f"{self.path.name} is not the same for all processes: let them share the run folder")
         if found is None:
             return None
         self.runtime.report({"event": "resumed", "iteration": found.iteration})
         return found.iteration, found.tensors, found.seconds
 
     def due(self) -> bool:
-        """Return whether to save now."""
-        return self.stop.signal is not None or self.clock.due()
+        """Return whether to save now, or to stop."""
+        self.agreed.signal = self.ranks.greatest(self.stop.signal or 0) or None
+        return self.agreed.signal is not None or (self.ranks.first and self.clock.due())
 
     def save(self, iteration: int, tensors: dict[str, Tensor], seconds: float) -> None:
         """Save, and then stop if a signal asked for it."""
-        with self.clock.writing():
-            save_snapshot(self.path, key=self.key, iteration=iteration, tensors=tensors, seconds=seconds)
-        self.stop.raise_it()
+        if self.ranks.first:
+            with self.clock.writing():
+                save_snapshot(self.path, key=self.key, iteration=iteration, tensors=tensors, seconds=seconds)
+        if self.agreed.signal is not None:
+            self.ranks.same(None)  # until it is written: a process that ends makes the launcher end the others
+            self.agreed.raise_it()
 
 
 class CachedProposals:

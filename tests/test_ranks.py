@@ -1,0 +1,123 @@
+"""How several processes agree, divide work and end; each test is as many processes as it says."""
+
+import pytest
+import torch
+from rank_runs import in_ranks
+from torch import nn
+
+from altopt.errors import DataError
+from altopt.pictures import Batch
+from altopt.ranks import OtherRankError, Ranks, company
+from altopt.slices import SlicedDropout, Slices
+
+BATCH = Batch([], torch.zeros(0))
+
+
+def exchanged(ranks):
+    module = nn.Linear(2, 1)
+    module.weight.grad = torch.full((1, 2), 10.0 ** ranks.rank)
+    if ranks.rank == 1:
+        module.bias.grad = torch.ones(1)
+    ranks.add_gradients(module)
+    return {"same": ranks.same(("rank", ranks.rank)), "gathered": ranks.gather(ranks.rank),
+            "total": ranks.total([1.0, float(ranks.rank)]), "greatest": ranks.greatest(ranks.rank % 2),
+            "weight": module.weight.grad.tolist(), "bias": module.bias.grad.tolist(),
+            "spread": [list(ranks.spread(list(range(count)), squares)) for count in (0, 1, 3, 7)],
+            "left early": left_early(ranks), "still together": ranks.gather(ranks.rank),
+            "slices": slices(ranks), "dropped": dropped(ranks)}
+
+
+def squares(items):
+    for item in items:
+        yield item**2
+
+
+def left_early(ranks):
+    made = ranks.spread(list(range(10)), squares)
+    found = [next(made, None)]
+    made.close()
+    return found
+
+
+def slices(ranks):
+    """What a rank works on, and its share of a count of two for each entry, for batches of 1 to 5 entries."""
+    divided = Slices(ranks, [list("abcde"[:count]) for count in range(1, 6)])
+    found = []
+    for iteration in range(5):
+        divided.begin(BATCH, iteration)
+        found.append(("".join(divided[iteration]), divided.share(2 * len(divided[iteration]))))
+    return found
+
+
+def dropped(ranks):
+    divided = Slices(ranks, [list("ab"), list("abcdefg")])
+    rows = torch.arange(1.0, 8)[:, None].expand(7, 5)
+    found = []
+    for iteration in range(2):
+        divided.begin(BATCH, iteration)
+        torch.manual_seed(iteration)
+        own = ["abcdefg".index(each) for each in divided[iteration]]
+        found.append((divided.share(len(own)) > 0, own, SlicedDropout(0.5, divided)(rows[own]).tolist()))
+    return found
+
+
+def fails(ranks):
+    if ranks.rank == 1:
+        raise DataError("a.jpg: cannot be read")
+    ranks.gather(None)
+
+
+@pytest.fixture(scope="module")
+def three():
+    return in_ranks(3, exchanged)
+
+
+def test_ranks_agree(three):
+    for each in three:
+        assert each["same"] == ("rank", 0)
+        assert each["gathered"] == each["still together"] == [0, 1, 2]
+        assert each["total"] == [3, 3]
+        assert each["greatest"] == 1
+
+
+def test_gradients_add_up_and_none_counts_as_nothing(three):
+    for each in three:
+        assert each["weight"] == [[111, 111]]
+        assert each["bias"] == [1]
+
+
+def test_rank_0_gets_what_all_make_in_order(three):
+    assert three[0]["spread"] == [[], [0], [0, 1, 4], [0, 1, 4, 9, 16, 25, 36]]
+    assert three[1]["spread"] == three[2]["spread"] == [[], [], [], []]
+    assert three[0]["left early"] == [0]
+
+
+def test_batches_are_cut_evenly_and_a_rank_without_entries_counts_nothing(three):
+    assert [each["slices"] for each in three] == [
+        [("a", 0), ("a", 0), ("a", 1 / 3), ("a", 1 / 4), ("a", 1 / 5)],
+        [("a", 0), ("a", 1 / 2), ("b", 1 / 3), ("b", 1 / 4), ("bc", 2 / 5)],
+        [("a", 1), ("b", 1 / 2), ("c", 1 / 3), ("cd", 1 / 2), ("de", 2 / 5)],
+    ]
+
+
+def test_dropout_masks_are_those_of_the_whole_batch(three):
+    for iteration, count in enumerate((2, 7)):
+        torch.manual_seed(iteration)
+        whole = nn.Dropout(0.5)(torch.arange(1.0, count + 1)[:, None].expand(count, 5))
+        own = [each["dropped"][iteration] for each in three]
+        assert [row for counts, _, values in own if counts for row in values] == whole.tolist()
+        assert [row for counts, rows, _ in own if counts for row in rows] == list(range(count))
+
+
+def test_the_reason_of_one_is_the_end_of_all():
+    with pytest.raises((DataError, OtherRankError)) as caught:
+        in_ranks(2, fails)
+    assert caught.value.exit_code == 3
+
+
+def test_a_process_by_itself_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with company() as ranks:
+        assert type(ranks) is Ranks
+        assert (ranks.first, ranks.count, ranks.gather(4), ranks.same(5)) == (True, 1, [4], 5)
+        assert list(ranks.spread([1, 2], squares)) == [1, 4]
