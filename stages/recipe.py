@@ -53,6 +53,12 @@ class Recipe:
         return str(self.header.get("scheme", "alternating"))
 
     @property
+    def network(self) -> NetworkConfig:
+        """The network that all stages speak of."""
+        network: NetworkConfig = _build(NetworkConfig, self.tables.get("network", {}), "network")
+        return network
+
+    @property
     def pretrained(self) -> Step:
         """The step that makes M0: the one that the recipe has a table for."""
         named = [step for step in PRETRAINED if step.table in self.tables]

@@ -285,7 +285,7 @@ def _bring_in(artifact: str, source: Path, path: Path, recipe: Recipe) -> None:
     if not source.is_file():
         raise ArtifactError(f"{source}, given for {artifact}, is not a file: check the path")
     if artifact.startswith("M"):
-        import_weights(source, path, recipe.config(recipe.steps[1]).network)
+        import_weights(source, path, recipe.network)
         return
     _look_at(artifact, source, recipe)
     with atomic_path(path) as temporary:
@@ -302,7 +302,7 @@ def _look_at(artifact: str, path: Path, recipe: Recipe) -> None:
         from cache.checkpoints import read_description
 
         held = read_description(path).get("network", {}).get("name")
-        wanted = recipe.config(recipe.steps[1]).network.name
+        wanted = recipe.network.name
         if held != wanted:
             raise ArtifactError(f"{path.name} holds {held or 'no network known to altopt'}, and the recipe speaks of "
                                 f"{wanted}: choose the recipe that it was made with")

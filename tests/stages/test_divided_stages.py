@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import region_runs
+import torch
 from rank_runs import in_ranks, kill, ranks_of, start
 from tiny_runs import hashes, link_or_copy, open_tiny, write_recipe
 
@@ -58,8 +60,23 @@ def remade(count, finished, folder, work=remake):
     """A copy of the finished run, in which so many processes worked; equal for equal counts."""
     shutil.copytree(finished, folder, copy_function=link_or_copy)
     write_recipe(folder.parent / "tiny.toml")
-    in_ranks(count, work, folder) if count > 1 else work(Ranks(), folder)
+    if count > 1:
+        in_ranks(count, work, folder)
+    else:
+        with as_many_threads_as_ranks_have():
+            work(Ranks(), folder)
     return folder
+
+
+@contextmanager
+def as_many_threads_as_ranks_have():
+    """Another number of threads would sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def difference(one, other, artifact):

@@ -466,3 +466,10 @@ def test_another_scheme_is_another_list(copied):
     steps = [*run.recipe.steps[:-1], *more]
     assert [step.output for step in run.bring_up_to_date(steps)] == ["M6", "P3", "M7"]
     assert [each.state for each in run.survey(steps)] == ["done"] * 10
+
+
+def test_a_network_is_given_to_a_scheme_that_begins_with_proposals(finished, workplace):
+    run = open_folder("tiny.toml", None, [], None, Runtime(), "fast-rcnn")
+    run.folder.mkdir(parents=True)
+    run.adopt("M0", finished / "M0.safetensors", "from elsewhere")
+    assert run.verdict(run.recipe.steps[0]).state == "given"
