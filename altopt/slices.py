@@ -38,10 +38,21 @@ class Slices(Generic[Item]):
         return list(batch[self._own(len(batch))] or batch[:1])
 
     def begin(self, batch: Batch, iteration: int) -> Batch:
-        """Return the batch of this rank's samples, with its share; what follows is about this iteration."""
+        """Return the batch of this rank's samples as a part of the whole; what follows is about this iteration.
+
+        Its pictures are padded to the size of the whole batch's: what conv layers make of an edge depends on what
+        follows it. Maps need no such padding.
+        """
         own = self._own(len(self.order[iteration]))
         self._idle = own.start == own.stop
-        return replace(batch, share=self.share)
+        batch = replace(batch, share=self.share)
+        if batch.features is not None:
+            return batch
+        height, width = batch.images.shape[2:]
+        missing = (0, self.ranks.greatest(width) - width, 0, self.ranks.greatest(height) - height)
+        if not any(missing):
+            return batch
+        return replace(batch, images=F.pad(batch.images, missing).contiguous(memory_format=torch.channels_last))
 
     def pictures(self, iteration: int) -> int:
         """Return how many pictures all ranks work on in an iteration."""

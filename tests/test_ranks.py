@@ -10,7 +10,7 @@ from altopt.pictures import Batch
 from altopt.ranks import OtherRankError, Ranks, company
 from altopt.slices import SlicedDropout, Slices
 
-BATCH = Batch([], torch.zeros(0))
+BATCH = Batch([], torch.zeros(0, 3, 8, 8))
 
 
 def exchanged(ranks):

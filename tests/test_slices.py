@@ -1,0 +1,86 @@
+"""Gradients of slices add up to those of the whole batch, in double precision: nothing but rounding is left."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rank_runs import in_ranks
+
+from altopt.config import NetworkConfig, ProposalRule
+from altopt.detector import FasterRCNN
+from altopt.fast_rcnn import FastRCNNTraining
+from altopt.joint import JointTraining, RoISampling
+from altopt.pictures import Sample, make_batch
+from altopt.randomness import generator
+from altopt.ranks import Ranks
+from altopt.rpn import RPNRule, RPNTraining
+from altopt.sampling import RoIRule
+from altopt.slices import Slices
+
+NETWORK = NetworkConfig(name="small", short_side=80, max_side=96, anchor_scales=(1.5, 3), rpn_channels=8)
+ANCHORS = RPNRule(0.7, 0.3, 64, 0.5, 3.0, 1.0)
+ROIS = RoIRule(0.5, 0.5, 0.0)
+SIZES = ((96, 80), (64, 96), (80, 112), (64, 64), (96, 48))  # no two alike: each pads the others
+
+
+def sample(number):
+    width, height = SIZES[number]
+    random = generator("slices", number)
+    corners = torch.rand(12 + 4 * number, 2, generator=random) * torch.tensor([width - 32, height - 32])
+    boxes = torch.cat([corners, corners + 16 + 16 * torch.rand(corners.shape, generator=random)], dim=1).double()
+    pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random)
+    return Sample(str(number), False, pixels, 1.0, boxes[:2], torch.tensor([0, 1]), boxes[2:])
+
+
+def modules():
+    network = FasterRCNN(NETWORK, 2)
+    network.conv.to_empty(device="cpu")
+    conv = {f"conv.{name}": torch.randn(tensor.shape, generator=generator(name)) * 0.1
+            for name, tensor in network.conv.state_dict().items()}
+    network.fill(conv, generator("slices"))
+    network.double()
+    key = (3, "slices")
+    yield RPNTraining(network.conv, network.rpn, ANCHORS, key)
+    yield FastRCNNTraining(network.conv, network.fc, network.head, roi_size=network.roi_size, rule=ROIS,
+                           rois_per_image=32, fg_fraction=0.25, box_weight=1.0, key=key)
+    weights = dict.fromkeys(("rpn_cls", "rpn_box", "cls", "box"), 1.0)
+    yield JointTraining(network, anchors=ANCHORS, rois=RoISampling(ROIS, 32, 0.25), weights=weights, path=None, key=key,
+                        proposals=ProposalRule(pre_nms=200, nms=0.7, post_nms=30, min_side=4))
+
+
+def gradients(ranks, count):
+    """Of each kind of training on the first pictures: the losses' sum, and a number for each parameter's gradient."""
+    slices = Slices(ranks, [range(count)])
+    found = []
+    for module in modules():
+        if ranks.count > 1:
+            slices.slice_dropout(module)
+        batch = make_batch([sample(number) for number in slices[0]], torch.device("cpu"))
+        batch = slices.begin(replace(batch, images=batch.images.double()), 0)
+        torch.manual_seed(0)
+        total = torch.stack(list(module(batch, 0).values())).sum()
+        module.zero_grad()
+        total.backward()
+        ranks.add_gradients(module)
+        found.append(ranks.total([float(total.detach())])[0])
+        for name, parameter in module.named_parameters():
+            probe = torch.randn(parameter.shape, generator=generator(name), dtype=torch.float64)
+            found.append(float((parameter.grad * probe).sum()) if parameter.grad is not None else 0.0)
+    return found
+
+
+def of_both(ranks):
+    return gradients(ranks, 5), gradients(ranks, 2)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return of_both(Ranks())
+
+
+def test_slices_of_any_number_of_ranks_add_up_to_the_batch(alone):
+    for each in in_ranks(3, of_both):
+        for ours, theirs in zip(each, alone, strict=True):
+            assert np.abs(theirs).max() > 1
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
