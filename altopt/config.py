@@ -50,6 +50,7 @@ class TrainingConfig:
     weight_decay: float = sourced(5e-4, SOLVER)
     bias_lr: float = sourced(2.0, "pfr *.pt: biases learn at twice the rate")
     bias_decay: float = sourced(1.0, "pfr *.pt: decay applies to trained biases too")
+    conv_lr: float = sourced(1.0, "pfr: conv layers that learn do so at the rate of the others")
     clip_gradient: float = sourced(0.0, "pfr has none (0 is none)")
     flips: bool = sourced(True, "pfr TRAIN.USE_FLIPPED: mirrored copies are further entries, not a coin toss")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")

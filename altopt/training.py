@@ -18,6 +18,7 @@ from altopt.randomness import seed_of
 from altopt.ranks import Ranks
 from altopt.slices import Slices
 
+CONV = ("conv.", "network.conv.")  # where the modules that are trained hold the network's conv layers
 
 class Snapshots(Protocol):
     """Where the loop keeps its state, so that it can be stopped at any moment."""
@@ -55,15 +56,17 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
-    """Return SGD over the trainable parameters; biases form a group with their own rate and decay."""
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if not name.endswith("bias")], "rate": 1.0,
-         "weight_decay": config.weight_decay},
-        {"params": [p for name, p in trained if name.endswith("bias")], "rate": config.bias_lr,
-         "weight_decay": config.weight_decay * config.bias_decay},
-    ]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    """Return SGD over the trainable parameters: conv layers, and biases, have rates (and decay) of their own."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            kind = (name.startswith(CONV), name.endswith("bias"))
+            groups.setdefault(kind, []).append(parameter)
+    return torch.optim.SGD([{
+        "params": parameters,
+        "rate": (config.conv_lr if conv else 1.0) * (config.bias_lr if bias else 1.0),
+        "weight_decay": config.weight_decay * (config.bias_decay if bias else 1.0),
+    } for (conv, bias), parameters in groups.items()], lr=config.lr, momentum=config.momentum, fused=True)
 
 
 def train(module: nn.Module, read: Callable[[int], list[Sample]], config: TrainingConfig, *, key: tuple[object, ...],

@@ -129,6 +129,15 @@ def test_steps_by_hand(settings, bias_rate, bias_decay):
     assert module.bias.item() == pytest.approx(by_hand(3, [bias_rate * r for r in rates], 0.9, bias_decay), rel=1e-12)
 
 
+def test_conv_layers_have_a_rate_of_their_own():
+    """The RPN's 3 x 3 convolution is no conv layer in this sense; biases' factor comes on top."""
+    module = nn.ModuleDict({"conv": OneNumber(), "rpn": nn.ModuleDict({"conv": OneNumber()})})
+    groups = make_optimizer(module, config(conv_lr=0.1)).param_groups
+    rates = {id(parameter): group["rate"] for group in groups for parameter in group["params"]}
+    assert {name: rates[id(parameter)] for name, parameter in module.named_parameters()} == pytest.approx({
+        "conv.weight": 0.1, "conv.bias": 0.2, "rpn.conv.weight": 1.0, "rpn.conv.bias": 2.0})
+
+
 def test_gradients_are_clipped_together():
     module = OneNumber()
     train(module, read, config(iterations=1, lr=1.0, momentum=0.0, weight_decay=0.0, bias_lr=1.0, clip_gradient=0.5),
