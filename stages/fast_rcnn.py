@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from altopt.config import NetworkConfig, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from stages.split_config import OnTrainSplit
 from stages.step import Runtime
 
 SOLVER = "pfr models/pascal_voc/VGG16/faster_rcnn_alt_opt/*fast_rcnn_solver*.pt"
@@ -16,14 +16,10 @@ SCALES = ("the network's short_side alone; Fast R-CNN, section 5.2, draws one of
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastRCNNConfig(TrainingConfig):
+class FastRCNNConfig(TrainingConfig, OnTrainSplit):
     """How Fast R-CNN is trained: RoIs sampled by IoU, two losses (Fast R-CNN, section 2.3)."""
 
     version: ClassVar[int] = 2  # a head that starts anew starts small in units of its statistics
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     iterations: int = sourced(40_000, SOLVER)
     images_per_batch: int = sourced(2, SAMPLING)
     lr_steps: tuple[int, ...] = sourced((30_000,), SOLVER)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from altopt.config import NetworkConfig, ProposalRule, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from altopt.config import ProposalRule, TrainingConfig, sourced
+from stages.split_config import OnTrainSplit
 from stages.step import Runtime
 
 if TYPE_CHECKING:
@@ -20,17 +20,13 @@ PARTS = ("conv", "rpn", "fc", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointConfig(TrainingConfig, ProposalRule):
+class JointConfig(TrainingConfig, ProposalRule, OnTrainSplit):
     """How one network is trained with four losses on proposals that it makes as it learns.
 
     Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
     """
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     iterations: int = sourced(70_000, SOLVER)
     images_per_batch: int = sourced(1, "pfr end2end (Caffe's iter_size 2 sums the gradients of two such batches)")
     lr_steps: tuple[int, ...] = sourced((50_000,), SOLVER)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from altopt.config import NetworkConfig, RegionDetectionRule, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from stages.split_config import OnTestSplit, OnTrainSplit
 from stages.step import Runtime
 
 SOLVER = "R-CNN finetuning/pascal_finetune_solver"
@@ -13,14 +13,10 @@ METHOD = "rcnn"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOnWarpedRegions(TrainingConfig):
+class TrainOnWarpedRegions(TrainingConfig, OnTrainSplit):
     """Fine-tuning by softmax on warped regions (R-CNN, section 2.3)."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     iterations: int = sourced(70_000, "R-CNN's own models; it saturates near 40,000")
     lr_steps: tuple[int, ...] = sourced((20_000, 40_000, 60_000), SOLVER)
     images_per_batch: int = sourced(16, "chosen: R-CNN draws each region from any picture, at a reading for each")
@@ -36,14 +32,10 @@ class TrainOnWarpedRegions(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheWarpedFeatures:
+class CacheWarpedFeatures(OnTrainSplit):
     """Features of every region of the training split."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
     regressor_iou: float = sourced(0.6, "R-CNN, appendix C: proposals above it train box regressors")
     stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
@@ -52,14 +44,10 @@ class CacheWarpedFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectRCNN(RegionDetectionRule):
+class DetectRCNN(RegionDetectionRule, OnTestSplit):
     """How pictures of the test split are detected on."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "test"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     rois_at_once: int = sourced(128, "chosen: bounds the memory")
 
 
