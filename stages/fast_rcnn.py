@@ -107,13 +107,12 @@ def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNCo
            freeze: tuple[str, ...] | None, fresh: tuple[str, ...] = (), *, others: tuple[str, ...] = (),
            frames: Sequence[NetworkConfig] = ()) -> dict[str, Any]:
     from altopt.fast_rcnn import FastRCNNTraining
-    from altopt.sampling import RoIRule
-    from stages.training import CachedProposals, Training, box_statistics, trainable_entries
+    from stages.training import CachedProposals, Training, box_statistics, roi_sampling, trainable_entries
 
     training = Training(name, init, out, config, runtime)
     cached = CachedProposals(proposals, training.dataset, config.proposals)
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
-    entries, unusable = trainable_entries(training, cached, rule)
+    sampling = roi_sampling(config)
+    entries, unusable = trainable_entries(training, cached, sampling.rule)
     network = training.network(("conv", "fc", "head"), fresh)
     training.freeze(network, freeze, others)
     if config.box_regression == "none":
@@ -122,10 +121,8 @@ def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNCo
         network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
     network.set_dropout(config.dropout)
     module = FastRCNNTraining(
-        network.conv, network.fc, network.head, roi_size=network.roi_size, rule=rule,
-        rois_per_image=max(1, config.rois_per_batch // config.images_per_batch), fg_fraction=config.fg_fraction,
-        cls_weight=config.cls_weight, box_weight=config.box_weight if config.box_regression == "multi-task" else 0.0,
-        key=training.key,
+        network.conv, network.fc, network.head, roi_size=network.roi_size, rois=sampling, cls_weight=config.cls_weight,
+        box_weight=config.box_weight if config.box_regression == "multi-task" else 0.0, key=training.key,
     )
     if freeze is None and not frames:
         facts = training.run_on_frozen(network.conv, module, entries, cached)

@@ -106,16 +106,15 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
 def joint_training(network: "FasterRCNN", config: JointConfig, path: "CoordinatePath | None",
                    key: tuple[object, ...]) -> "JointTraining":
     """Return what the training loop trains: the network, from a batch to the four losses that the config asks for."""
-    from altopt.joint import JointTraining, RoISampling
+    from altopt.joint import JointTraining
     from altopt.rpn import RPNRule
-    from altopt.sampling import RoIRule
+    from stages.training import roi_sampling
 
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
     return JointTraining(
         network, proposals=config, path=path, key=key,
         anchors=RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
                         config.sigma, box_weight=1.0),
-        rois=RoISampling(rule, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction),
+        rois=roi_sampling(config),
         weights={"rpn_cls": config.rpn_cls_weight, "rpn_box": config.rpn_box_weight, "cls": config.cls_weight,
                  "box": config.box_weight},
     )

@@ -56,21 +56,17 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
     """Fine-tune the network as a classifier of warped regions."""
     from altopt.pictures import read_sample
     from altopt.region_classifier import WarpedTraining
-    from altopt.sampling import RoIRule
-    from stages.training import CachedProposals, Training, trainable_entries
+    from stages.training import CachedProposals, Training, roi_sampling, trainable_entries
 
     training = Training("train_on_warped_regions", init, out, config, runtime)
     dataset = training.dataset
     cached = CachedProposals(proposals, dataset, config.proposals)
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
-    entries, unusable = trainable_entries(training, cached, rule)
+    sampling = roi_sampling(config)
+    entries, unusable = trainable_entries(training, cached, sampling.rule)
     classifier = training.classifier()
     training.freeze(classifier, config.freeze)
     classifier.set_dropout(config.dropout)
-    module = WarpedTraining(
-        classifier, config.crop_side, rule=rule, fg_fraction=config.fg_fraction, key=training.key,
-        regions_per_image=max(1, config.rois_per_batch // config.images_per_batch),
-    )
+    module = WarpedTraining(classifier, config.crop_side, sampling, training.key)
 
     def read(entry: Any, iteration: int) -> Any:
         frame = original_frame(config.network, dataset.size(entry.id))

@@ -94,22 +94,18 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
     """Fine-tune fc6, fc7 and a softmax on pyramids pooled from stored maps; the conv layers do not change."""
     from altopt.pictures import stored_sample
     from altopt.region_classifier import PyramidTraining
-    from altopt.sampling import RoIRule
     from cache.features import FeatureMapFile, MapKey
-    from stages.training import CachedProposals, Training, trainable_entries
+    from stages.training import CachedProposals, Training, roi_sampling, trainable_entries
 
     training = Training("train_fc_layers", init, out, config, runtime)
     dataset = training.dataset
     cached = CachedProposals(proposals, dataset, config.proposals)
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
-    entries, unusable = trainable_entries(training, cached, rule)
+    sampling = roi_sampling(config)
+    entries, unusable = trainable_entries(training, cached, sampling.rule)
     classifier = training.classifier(config.levels)
     training.freeze(classifier, None)
     classifier.set_dropout(config.dropout)
-    module = PyramidTraining(
-        classifier, config.levels, rule=rule, fg_fraction=config.fg_fraction, key=training.key,
-        regions_per_image=max(1, config.rois_per_batch // config.images_per_batch),
-    )
+    module = PyramidTraining(classifier, config.levels, sampling, training.key)
     with FeatureMapFile(maps) as stored:
         frames = _stored_frames(stored, maps, training.tensors, config.network)
 
@@ -148,8 +144,6 @@ def detect_spp_net(network: Path, svms: Path, regressors: Path, proposals: Path,
     frames = config.network.at_scales(config.scales, config.max_side)
     linear = LinearLayers(svms, regressors, fine_tuned)
     return detect_regions(fine_tuned, FreshPyramids(fine_tuned, frames), linear, proposals, out)
-
-
 
 
 def _stored_frames(stored: Any, path: Path, tensors: Any, network: NetworkConfig) -> list[NetworkConfig]:

@@ -22,7 +22,7 @@ from altopt.pictures import Batch, Sample, read_sample, stored_sample
 from altopt.randomness import generator
 from altopt.ranks import Ranks
 from altopt.region_classifier import RegionClassifier
-from altopt.sampling import RoIRule, has_samples
+from altopt.sampling import RoIRule, RoISampling, has_samples
 from altopt.slices import Slices
 from altopt.training import Progress, describe, freeze, layers_named, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
@@ -273,6 +273,12 @@ def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]
         width, height = dataset.size(id)
         entries += [Entry(id, flipped, width >= height) for flipped in ((False, True) if flips else (False,))]
     return entries
+
+
+def roi_sampling(config: Any) -> RoISampling:
+    """Return how RoIs are drawn: each picture of a batch has an equal part of ``rois_per_batch``, and at least one."""
+    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
+    return RoISampling(rule, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction)
 
 
 def trainable_entries(training: Training, cached: CachedProposals, rule: RoIRule) -> tuple[list[Entry], int]:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from altopt import joint
 from altopt.config import NetworkConfig, ProposalRule
 from altopt.fast_rcnn import FastRCNNHead, fast_rcnn_losses
-from altopt.joint import CoordinatePath, JointTraining, RoISampling
+from altopt.joint import CoordinatePath, JointTraining
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
 from altopt.roi_sample import roi_sample
 from altopt.rpn import RPNHead, RPNRule, proposals_of, rpn_losses
-from altopt.sampling import RoIRule, sample_rois
+from altopt.sampling import RoIRule, RoISampling, sample_rois
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(2.0, 4.0), anchor_ratios=(0.5, 1.0, 2.0), rpn_channels=8)
 CLASSES = 3
