@@ -96,6 +96,8 @@ WORK_OPTIONS = [
            help="Stages 4 to 6 keep frozen conv features on disk; auto: where it pays and fits."),
     option("--processes", type=click.IntRange(1), default=1, callback=start_processes,
            help="Work as so many processes, on the CPU or with a GPU each; the same as starting with torchrun."),
+    option("--deterministic", is_flag=True,
+           help="Add up in a fixed order on CUDA too, so that a run can be repeated to the last bit; slower there."),
 ]
 FROM_OPTION = option("--from", "given", multiple=True, metavar="M1[=FILE]",
                      help="Take an artifact as given, from this run or from a file, and go on behind it; given several "
@@ -542,6 +544,7 @@ def work_runtime(options: dict[str, Any]) -> "Runtime":
     return Runtime(device=options["device"], workers=options.get("workers", 1),
                    snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
                    feature_store=options.get("feature_store", "auto"), report=reporter(),
+                   deterministic=options.get("deterministic", False),
                    ranks=click.get_current_context().find_object(Ranks) or Ranks())
 
 

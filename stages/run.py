@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from altopt.datasets.opening import open_dataset
+from altopt.determinism import fixed_order
 from altopt.errors import ArtifactError, DataError
 from altopt.ranks import Ranks
 from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
@@ -151,7 +152,7 @@ class Run:
         started = time.perf_counter()
         stage = partial(step.stage, *(self.path(name) for name in inputs), out=self.path(step.output), config=config)
         runtime.ranks.announce((stage, dataclasses.replace(runtime, report=unheard, ranks=Ranks())))
-        facts = stage(runtime=runtime)
+        facts = _carried_out(stage, runtime)
         seconds = facts.get("train_seconds", 0.0) or time.perf_counter() - started
         record = self._write_record(step.output, step.name, step.config_class.version,  # type: ignore[attr-defined]
                                     inputs=hashes, data=data, config=key_of(step, config), seconds=round(seconds, 2),
@@ -254,7 +255,12 @@ def help_rank_0(ranks: Ranks) -> None:
     """Take part in every stage that rank 0 announces, until it has no more."""
     while (task := ranks.same(None)) is not None:
         stage, runtime = task
-        stage(runtime=dataclasses.replace(runtime, ranks=ranks))
+        _carried_out(stage, dataclasses.replace(runtime, ranks=ranks))
+
+
+def _carried_out(stage: Callable[..., dict[str, Any]], runtime: Runtime) -> dict[str, Any]:
+    with fixed_order(runtime.deterministic):
+        return stage(runtime=runtime)
 
 
 def key_of(step: Step, config: Any) -> dict[str, Any]:

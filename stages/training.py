@@ -178,7 +178,9 @@ class Training:
 def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, runtime: Runtime,
              key: tuple[object, ...], device: torch.device, slices: Slices[Any] | None = None) -> dict[str, Any]:
     """Run the training loop with snapshots beside ``out`` and reports to the runtime; return facts for the record."""
-    text = json.dumps([runtime.inputs_key, asdict(config)], sort_keys=True)
+    # What adds in a fixed order has to do so from the first iteration, and goes on from no other snapshot.
+    exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    text = json.dumps([runtime.inputs_key, asdict(config) | exact], sort_keys=True)
 
     def report(progress: Progress) -> None:
         runtime.report({"event": "progress", "iterations": progress.iterations, **describe(progress)})
@@ -196,7 +198,7 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
                         report=report, report_every=runtime.report_every, diverged=keep_batch, slices=slices)
     # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes everywhere.
     return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads(),
-            "processes": runtime.ranks.count}
+            "processes": runtime.ranks.count, **exact}
 
 
 def require_alike(stage: str, tensors: dict[str, Tensor], ranks: Ranks) -> None:

@@ -194,6 +194,15 @@ def test_run_all_from_several(altopt, copied, finished):
     assert "--from M3 comes after what is asked for (M3)" in answer.err
 
 
+def test_stage_in_a_fixed_order(altopt, copied, finished):
+    answer = altopt("stage", "3", "--run", "tiny", "--deterministic", "--force")
+    assert (answer.code, answer.out) == (0, "")
+    assert hashes(copied, "M2") == hashes(finished, "M2")
+    assert json.loads((copied / "M2.json").read_text())["metrics"]["deterministic"] is True
+    again = altopt("stage", "3", "--run", "tiny")
+    assert (again.code, again.err) == (0, "M2 is up to date: nothing to do\n")
+
+
 def test_stage_with_init_keeps_it_in_the_recipe(altopt, copied):
     answer = altopt("stage", "3", "--run", "tiny", "--init", "m1")
     assert answer.code == 0
