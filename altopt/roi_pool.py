@@ -40,7 +40,7 @@ def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatia
 
 def pool_in_order(features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:
     """Return what torchvision's op does for ``rois`` ``Tensor[R, 5]``; the backward pass adds up in their order."""
-    pooled: Tensor = _PoolInOrder.apply(features, rois, output_size, spatial_scale)  # type: ignore[no-untyped-call]
+    pooled: Tensor = _PoolInOrder.apply(features, rois, output_size, spatial_scale)
     return pooled
 
 

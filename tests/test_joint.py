@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from altopt import joint
+from altopt import joint, sampling
 from altopt.config import NetworkConfig, ProposalRule
 from altopt.fast_rcnn import FastRCNNHead, fast_rcnn_losses
 from altopt.joint import CoordinatePath, JointTraining
@@ -145,7 +145,7 @@ def test_detector_losses_reach_the_rpn_through_coordinates_alone():
 def indices(monkeypatch) -> list[Tensor]:
     """Return a list that gets what every step chooses: the anchors that become proposals, labels of sampled RoIs."""
     chosen: list[Tensor] = []
-    keep, sample = joint.kept_boxes, joint.sample_rois
+    keep, sample = joint.kept_boxes, sampling.sample_rois
 
     def recorded_keep(*arguments):
         chosen.append(keep(*arguments))
@@ -157,7 +157,7 @@ def indices(monkeypatch) -> list[Tensor]:
         return result
 
     monkeypatch.setattr(joint, "kept_boxes", recorded_keep)
-    monkeypatch.setattr(joint, "sample_rois", recorded_sample)
+    monkeypatch.setattr(sampling, "sample_rois", recorded_sample)
     return chosen
 
 
