@@ -96,10 +96,13 @@ WORK_OPTIONS = [
            help="Stages 4 to 6 keep frozen conv features on disk; auto: where it pays and fits."),
     option("--processes", type=click.IntRange(1), default=1, callback=start_processes,
            help="Work as so many processes, on the CPU or with a GPU each; the same as starting with torchrun."),
+    option("--deterministic", is_flag=True,
+           help="Add up in a fixed order on CUDA too, so that a run can be repeated to the last bit; slower there."),
 ]
-FROM_OPTION = option("--from", "start", metavar="M1[=FILE]",
-                     help="Take an artifact as given, from this run or from a file, and go on behind it.")
-
+FROM_OPTION = option("--from", "given", multiple=True, metavar="M1[=FILE]",
+                     help="Take an artifact as given, from this run or from a file, and go on behind it; given several "
+                          "times, take each, and go on behind the latest.")
+JSON_OPTION = option("--json", "as_json", is_flag=True, help="Print JSON.")
 AS_OPTION = option("--as", "artifact", metavar="P0|T0", required=True,
                    help="What they are in the run: P0, P1, ... on the training split, T0 on the test split.")
 FRAMES = ("xyxy", "inclusive-0", "inclusive-1", "yxyx-inclusive-1", "xywh")
@@ -133,7 +136,7 @@ def main() -> None:
 @FROM_OPTION
 @option("--until", metavar="P2", help="Stop after this stage.")
 @option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def run_all(start: str | None, until: str | None, as_json: bool, **options: Any) -> None:
+def run_all(given: tuple[str, ...], until: str | None, as_json: bool, **options: Any) -> None:
     """Bring the whole run up to date, then score it.
 
     Stages that are up to date are left alone; an interrupted one goes on where it stopped.
@@ -150,10 +153,9 @@ def run_all(start: str | None, until: str | None, as_json: bool, **options: Any)
     with working_in(run):
         steps = run.recipe.steps
         target = find_step(steps, until) if until else steps[-1]
-        wanted = take_from(run, steps, start, target) if start else steps[: steps.index(target) + 1]
+        wanted = take_from(run, steps, given, target) if given else steps[: steps.index(target) + 1]
         made = run.bring_up_to_date(wanted)
-        if not made:
-            run.runtime.report({"event": "note", "text": f"{run.folder} is up to date: nothing to do"})
+        note_if_nothing(made, run, run.folder)
         if until:
             return
         result = summary(run, run.protocol)
@@ -172,6 +174,7 @@ def stage_group() -> None:
     \b
     altopt stage 3                      M2, from M0 and P1 as they are
     altopt stage 3 --from M1            P1 if it is stale, then M2
+    altopt stage 3 --from M0=FILE --from P1=FILE    M2 from a network and proposals of your own
     altopt stage M3 --help              its inputs, output and settings
     """
 
@@ -183,7 +186,7 @@ def stage_command(word: str, step: "Step") -> click.Command:
     @FROM_OPTION
     @option("--init", metavar="M1", help="Start this stage's weights from another network than the list's.")
     @option("--force", is_flag=True, help="Make the output anew even if it is up to date.")
-    def run_stage(start: str | None, init: str | None, force: bool, **options: Any) -> None:
+    def run_stage(given: tuple[str, ...], init: str | None, force: bool, **options: Any) -> None:
         from stages.run import find_step, run_one, take_from
 
         run = open_run(options)
@@ -192,12 +195,11 @@ def stage_command(word: str, step: "Step") -> click.Command:
             run = open_run(options | {"sets": (*options["sets"], f"{target.table}.init={init.upper()}")})
             target = find_step(run.recipe.steps, word)
         with working_in(run):
-            if start:
-                made = run.bring_up_to_date(take_from(run, run.recipe.steps, start, target), force=force)
+            if given:
+                made = run.bring_up_to_date(take_from(run, run.recipe.steps, given, target), force=force)
             else:
                 made = run_one(run, target, force)
-            if not made:
-                run.runtime.report({"event": "note", "text": f"{target.output} is up to date: nothing to do"})
+            note_if_nothing(made, run, target.output)
 
     from stages.recipe import describe_config
 
@@ -208,7 +210,7 @@ def stage_command(word: str, step: "Step") -> click.Command:
 
 @main.command()
 @with_options(RUN_OPTIONS)
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def plan(as_json: bool, **options: Any) -> None:
     """Show what run-all would do, stage by stage, and why.
 
@@ -220,7 +222,7 @@ def plan(as_json: bool, **options: Any) -> None:
 
 @main.command()
 @with_options(RUN_OPTIONS)
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def status(as_json: bool, **options: Any) -> None:
     """Show what a run folder holds: each artifact, whether it is up to date, what it took.
 
@@ -234,7 +236,7 @@ def status(as_json: bool, **options: Any) -> None:
 @click.argument("network", required=False)
 @with_options(RUN_OPTIONS, WORK_OPTIONS)
 @option("--protocol", type=click.Choice(PROTOCOLS), help="Default: the recipe's.")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def evaluate(network: str | None, protocol: str | None, as_json: bool, **options: Any) -> None:
     """Detect on the test split and score: the final network, or M1+M2 for the pair that shares nothing.
 
@@ -258,7 +260,7 @@ def evaluate(network: str | None, protocol: str | None, as_json: bool, **options
 @option("--match", type=click.Choice(["gt", "ge"]), default="gt", help="IoU above the threshold, or at least (VOC).")
 @option("--plus-one", is_flag=True, help="Box edges are inclusive pixels: width is x2 - x1 + 1 (VOC).")
 @option("--devkit-rounding", is_flag=True, help="Round as the devkit's result files do, before scoring (VOC).")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def score(ground_truth: Path, detections: Path, protocol: Any, match: str, as_json: bool, **rules: Any) -> None:
     """Score detections of any origin: COCO json files in, VOC or COCO rules.
 
@@ -283,14 +285,9 @@ def recall(proposals: str, limits: tuple[int, ...], as_json: bool, **options: An
     altopt recall P2 --limit 300
     """
     from stages.evaluation import recall as recall_of
+    from stages.reporting import recall_table
 
-    result = recall_of(open_run(options), proposals.upper(), limits)
-    if as_json:
-        print_json(result)
-    else:
-        from stages.reporting import recall_table
-
-        show(recall_table(result))
+    print_result(recall_of(open_run(options), proposals.upper(), limits), as_json, recall_table)
 
 
 @main.group(cls=Suggesting)
@@ -311,7 +308,7 @@ def proposals() -> None:
 @option("--frame", type=click.Choice(FRAMES), help="How the file counts its boxes. Default: as its format does.")
 @option("--allow-missing", is_flag=True, help="Pictures without an entry get no proposals.")
 @option("--invalid", type=click.Choice(["error", "leave-out"]), default="error", help="What to do with unusable boxes.")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, invalid: Any, as_json: bool,
                    **options: Any) -> None:
     """Take a file's proposals as the run's: checked against the pictures, recall first, then written.
@@ -348,7 +345,7 @@ def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, i
 @with_options(RUN_OPTIONS)
 @option("--format", "form", type=click.Choice(["hdf5", "json", "detectron2", "py-faster-rcnn"]),
         help="Default: by the suffix, .h5 or .json.")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def export_command(artifact: str, file: Path, form: str | None, as_json: bool, **options: Any) -> None:
     """Write a run's proposals for another program.
 
@@ -384,12 +381,11 @@ def selective_search_command(artifact: str, force: bool, **options: Any) -> None
     run = open_run(options)
     with working_in(run):
         made = run.bring_up_to_date([search_step(artifact.upper())], force)
-        if not made:
-            run.runtime.report({"event": "note", "text": f"{artifact.upper()} is up to date: nothing to do"})
+        note_if_nothing(made, run, artifact.upper())
 
 
 @main.command()
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def recipes(as_json: bool) -> None:
     """List the recipes that come with altopt.
 
@@ -409,7 +405,7 @@ def recipes(as_json: bool) -> None:
 @main.command()
 @click.argument("name")
 @option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting first.")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe with every setting resolved, and the source of each value.
 
@@ -452,7 +448,7 @@ def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str,
 
 @main.command()
 @with_options(RUN_OPTIONS, WORK_OPTIONS)
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def beside(as_json: bool, **options: Any) -> None:
     """Print a VOC 2007 run's scores beside the paper's and py-faster-rcnn's, class by class.
 
@@ -460,16 +456,12 @@ def beside(as_json: bool, **options: Any) -> None:
     altopt beside --recipe voc07-vgg16
     """
     from stages.evaluation import beside_published
+    from stages.reporting import beside_table
 
     run = open_run(options)
     with locked(run):
         rows = beside_published(run)
-    if as_json:
-        print_json(rows)
-    else:
-        from stages.reporting import beside_table
-
-        show(beside_table(rows))
+    print_result(rows, as_json, beside_table)
 
 
 @main.command()
@@ -481,7 +473,7 @@ def beside(as_json: bool, **options: Any) -> None:
 @option("--data-root", type=click.Path(path_type=Path), help="Where the data set lies. Default: the recipe's.")
 @option("--from", "given", multiple=True, metavar="M0=FILE", help="Take an artifact as given in every run.")
 @with_options(WORK_OPTIONS)
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def compare(schemes: str | None, seeds: int, recipe: str, run_name: str | None, as_json: bool, **options: Any) -> None:
     """Train every way on the same data and print one table: mAP, time by kind of work, disk, and the slides' figures.
 
@@ -519,7 +511,7 @@ def compare(schemes: str | None, seeds: int, recipe: str, run_name: str | None, 
 @click.argument("network", required=False)
 @with_options(RUN_OPTIONS, WORK_OPTIONS[:1])
 @option("--pictures", type=click.IntRange(1), default=8, help="Training pictures to take the gradients on.")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def probe(network: str | None, pictures: int, as_json: bool, **options: Any) -> None:
     """Show how approximate approximate joint training is, on a network with RPN and detector.
 
@@ -529,14 +521,9 @@ def probe(network: str | None, pictures: int, as_json: bool, **options: Any) -> 
     altopt probe M5 --pictures 16
     """
     from stages.probing import probe as probe_network
+    from stages.reporting import probe_table
 
-    result = probe_network(open_run(options), network, pictures)
-    if as_json:
-        print_json(result)
-    else:
-        from stages.reporting import probe_table
-
-        show(probe_table(result))
+    print_result(probe_network(open_run(options), network, pictures), as_json, probe_table)
 
 
 def open_run(options: dict[str, Any]) -> "Run":
@@ -557,6 +544,7 @@ def work_runtime(options: dict[str, Any]) -> "Runtime":
     return Runtime(device=options["device"], workers=options.get("workers", 1),
                    snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
                    feature_store=options.get("feature_store", "auto"), report=reporter(),
+                   deterministic=options.get("deterministic", False),
                    ranks=click.get_current_context().find_object(Ranks) or Ranks())
 
 
@@ -600,6 +588,20 @@ def show(*tables: Any) -> None:
         console.print(table)
 
 
+def note_if_nothing(made: "list[Step]", run: "Run", what: Any) -> None:
+    """Say on stderr that there was nothing to do, if nothing was made."""
+    if not made:
+        run.runtime.report({"event": "note", "text": f"{what} is up to date: nothing to do"})
+
+
+def print_result(value: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
+    """Print a result as JSON, or as the table that is made of it."""
+    if as_json:
+        print_json(value)
+    else:
+        show(table(value))
+
+
 def print_json(value: Any) -> None:
     """Print JSON and nothing else to stdout."""
     click.echo(json.dumps(value, indent=1))
@@ -620,26 +622,13 @@ def print_score(result: dict[str, Any], as_json: bool) -> None:
 
 def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
     """Print a verdict on every stage, and what the stores of those to come will take."""
-    from itertools import starmap
+    from stages.plan import Survey
 
-    from stages.feature_plan import foreseen, store_line
-
-    verdicts = run.survey(run.recipe.steps, demand=not all_steps)
-    seconds = {each.step.output: record.seconds for each in verdicts if (record := run.record(each.step.output))}
-    stores = {each.step.output: store for each in verdicts if not each.valid
-              and (store := foreseen(run.folder, run.recipe.config(each.step), run.runtime.data_root))}
+    survey = Survey(run, run.survey(run.recipe.steps, demand=not all_steps))
     if as_json:
-        print_json({"folder": str(run.folder), "recipe": run.recipe.name, "scheme": run.recipe.scheme, "steps": [
-            {"output": each.step.output, "stage": each.step.name, "inputs": list(each.step.inputs),
-             "verdict": each.state, "reasons": list(each.reasons), "seconds": seconds.get(each.step.output),
-             "feature_store": stores.get(each.step.output)}
-            for each in verdicts]})
-        return
-    from stages.plan import plan_lines
-
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    click.echo(f"{run.folder}: recipe {run.recipe.name}, scheme {run.recipe.scheme}")
-    click.echo("\n".join([*plan_lines(verdicts, seconds, width), *starmap(store_line, stores.items())]))
+        print_json(survey.as_dict())
+    else:
+        click.echo(survey.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 def run() -> None:

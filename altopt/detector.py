@@ -13,6 +13,7 @@ from altopt import backbones
 from altopt.backbones import STRIDE
 from altopt.config import DetectionRule, NetworkConfig, ProposalRule
 from altopt.fast_rcnn import FastRCNNHead, detections_of
+from altopt.network_parts import NetworkOfParts
 from altopt.pictures import Batch
 from altopt.roi_sample import pool_rois
 from altopt.rpn import RPNHead, proposals_of
@@ -20,7 +21,7 @@ from altopt.rpn import RPNHead, proposals_of
 PARTS = ("conv", "rpn", "fc", "head")
 
 
-class FasterRCNN(nn.Module):
+class FasterRCNN(NetworkOfParts):
     """The whole network, on the meta device until ``fill`` gives it weights."""
 
     def __init__(self, network: NetworkConfig, classes: int) -> None:
@@ -67,22 +68,9 @@ class FasterRCNN(nn.Module):
         else:
             self.head.renormalise(means, stds)
 
-    def set_dropout(self, probability: float) -> None:
-        """Set the share of features that training drops after fc6 and fc7."""
-        for layer in self.fc.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = probability
-
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """Return ``Tensor[R, C, P, P]`` for the boxes of each picture, by the op that the network was trained with."""
         return pool_rois(features, boxes, self.roi_size, 1 / STRIDE, self.samples_per_bin)
-
-    def tensors(self, parts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the named parts' weights, as a checkpoint holds them."""
-        return {
-            f"{part}.{name}": tensor.detach().to("cpu", memory_format=torch.contiguous_format)
-            for part in parts for name, tensor in getattr(self, part).state_dict().items()
-        }
 
 
 @torch.no_grad()

@@ -16,10 +16,9 @@ from altopt.backbones import STRIDE
 from altopt.config import DetectionRule
 from altopt.frozen import conv_features
 from altopt.pictures import Batch
-from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
 from altopt.rpn import at_least_float, smooth_l1
-from altopt.sampling import RoIRule, RoISample, sample_rois
+from altopt.sampling import RoISample, RoISampling
 
 
 class FastRCNNHead(nn.Module):
@@ -74,36 +73,24 @@ class FastRCNNHead(nn.Module):
 class FastRCNNTraining(nn.Module):
     """Convolutional layers, fully connected layers and head, from a batch with proposals to the two losses."""
 
-    def __init__(self, conv: nn.Sequential, fc: nn.Sequential, head: FastRCNNHead, *, roi_size: int, rule: RoIRule,
-                 rois_per_image: int, fg_fraction: float, box_weight: float, key: tuple[object, ...],
-                 cls_weight: float = 1.0) -> None:
+    def __init__(self, conv: nn.Sequential, fc: nn.Sequential, head: FastRCNNHead, *, roi_size: int, rois: RoISampling,
+                 box_weight: float, key: tuple[object, ...], cls_weight: float = 1.0) -> None:
         super().__init__()
         self.conv, self.fc, self.head = conv, fc, head
-        self.roi_size, self.rule, self.rois_per_image = roi_size, rule, rois_per_image
-        self.fg_fraction, self.cls_weight, self.box_weight, self.key = fg_fraction, cls_weight, box_weight, key
+        self.roi_size, self.rois = roi_size, rois
+        self.cls_weight, self.box_weight, self.key = cls_weight, box_weight, key
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return ``cls``, softmax loss over the sampled RoIs, and ``box``, smooth L1 of foreground RoIs.
 
         Both are divided by the number of RoIs of the batch, and multiplied by their weights.
         """
-        samples = self._sample(batch, iteration)
+        samples = self.rois.of_batch(batch, *self.key, iteration)
         features = conv_features(self.conv, batch)
         pooled = roi_pool(features, [sample.rois for sample in samples], self.roi_size, 1 / STRIDE)
         logits, normalised = self.head(self.fc(pooled.flatten(1)))
         losses = sampled_losses(self.head, logits, normalised, samples, self.box_weight)
         return batch.parts(losses | {"cls": self.cls_weight * losses["cls"]}, len(logits))
-
-    def _sample(self, batch: Batch, iteration: int) -> list[RoISample]:
-        samples = []
-        for sample in batch.samples:
-            assert sample.proposals is not None
-            samples.append(sample_rois(
-                sample.proposals, sample.objects, sample.classes, count=self.rois_per_image,
-                fg_fraction=self.fg_fraction, rule=self.rule,
-                generator=generator(*self.key, iteration, sample.id, sample.flipped),
-            ))
-        return samples
 
 
 def sampled_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, samples: Sequence[RoISample],

@@ -22,10 +22,9 @@ from altopt.config import ProposalRule
 from altopt.detector import FasterRCNN
 from altopt.fast_rcnn import sampled_losses
 from altopt.pictures import Batch, Sample
-from altopt.randomness import generator
 from altopt.roi_sample import pool_rois
 from altopt.rpn import RPNRule, kept_boxes, rpn_losses, scored_boxes
-from altopt.sampling import RoIRule, RoISample, sample_rois
+from altopt.sampling import RoISample, RoISampling
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,6 @@ class CoordinatePath:
         if self.clip:
             gradient = gradient * (self.clip / gradient.norm()).clamp(max=1)
         return gradient * share
-
-
-@dataclass(frozen=True)
-class RoISampling:
-    """How a picture's RoIs are drawn from its proposals and objects."""
-
-    rule: RoIRule
-    per_image: int
-    fg_fraction: float
 
 
 class JointTraining(nn.Module):
@@ -112,10 +102,7 @@ class JointTraining(nn.Module):
         A target says how to get from the RoI to its object, so it moves with the RoI as much as the pooled features do:
         the derivative of the loss needs both, and the targets are not detached.
         """
-        return sample_rois(
-            proposals, sample.objects, sample.classes, count=self.rois.per_image, fg_fraction=self.rois.fg_fraction,
-            rule=self.rois.rule, generator=generator(*self.key, "rois", iteration, sample.id, sample.flipped),
-        )
+        return self.rois.of_picture(sample, proposals, *self.key, "rois", iteration)
 
     def _detector_losses(self, features: Tensor, samples: Sequence[RoISample]) -> dict[str, Tensor]:
         rois = [sample.rois for sample in samples]

@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from altopt import backbones
 from altopt.backbones import STRIDE
 from altopt.config import NetworkConfig
+from altopt.network_parts import NetworkOfParts
 from altopt.pictures import Batch
 from altopt.pyramid import bins, pyramid_pool
-from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
-from altopt.sampling import RoIRule, RoISample, sample_rois
+from altopt.sampling import RoISample, RoISampling
 from altopt.warped_crops import warp
 
 
-class RegionClassifier(nn.Module):
+class RegionClassifier(NetworkOfParts):
     """``conv``, ``fc`` and ``head``, on the meta device until ``fill`` gives them weights.
 
     With ``levels`` fc6 takes the bins of that pyramid, and without the RoI grid of the network.
@@ -73,68 +73,34 @@ class RegionClassifier(nn.Module):
         whole = crops.new_tensor([[0, 0, crops.shape[3], crops.shape[2]]])
         return roi_pool(self.conv(crops), [whole] * len(crops), self.roi_size, 1 / STRIDE).flatten(1)
 
-    def set_dropout(self, probability: float) -> None:
-        """Set the share of features that training drops after fc6 and fc7."""
-        for layer in self.fc.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = probability
 
-    def tensors(self, parts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the named parts' weights, as a checkpoint holds them."""
-        return {
-            f"{part}.{name}": tensor.detach().to("cpu", memory_format=torch.contiguous_format)
-            for part in parts for name, tensor in getattr(self, part).state_dict().items()
-        }
-
-
-class RegionTraining(nn.Module):
-    """What both fine-tunings share: regions sampled by IoU, and the softmax loss over them."""
-
-    def __init__(self, *, rule: RoIRule, regions_per_image: int, fg_fraction: float, key: tuple[object, ...]) -> None:
-        super().__init__()
-        self.rule, self.regions_per_image = rule, regions_per_image
-        self.fg_fraction, self.key = fg_fraction, key
-
-    def sample(self, batch: Batch, iteration: int) -> list[RoISample]:
-        """Return the regions of each picture that the iteration trains on."""
-        samples = []
-        for each in batch.samples:
-            assert each.proposals is not None
-            samples.append(sample_rois(
-                each.proposals, each.objects, each.classes, count=self.regions_per_image,
-                fg_fraction=self.fg_fraction, rule=self.rule,
-                generator=generator(*self.key, iteration, each.id, each.flipped),
-            ))
-        return samples
-
-
-class PyramidTraining(RegionTraining):
+class PyramidTraining(nn.Module):
     """SPP-net's fine-tuning: fc6, fc7 and the softmax on stored maps. The conv layers are not even there."""
 
-    def __init__(self, network: RegionClassifier, levels: Sequence[int], *, rule: RoIRule, regions_per_image: int,
-                 fg_fraction: float, key: tuple[object, ...]) -> None:
-        super().__init__(rule=rule, regions_per_image=regions_per_image, fg_fraction=fg_fraction, key=key)
+    def __init__(self, network: RegionClassifier, levels: Sequence[int], regions: RoISampling,
+                 key: tuple[object, ...]) -> None:
+        super().__init__()
         self.fc, self.head, self.levels = network.fc, network.head, tuple(levels)
+        self.regions, self.key = regions, key
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return ``cls``, the mean softmax loss over the sampled regions."""
         assert batch.features is not None
-        samples = self.sample(batch, iteration)
+        samples = self.regions.of_batch(batch, *self.key, iteration)
         pooled = pyramid_pool(batch.features, [sample.rois for sample in samples], self.levels, 1 / STRIDE)
         return batch.parts(_softmax_loss(self.head(self.fc(pooled)), samples), len(pooled))
 
 
-class WarpedTraining(RegionTraining):
+class WarpedTraining(nn.Module):
     """Slow R-CNN's fine-tuning: the whole network on warped regions of pictures in their original frame."""
 
-    def __init__(self, network: RegionClassifier, side: int, *, rule: RoIRule, regions_per_image: int,
-                 fg_fraction: float, key: tuple[object, ...]) -> None:
-        super().__init__(rule=rule, regions_per_image=regions_per_image, fg_fraction=fg_fraction, key=key)
-        self.network, self.side = network, side
+    def __init__(self, network: RegionClassifier, side: int, regions: RoISampling, key: tuple[object, ...]) -> None:
+        super().__init__()
+        self.network, self.side, self.regions, self.key = network, side, regions, key
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return ``cls``, the mean softmax loss over the sampled regions."""
-        samples = self.sample(batch, iteration)
+        samples = self.regions.of_batch(batch, *self.key, iteration)
         crops = torch.cat([
             warp(image[:, : each.size[1], : each.size[0]], sample.rois, self.side)
             for image, each, sample in zip(batch.images, batch.samples, samples, strict=True)

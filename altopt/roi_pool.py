@@ -2,13 +2,18 @@
 
 torchvision's compiled kernel does what Caffe's layer does: corners are rounded to whole cells of the feature map,
 both ends included, each bin takes its maximum, an empty bin is 0, and the backward pass follows the arg-max alone.
+
+A cell that is the arg-max of several bins gets the sum of their gradients. The kernel's backward pass adds them on CUDA
+atomically, in no certain order; with torch's switch for deterministic algorithms, it is done here in a fixed one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatial_scale: float) -> Tensor:
@@ -23,13 +28,46 @@ def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatia
     rois = torch.cat([_with_index(each, b) for b, each in enumerate(boxes)])  # (R, 5)
     inclusive = rois - rois.new_tensor([0, 0, 0, 1, 1])
     # The kernel knows float and double only, and under autocast features may be bfloat16.
-    pooled: Tensor = torchvision.ops.roi_pool(
+    pool = pool_in_order if torch.are_deterministic_algorithms_enabled() else torchvision.ops.roi_pool
+    pooled: Tensor = pool(
         features.float() if features.dtype in (torch.bfloat16, torch.float16) else features,
         inclusive.to(features.dtype if features.dtype == torch.float64 else torch.float32),
         output_size,
         spatial_scale,
     )
     return pooled.to(features.dtype)  # (R, C, P, P)
+
+
+def pool_in_order(features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:
+    """Return what torchvision's op does for ``rois`` ``Tensor[R, 5]``; the backward pass adds up in their order."""
+    pooled: Tensor = _PoolInOrder.apply(features, rois, output_size, spatial_scale)
+    return pooled
+
+
+class _PoolInOrder(torch.autograd.Function):
+    """The kernel forward, which says where each maximum was; backward one sum over those places.
+
+    ``index_add`` goes through its indices one by one on the CPU; on CUDA, with torch's switch, it sorts them first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:
+        pooled: Tensor
+        pooled, places = torch.ops.torchvision.roi_pool(features, rois, spatial_scale, output_size, output_size)
+        ctx.save_for_backward(rois, places)  # places: int32 (R, C, P, P), row * W + column, -1 in an empty bin
+        ctx.shape = features.shape
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        rois, places = ctx.saved_tensors
+        _, channels, height, width = ctx.shape
+        maps = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)  # (R, C)
+        cells = maps[:, :, None, None] * (height * width) + places.clamp(min=0)  # (R, C, P, P)
+        values = gradient.where(places >= 0, 0.0)
+        total = gradient.new_zeros(ctx.shape.numel()).index_add_(0, cells.flatten(), values.flatten())
+        return total.view(ctx.shape), None, None, None
 
 
 def _with_index(boxes: Tensor, picture: int) -> Tensor:

@@ -58,7 +58,8 @@ def _interpolated(features: Tensor, picture: Tensor, x: Tensor, y: Tensor) -> Te
     """Return the features at every (x, y), ``Tensor[R, Q]`` each, of each RoI's picture: ``Tensor[R, C, Q, Q]``.
 
     A point is a weighted sum of four cells, which is what an embedding bag computes: on the CPU that takes half of
-    grid_sample's time or less, and on the GPU its backward pass, unlike grid_sample's, adds up in a fixed order.
+    grid_sample's time or less, and on the GPU its backward pass, unlike grid_sample's, adds up in a fixed order, as
+    ``altopt.determinism`` asks for.
     """
     channels, height, width = features.shape[1:]
     rows, row_shares = _neighbours(y, height)  # (R, Q, 2)

@@ -1,6 +1,7 @@
 """What a network is trained on: labels for anchors, samples of RoIs, and their regression targets.
 
-Pure functions of tensors; randomness is an explicit generator. Letters: A anchors, R RoIs, G objects.
+Functions of tensors; randomness is an explicit generator. ``RoISampling`` applies them to the pictures of a batch.
+Letters: A anchors, R RoIs, G objects.
 Labels: 1 and above an object (for anchors just 1), 0 background, -1 ignored.
 """
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from altopt import boxes as bx
+from altopt import randomness
+from altopt.pictures import Batch, Sample
 
 
 @dataclass(frozen=True)
@@ -127,3 +130,27 @@ def has_samples(proposals: Tensor, objects: Tensor, rule: RoIRule) -> bool:
     """Return whether a picture has any foreground or background RoI; if not, it cannot be trained on."""
     overlap, _ = match_rois(torch.cat([objects, proposals]), objects)
     return bool(((overlap >= rule.fg) | ((overlap < rule.bg_high) & (overlap >= rule.bg_low))).any())
+
+
+@dataclass(frozen=True)
+class RoISampling:
+    """How a picture's RoIs are drawn from its proposals and objects: which count as what, how many, what share."""
+
+    rule: RoIRule
+    per_image: int
+    fg_fraction: float
+
+    def of_picture(self, picture: Sample, proposals: Tensor, *key: object) -> RoISample:
+        """Return the RoIs of one picture; ``proposals`` is ``Tensor[K, 4]`` in the input frame."""
+        return sample_rois(
+            proposals, picture.objects, picture.classes, count=self.per_image, fg_fraction=self.fg_fraction,
+            rule=self.rule, generator=randomness.generator(*key, picture.id, picture.flipped),
+        )
+
+    def of_batch(self, batch: Batch, *key: object) -> list[RoISample]:
+        """Return the RoIs of each picture of a batch, from the proposals that it was read with."""
+        samples = []
+        for picture in batch.samples:
+            assert picture.proposals is not None
+            samples.append(self.of_picture(picture, picture.proposals, *key))
+        return samples

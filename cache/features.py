@@ -18,13 +18,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from cache.checkpoints import raw_bytes
-from cache.preallocated import Column, PreallocatedFile, PreallocatedWriter
+from cache.preallocated import Column, KeyedWriter, PreallocatedFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +43,7 @@ class MapKey(NamedTuple):
     scale: int
 
 
-class FeatureMapWriter:
+class FeatureMapWriter(KeyedWriter[MapKey]):
     """Writes maps of known shapes in any order; the file appears when all are there and the ``with`` block ends well.
 
     ``shapes`` gives (channels, height, width) of every map. ``attributes``: "conv", "dataset", "settings". What an
@@ -53,7 +52,6 @@ class FeatureMapWriter:
 
     def __init__(self, path: Path, attributes: Mapping[str, Any], shapes: Mapping[MapKey, Sequence[int]],
                  precision: Precision) -> None:
-        self._units = {key: unit for unit, key in enumerate(shapes)}
         extents = np.array(list(shapes.values()), np.int32).reshape(-1, 3)
         self._offsets = np.concatenate([[0], np.cumsum(extents.astype(np.int64).prod(axis=1))]).astype(np.int64)
         self._shapes = dict(shapes)
@@ -65,19 +63,7 @@ class FeatureMapWriter:
             "shapes": extents, "offsets": self._offsets,
         }
         columns = {"values": Column(STORED[precision], (int(self._offsets[-1]),))}
-        self._file = PreallocatedWriter(path, {**attributes, "precision": precision}, index, columns, len(shapes))
-
-    def __enter__(self) -> FeatureMapWriter:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self._file.__exit__(kind, error, traceback)
-
-    def done(self, key: MapKey) -> bool:
-        """Return whether the map is there already."""
-        return self._file.done(self._units[key])
+        super().__init__(path, {**attributes, "precision": precision}, index, columns, shapes)
 
     def write(self, key: MapKey, features: Tensor) -> None:
         """Write a map, ``Tensor[C, H, W]`` in the precision of the file. May be called by several threads."""

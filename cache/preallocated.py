@@ -18,11 +18,11 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -35,6 +35,7 @@ FLUSH_BYTES = 1 << 26  # what an interruption can cost is at most this much of w
 REMEDY = 'make it again ("altopt plan" says how)'
 
 Array = NDArray[Any]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,27 @@ class PreallocatedWriter:
             self._put("written", unit, np.ones(1, np.uint8))
             self._done[unit] = True
         self._waiting, self._waiting_bytes = [], 0
+
+
+class KeyedWriter(Generic[Key]):
+    """A ``PreallocatedWriter`` whose units have keys, in the order of ``keys``; for a file of one certain content."""
+
+    def __init__(self, path: Path, attributes: Mapping[str, Any], index: Mapping[str, Array | Sequence[str]],
+                 columns: Mapping[str, Column], keys: Iterable[Key]) -> None:
+        self._units = {key: unit for unit, key in enumerate(keys)}
+        self._file = PreallocatedWriter(path, attributes, index, columns, len(self._units))
+
+    def __enter__(self) -> Self:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self._file.__exit__(kind, error, traceback)
+
+    def done(self, key: Key) -> bool:
+        """Return whether what has this key is there already."""
+        return self._file.done(self._units[key])
 
 
 class PreallocatedFile:

@@ -22,13 +22,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.preallocated import Column, PreallocatedFile, PreallocatedWriter
+from cache.preallocated import Column, KeyedWriter, PreallocatedFile
 
 Floats = NDArray[np.floating[Any]]
 SCHEMA: dict[str, Any] = {
@@ -67,7 +66,7 @@ class PictureRegions:
     pooled_targets: NDArray[np.float32]
 
 
-class RegionFeatureWriter:
+class RegionFeatureWriter(KeyedWriter[str]):
     """Writes the regions of pictures, whose numbers are known, in any order; the file appears when all are there.
 
     What an interrupted writer of the same content left is not written again. Raises ResourceError without room.
@@ -75,7 +74,6 @@ class RegionFeatureWriter:
 
     def __init__(self, path: Path, attributes: Mapping[str, Any], counts: Mapping[str, RegionCount],
                  sizes: RegionSizes) -> None:
-        self._units = {image_id: unit for unit, image_id in enumerate(counts)}
         ends = np.cumsum(np.array([(0, 0), *counts.values()], np.int64), axis=0)
         self._offsets, self._pooled_offsets = np.ascontiguousarray(ends[:, 0]), np.ascontiguousarray(ends[:, 1])
         self._counts = dict(counts)
@@ -90,19 +88,7 @@ class RegionFeatureWriter:
         index: dict[str, Any] = {
             "image_ids": list(counts), "offsets": self._offsets, "pooled_offsets": self._pooled_offsets,
         }
-        self._file = PreallocatedWriter(path, attributes, index, columns, len(counts))
-
-    def __enter__(self) -> RegionFeatureWriter:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        self._file.__exit__(kind, error, traceback)
-
-    def done(self, image_id: str) -> bool:
-        """Return whether the picture's regions are there already."""
-        return self._file.done(self._units[image_id])
+        super().__init__(path, attributes, index, columns, counts)
 
     def write(self, image_id: str, regions: PictureRegions) -> None:
         """Write one picture; ValueError when its regions are not as many as was said."""

@@ -4,21 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from altopt.config import DetectionRule, NetworkConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from altopt.config import DetectionRule, sourced
+from stages.split_config import OnTestSplit
 from stages.step import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detect(DetectionRule):
+class Detect(DetectionRule, OnTestSplit):
     """How pictures of the test split are detected on."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "test"
-    divided: ClassVar[bool] = True
     table: ClassVar[str] = "detect"
-    network: NetworkConfig
-    data: DataConfig
     images_per_batch: int = sourced(1, "pfr test_net: one picture at a time")
 
 

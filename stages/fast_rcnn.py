@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from altopt.config import NetworkConfig, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from stages.split_config import OnTrainSplit
 from stages.step import Runtime
 
 SOLVER = "pfr models/pascal_voc/VGG16/faster_rcnn_alt_opt/*fast_rcnn_solver*.pt"
@@ -16,14 +16,10 @@ SCALES = ("the network's short_side alone; Fast R-CNN, section 5.2, draws one of
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastRCNNConfig(TrainingConfig):
+class FastRCNNConfig(TrainingConfig, OnTrainSplit):
     """How Fast R-CNN is trained: RoIs sampled by IoU, two losses (Fast R-CNN, section 2.3)."""
 
     version: ClassVar[int] = 2  # a head that starts anew starts small in units of its statistics
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     iterations: int = sourced(40_000, SOLVER)
     images_per_batch: int = sourced(2, SAMPLING)
     lr_steps: tuple[int, ...] = sourced((30_000,), SOLVER)
@@ -111,13 +107,12 @@ def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNCo
            freeze: tuple[str, ...] | None, fresh: tuple[str, ...] = (), *, others: tuple[str, ...] = (),
            frames: Sequence[NetworkConfig] = ()) -> dict[str, Any]:
     from altopt.fast_rcnn import FastRCNNTraining
-    from altopt.sampling import RoIRule
-    from stages.training import CachedProposals, Training, box_statistics, trainable_entries
+    from stages.training import CachedProposals, Training, box_statistics, roi_sampling, trainable_entries
 
     training = Training(name, init, out, config, runtime)
     cached = CachedProposals(proposals, training.dataset, config.proposals)
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
-    entries, unusable = trainable_entries(training, cached, rule)
+    sampling = roi_sampling(config)
+    entries, unusable = trainable_entries(training, cached, sampling.rule)
     network = training.network(("conv", "fc", "head"), fresh)
     training.freeze(network, freeze, others)
     if config.box_regression == "none":
@@ -126,10 +121,8 @@ def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNCo
         network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
     network.set_dropout(config.dropout)
     module = FastRCNNTraining(
-        network.conv, network.fc, network.head, roi_size=network.roi_size, rule=rule,
-        rois_per_image=max(1, config.rois_per_batch // config.images_per_batch), fg_fraction=config.fg_fraction,
-        cls_weight=config.cls_weight, box_weight=config.box_weight if config.box_regression == "multi-task" else 0.0,
-        key=training.key,
+        network.conv, network.fc, network.head, roi_size=network.roi_size, rois=sampling, cls_weight=config.cls_weight,
+        box_weight=config.box_weight if config.box_regression == "multi-task" else 0.0, key=training.key,
     )
     if freeze is None and not frames:
         facts = training.run_on_frozen(network.conv, module, entries, cached)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from altopt.config import NetworkConfig, ProposalRule, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from altopt.config import ProposalRule, TrainingConfig, sourced
+from stages.split_config import OnTrainSplit
 from stages.step import Runtime
 
 if TYPE_CHECKING:
@@ -20,17 +20,13 @@ PARTS = ("conv", "rpn", "fc", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointConfig(TrainingConfig, ProposalRule):
+class JointConfig(TrainingConfig, ProposalRule, OnTrainSplit):
     """How one network is trained with four losses on proposals that it makes as it learns.
 
     Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
     """
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     iterations: int = sourced(70_000, SOLVER)
     images_per_batch: int = sourced(1, "pfr end2end (Caffe's iter_size 2 sums the gradients of two such batches)")
     lr_steps: tuple[int, ...] = sourced((50_000,), SOLVER)
@@ -110,16 +106,15 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
 def joint_training(network: "FasterRCNN", config: JointConfig, path: "CoordinatePath | None",
                    key: tuple[object, ...]) -> "JointTraining":
     """Return what the training loop trains: the network, from a batch to the four losses that the config asks for."""
-    from altopt.joint import JointTraining, RoISampling
+    from altopt.joint import JointTraining
     from altopt.rpn import RPNRule
-    from altopt.sampling import RoIRule
+    from stages.training import roi_sampling
 
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
     return JointTraining(
         network, proposals=config, path=path, key=key,
         anchors=RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
                         config.sigma, box_weight=1.0),
-        rois=RoISampling(rule, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction),
+        rois=roi_sampling(config),
         weights={"rpn_cls": config.rpn_cls_weight, "rpn_box": config.rpn_box_weight, "cls": config.cls_weight,
                  "box": config.box_weight},
     )

@@ -1,14 +1,45 @@
 """The plan as lines of text, and not as a table of rich's: to import that takes half as long again as all the rest."""
 
 import textwrap
+from itertools import starmap
+from typing import Any
 
 import click
 
-from stages.run import Verdict
+from stages.feature_plan import foreseen, store_line
+from stages.run import Run, Verdict
 
 COLOURS = {"done": "green", "given": "cyan", "waits": "yellow", "stale": "yellow"}
 HEADINGS = ("", "output", "stage", "from", "verdict", "why")
 LEAST_WIDTH = 20  # of the last column, however narrow the terminal
+
+
+class Survey:
+    """The verdicts on a run's steps, what each took, and what the feature stores of those to come will take."""
+
+    def __init__(self, run: Run, verdicts: list[Verdict]) -> None:
+        self.run, self.verdicts = run, verdicts
+        records = {each.step.output: run.record(each.step.output) for each in verdicts}
+        self.seconds = {output: record.seconds for output, record in records.items() if record}
+        stores = {each.step.output: foreseen(run.folder, run.recipe.config(each.step), run.runtime.data_root)
+                  for each in verdicts if not each.valid}
+        self.stores = {output: store for output, store in stores.items() if store}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it JSON-able."""
+        recipe = self.run.recipe
+        return {"folder": str(self.run.folder), "recipe": recipe.name, "scheme": recipe.scheme, "steps": [
+            {"output": each.step.output, "stage": each.step.name, "inputs": list(each.step.inputs),
+             "verdict": each.state, "reasons": list(each.reasons), "seconds": self.seconds.get(each.step.output),
+             "feature_store": self.stores.get(each.step.output)}
+            for each in self.verdicts]}
+
+    def text(self, width: int | None = None) -> str:
+        """Return it as lines for a person, folded to a terminal's ``width`` where there is one."""
+        recipe = self.run.recipe
+        return "\n".join([
+            f"{self.run.folder}: recipe {recipe.name}, scheme {recipe.scheme}",
+            *plan_lines(self.verdicts, self.seconds, width), *starmap(store_line, self.stores.items())])
 
 
 def duration(seconds: float) -> str:

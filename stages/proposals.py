@@ -4,20 +4,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from altopt.config import NetworkConfig, ProposalRule, sourced
-from altopt.datasets.dataset import DataConfig
+from altopt.config import ProposalRule, sourced
+from stages.split_config import OnTrainSplit
 from stages.step import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateProposals(ProposalRule):
+class GenerateProposals(ProposalRule, OnTrainSplit):
     """How the RPN's boxes are made into proposals."""
 
     version: ClassVar[int] = 2
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     images_per_batch: int = sourced(1, "pfr rpn_generate: one picture at a time")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
 

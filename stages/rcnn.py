@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from altopt.config import NetworkConfig, RegionDetectionRule, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from stages.split_config import OnTestSplit, OnTrainSplit
 from stages.step import Runtime
 
 SOLVER = "R-CNN finetuning/pascal_finetune_solver"
@@ -13,14 +13,10 @@ METHOD = "rcnn"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOnWarpedRegions(TrainingConfig):
+class TrainOnWarpedRegions(TrainingConfig, OnTrainSplit):
     """Fine-tuning by softmax on warped regions (R-CNN, section 2.3)."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     iterations: int = sourced(70_000, "R-CNN's own models; it saturates near 40,000")
     lr_steps: tuple[int, ...] = sourced((20_000, 40_000, 60_000), SOLVER)
     images_per_batch: int = sourced(16, "chosen: R-CNN draws each region from any picture, at a reading for each")
@@ -36,14 +32,10 @@ class TrainOnWarpedRegions(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheWarpedFeatures:
+class CacheWarpedFeatures(OnTrainSplit):
     """Features of every region of the training split."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
     regressor_iou: float = sourced(0.6, "R-CNN, appendix C: proposals above it train box regressors")
     stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
@@ -52,14 +44,10 @@ class CacheWarpedFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectRCNN(RegionDetectionRule):
+class DetectRCNN(RegionDetectionRule, OnTestSplit):
     """How pictures of the test split are detected on."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "test"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     rois_at_once: int = sourced(128, "chosen: bounds the memory")
 
 
@@ -68,21 +56,17 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
     """Fine-tune the network as a classifier of warped regions."""
     from altopt.pictures import read_sample
     from altopt.region_classifier import WarpedTraining
-    from altopt.sampling import RoIRule
-    from stages.training import CachedProposals, Training, trainable_entries
+    from stages.training import CachedProposals, Training, roi_sampling, trainable_entries
 
     training = Training("train_on_warped_regions", init, out, config, runtime)
     dataset = training.dataset
     cached = CachedProposals(proposals, dataset, config.proposals)
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
-    entries, unusable = trainable_entries(training, cached, rule)
+    sampling = roi_sampling(config)
+    entries, unusable = trainable_entries(training, cached, sampling.rule)
     classifier = training.classifier()
     training.freeze(classifier, config.freeze)
     classifier.set_dropout(config.dropout)
-    module = WarpedTraining(
-        classifier, config.crop_side, rule=rule, fg_fraction=config.fg_fraction, key=training.key,
-        regions_per_image=max(1, config.rois_per_batch // config.images_per_batch),
-    )
+    module = WarpedTraining(classifier, config.crop_side, sampling, training.key)
 
     def read(entry: Any, iteration: int) -> Any:
         frame = original_frame(config.network, dataset.size(entry.id))

@@ -4,22 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from altopt.config import NetworkConfig, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from altopt.config import TrainingConfig, sourced
+from stages.split_config import OnTrainSplit
 from stages.step import Runtime
 
 TARGETS = "Faster R-CNN, section 3.1.2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RPNConfig(TrainingConfig):
+class RPNConfig(TrainingConfig, OnTrainSplit):
     """How an RPN is trained: anchors labelled by IoU, sampled, scored (Faster R-CNN, section 3.1)."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     positive_iou: float = sourced(0.7, TARGETS)
     negative_iou: float = sourced(0.3, TARGETS)
     anchors_per_image: int = sourced(256, "Faster R-CNN, section 3.1.3; pfr RPN_BATCHSIZE")

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from altopt.datasets.opening import open_dataset
+from altopt.determinism import fixed_order
 from altopt.errors import ArtifactError, DataError
 from altopt.ranks import Ranks
 from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
@@ -151,7 +152,7 @@ class Run:
         started = time.perf_counter()
         stage = partial(step.stage, *(self.path(name) for name in inputs), out=self.path(step.output), config=config)
         runtime.ranks.announce((stage, dataclasses.replace(runtime, report=unheard, ranks=Ranks())))
-        facts = stage(runtime=runtime)
+        facts = _carried_out(stage, runtime)
         seconds = facts.get("train_seconds", 0.0) or time.perf_counter() - started
         record = self._write_record(step.output, step.name, step.config_class.version,  # type: ignore[attr-defined]
                                     inputs=hashes, data=data, config=key_of(step, config), seconds=round(seconds, 2),
@@ -254,7 +255,12 @@ def help_rank_0(ranks: Ranks) -> None:
     """Take part in every stage that rank 0 announces, until it has no more."""
     while (task := ranks.same(None)) is not None:
         stage, runtime = task
-        stage(runtime=dataclasses.replace(runtime, ranks=ranks))
+        _carried_out(stage, dataclasses.replace(runtime, ranks=ranks))
+
+
+def _carried_out(stage: Callable[..., dict[str, Any]], runtime: Runtime) -> dict[str, Any]:
+    with fixed_order(runtime.deterministic):
+        return stage(runtime=runtime)
 
 
 def key_of(step: Step, config: Any) -> dict[str, Any]:
@@ -321,20 +327,17 @@ def find_step(steps: Sequence[Step], word: str) -> Step:
                      f"as M2, or a function: {', '.join(step.name for step in steps)}")
 
 
-def take_from(run: Run, steps: Sequence[Step], word: str, target: Step) -> list[Step]:
-    """Adopt the artifact of ``--from M1`` or ``--from M1=FILE`` and return the steps after it, up to the target.
+def take_from(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
+    """Adopt the artifact of each ``--from M1`` or ``--from M1=FILE``; return the steps after the latest, to the target.
 
     Inputs of those steps that come before it count as given too if they are there; M0 is made if it is not.
     """
-    from altopt.errors import UsageError
-
-    name, equals, file = word.partition("=")
-    start = find_step(steps, name)
-    first, last = steps.index(start), steps.index(target)
-    if first >= last:
-        raise UsageError(f"--from {start.output} comes after what is asked for ({target.output}): name an earlier one")
-    source = Path(file) if equals else None
-    _adopt_unless_done(run, start, source, f"--from {word}")
+    last = steps.index(target)
+    given = _named_before(steps, last, words)
+    for place, word in given.items():
+        _, equals, file = word.partition("=")
+        _adopt_unless_done(run, steps[place], Path(file) if equals else None, f"--from {word}")
+    first, word = max(given.items())
     between = list(steps[first + 1 : last + 1])
     for step in between:
         for needed in step.inputs_for(run.recipe.config(step)):
@@ -346,6 +349,23 @@ def take_from(run: Run, steps: Sequence[Step], word: str, target: Step) -> list[
             else:
                 _adopt_unless_done(run, before, None, f"--from {word}, which needs it")
     return between
+
+
+def _named_before(steps: Sequence[Step], last: int, words: Sequence[str]) -> dict[int, str]:
+    """Return {place in the list: word} of what ``--from`` names. Raises ``UsageError`` for one that cannot be taken."""
+    from altopt.errors import UsageError
+
+    places: dict[int, str] = {}
+    for word in words:
+        step = find_step(steps, word.partition("=")[0])
+        place = steps.index(step)
+        if place >= last:
+            raise UsageError(f"--from {step.output} comes after what is asked for ({steps[last].output}): name an "
+                             "earlier one")
+        if place in places:
+            raise UsageError(f"--from {places[place]} and --from {word} are one artifact: name it once")
+        places[place] = word
+    return places
 
 
 def run_one(run: Run, step: Step, force: bool) -> list[Step]:

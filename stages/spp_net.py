@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from altopt.config import NetworkConfig, RegionDetectionRule, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from stages.split_config import OnTestSplit, OnTrainSplit
 from stages.step import Runtime
 
 SCRIPT = "SPP_net Script_spp_voc"
@@ -15,14 +15,10 @@ METHOD = "spp_net"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConvFeatures:
+class CacheConvFeatures(OnTrainSplit):
     """Feature maps of the last conv layer for every training picture, its mirror image, and every scale."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     scales: tuple[int, ...] = sourced((688,), SCALES)
     max_side: int = sourced(2000, "Fast R-CNN's config for five scales")
     flips: bool = sourced(True, SCRIPT)
@@ -30,14 +26,10 @@ class CacheConvFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFCLayers(TrainingConfig):
+class TrainFCLayers(TrainingConfig, OnTrainSplit):
     """Fine-tuning of fc6, fc7 and a softmax on stored maps; each picture at a scale drawn at random."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     iterations: int = sourced(90_000, f"{SCRIPT}: rates 1e-3, 1e-4, 1e-5 for 30,000 each (its limit is 200,000)")
     lr_steps: tuple[int, ...] = sourced((30_000, 60_000), SCRIPT)
     images_per_batch: int = sourced(4, "chosen: SPP-net draws each region from any picture, at a reading for each")
@@ -52,14 +44,10 @@ class TrainFCLayers(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheRegionFeatures:
+class CacheRegionFeatures(OnTrainSplit):
     """Features of every region of the training split, from stored maps."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     region_area: int = sourced(224 * 224, AREA)
     proposals: int = sourced(2000, "SPP-net, section 4.1: around 2000 regions a picture")
     regressor_iou: float = sourced(0.5, f"{SCRIPT}: proposals above it train box regressors")
@@ -69,14 +57,10 @@ class CacheRegionFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectSPPNet(RegionDetectionRule):
+class DetectSPPNet(RegionDetectionRule, OnTestSplit):
     """How pictures of the test split are detected on."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "test"
-    divided: ClassVar[bool] = True
-    network: NetworkConfig
-    data: DataConfig
     scales: tuple[int, ...] = sourced((688,), SCALES)
     max_side: int = sourced(2000, "Fast R-CNN's config for five scales")
     region_area: int = sourced(224 * 224, AREA)
@@ -110,22 +94,18 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
     """Fine-tune fc6, fc7 and a softmax on pyramids pooled from stored maps; the conv layers do not change."""
     from altopt.pictures import stored_sample
     from altopt.region_classifier import PyramidTraining
-    from altopt.sampling import RoIRule
     from cache.features import FeatureMapFile, MapKey
-    from stages.training import CachedProposals, Training, trainable_entries
+    from stages.training import CachedProposals, Training, roi_sampling, trainable_entries
 
     training = Training("train_fc_layers", init, out, config, runtime)
     dataset = training.dataset
     cached = CachedProposals(proposals, dataset, config.proposals)
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
-    entries, unusable = trainable_entries(training, cached, rule)
+    sampling = roi_sampling(config)
+    entries, unusable = trainable_entries(training, cached, sampling.rule)
     classifier = training.classifier(config.levels)
     training.freeze(classifier, None)
     classifier.set_dropout(config.dropout)
-    module = PyramidTraining(
-        classifier, config.levels, rule=rule, fg_fraction=config.fg_fraction, key=training.key,
-        regions_per_image=max(1, config.rois_per_batch // config.images_per_batch),
-    )
+    module = PyramidTraining(classifier, config.levels, sampling, training.key)
     with FeatureMapFile(maps) as stored:
         frames = _stored_frames(stored, maps, training.tensors, config.network)
 
@@ -164,8 +144,6 @@ def detect_spp_net(network: Path, svms: Path, regressors: Path, proposals: Path,
     frames = config.network.at_scales(config.scales, config.max_side)
     linear = LinearLayers(svms, regressors, fine_tuned)
     return detect_regions(fine_tuned, FreshPyramids(fine_tuned, frames), linear, proposals, out)
-
-
 
 
 def _stored_frames(stored: Any, path: Path, tensors: Any, network: NetworkConfig) -> list[NetworkConfig]:

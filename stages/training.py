@@ -22,7 +22,7 @@ from altopt.pictures import Batch, Sample, read_sample, stored_sample
 from altopt.randomness import generator
 from altopt.ranks import Ranks
 from altopt.region_classifier import RegionClassifier
-from altopt.sampling import RoIRule, has_samples
+from altopt.sampling import RoIRule, RoISampling, has_samples
 from altopt.slices import Slices
 from altopt.training import Progress, describe, freeze, layers_named, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
@@ -178,7 +178,9 @@ class Training:
 def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, runtime: Runtime,
              key: tuple[object, ...], device: torch.device, slices: Slices[Any] | None = None) -> dict[str, Any]:
     """Run the training loop with snapshots beside ``out`` and reports to the runtime; return facts for the record."""
-    text = json.dumps([runtime.inputs_key, asdict(config)], sort_keys=True)
+    # What adds in a fixed order has to do so from the first iteration, and goes on from no other snapshot.
+    exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    text = json.dumps([runtime.inputs_key, asdict(config) | exact], sort_keys=True)
 
     def report(progress: Progress) -> None:
         runtime.report({"event": "progress", "iterations": progress.iterations, **describe(progress)})
@@ -196,7 +198,7 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
                         report=report, report_every=runtime.report_every, diverged=keep_batch, slices=slices)
     # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes everywhere.
     return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads(),
-            "processes": runtime.ranks.count}
+            "processes": runtime.ranks.count, **exact}
 
 
 def require_alike(stage: str, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -273,6 +275,12 @@ def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]
         width, height = dataset.size(id)
         entries += [Entry(id, flipped, width >= height) for flipped in ((False, True) if flips else (False,))]
     return entries
+
+
+def roi_sampling(config: Any) -> RoISampling:
+    """Return how RoIs are drawn: each picture of a batch has an equal part of ``rois_per_batch``, and at least one."""
+    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
+    return RoISampling(rule, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction)
 
 
 def trainable_entries(training: Training, cached: CachedProposals, rule: RoIRule) -> tuple[list[Entry], int]:

@@ -49,7 +49,7 @@ def _rank(results: Any, rank: int, count: int, port: int, function: Callable[...
 
 
 def start(folder: Path, processes: int, *arguments: str) -> subprocess.Popen[str]:
-    """Start a command as so many processes, in a session of its own."""
+    """Start a command as so many processes."""
     command = [sys.executable, str(ROOT / "cli.py"), *arguments, "--processes", str(processes), "--device", "cpu"]
     return subprocess.Popen(command, cwd=folder, env=os.environ | LOOPBACK, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)

@@ -176,6 +176,33 @@ def test_stage_from(altopt, copied, finished, word):
     assert not (copied / "M3.safetensors").exists()
 
 
+def test_stage_from_several_files(altopt, workplace, finished):
+    words = [word for name in ("P1", "M0") for word in ("--from", f"{name}={next(finished.glob(name + '.[sh]*'))}")]
+    answer = altopt("stage", "3", "--recipe", "tiny.toml", *words)
+    assert (answer.code, answer.out) == (0, "")
+    made = workplace / "runs" / "tiny"
+    assert hashes(made, "M0", "P1", "M2") == hashes(finished, "M0", "P1", "M2")
+    assert not (made / "M1.safetensors").exists()
+
+
+def test_run_all_from_several(altopt, copied, finished):
+    answer = altopt("run-all", "--run", "tiny", "--from", "M2", "--from", "M0", "--until", "M3")
+    assert (answer.code, answer.out) == (0, "")
+    assert [json.loads((copied / f"{name}.json").read_text())["given"] for name in ("M0", "M2", "M3")] == [None] * 3
+    answer = altopt("run-all", "--run", "tiny", "--from", "M2", "--from", "M3", "--until", "M3")
+    assert answer.code == 2
+    assert "--from M3 comes after what is asked for (M3)" in answer.err
+
+
+def test_stage_in_a_fixed_order(altopt, copied, finished):
+    answer = altopt("stage", "3", "--run", "tiny", "--deterministic", "--force")
+    assert (answer.code, answer.out) == (0, "")
+    assert hashes(copied, "M2") == hashes(finished, "M2")
+    assert json.loads((copied / "M2.json").read_text())["metrics"]["deterministic"] is True
+    again = altopt("stage", "3", "--run", "tiny")
+    assert (again.code, again.err) == (0, "M2 is up to date: nothing to do\n")
+
+
 def test_stage_with_init_keeps_it_in_the_recipe(altopt, copied):
     answer = altopt("stage", "3", "--run", "tiny", "--init", "m1")
     assert answer.code == 0

@@ -12,7 +12,7 @@ from altopt.config import DetectionRule
 from altopt.fast_rcnn import FastRCNNHead, FastRCNNTraining, detections_of, fast_rcnn_losses
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
-from altopt.sampling import RoIRule
+from altopt.sampling import RoIRule, RoISampling
 
 CLASSES = 3
 SIZE = (128, 96)
@@ -164,8 +164,8 @@ def training_of(head: FastRCNNHead | None = None, count: int = 16) -> FastRCNNTr
     with torch.no_grad():
         for parameter in [*conv.parameters(), *fc.parameters()]:
             parameter.normal_(std=0.3, generator=random)
-    return FastRCNNTraining(conv, fc, head or head_of(), roi_size=2, rule=RoIRule(0.5, 0.5, 0.0), rois_per_image=count,
-                            fg_fraction=0.25, box_weight=1.0, key=(3, "test"))
+    rois = RoISampling(RoIRule(0.5, 0.5, 0.0), per_image=count, fg_fraction=0.25)
+    return FastRCNNTraining(conv, fc, head or head_of(), roi_size=2, rois=rois, box_weight=1.0, key=(3, "test"))
 
 
 def sample_of(objects: torch.Tensor, proposals: torch.Tensor, id: str = "one") -> Sample:

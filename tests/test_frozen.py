@@ -11,7 +11,7 @@ from altopt.frozen import conv_features, frozen_features, picture_map
 from altopt.pictures import Sample, make_batch
 from altopt.randomness import generator
 from altopt.rpn import RPNHead, RPNRule, RPNTraining
-from altopt.sampling import RoIRule
+from altopt.sampling import RoIRule, RoISampling
 
 CPU = torch.device("cpu")
 SIZES = [(96, 80), (81, 97), (64, 112)]  # (width, height)
@@ -92,8 +92,8 @@ def fast_rcnn_training(conv):
     fc, head = torch.nn.Sequential(torch.nn.Linear(128 * 4, 16), torch.nn.ReLU()), FastRCNNHead(16, 2)
     initialise(fc, generator("fc"))
     head.initialise(generator("head"))
-    return FastRCNNTraining(conv, fc, head, roi_size=2, rule=RoIRule(0.5, 0.5, 0.0), rois_per_image=16,
-                            fg_fraction=0.25, box_weight=1.0, key=(3, "test"))
+    rois = RoISampling(RoIRule(0.5, 0.5, 0.0), per_image=16, fg_fraction=0.25)
+    return FastRCNNTraining(conv, fc, head, roi_size=2, rois=rois, box_weight=1.0, key=(3, "test"))
 
 
 @pytest.mark.parametrize("make", [rpn_training, fast_rcnn_training])

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from altopt import joint
+from altopt import joint, sampling
 from altopt.config import NetworkConfig, ProposalRule
 from altopt.fast_rcnn import FastRCNNHead, fast_rcnn_losses
-from altopt.joint import CoordinatePath, JointTraining, RoISampling
+from altopt.joint import CoordinatePath, JointTraining
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
 from altopt.roi_sample import roi_sample
 from altopt.rpn import RPNHead, RPNRule, proposals_of, rpn_losses
-from altopt.sampling import RoIRule, sample_rois
+from altopt.sampling import RoIRule, RoISampling, sample_rois
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(2.0, 4.0), anchor_ratios=(0.5, 1.0, 2.0), rpn_channels=8)
 CLASSES = 3
@@ -145,7 +145,7 @@ def test_detector_losses_reach_the_rpn_through_coordinates_alone():
 def indices(monkeypatch) -> list[Tensor]:
     """Return a list that gets what every step chooses: the anchors that become proposals, labels of sampled RoIs."""
     chosen: list[Tensor] = []
-    keep, sample = joint.kept_boxes, joint.sample_rois
+    keep, sample = joint.kept_boxes, sampling.sample_rois
 
     def recorded_keep(*arguments):
         chosen.append(keep(*arguments))
@@ -157,7 +157,7 @@ def indices(monkeypatch) -> list[Tensor]:
         return result
 
     monkeypatch.setattr(joint, "kept_boxes", recorded_keep)
-    monkeypatch.setattr(joint, "sample_rois", recorded_sample)
+    monkeypatch.setattr(sampling, "sample_rois", recorded_sample)
     return chosen
 
 

@@ -5,12 +5,12 @@ import torch
 
 from altopt.config import NetworkConfig, ProposalRule
 from altopt.detector import FasterRCNN, initialise
-from altopt.joint import CoordinatePath, JointTraining, RoISampling
+from altopt.joint import CoordinatePath, JointTraining
 from altopt.pictures import Batch, Sample, make_batch
 from altopt.probe import compare_gradients
 from altopt.randomness import generator
 from altopt.rpn import RPNRule
-from altopt.sampling import RoIRule
+from altopt.sampling import RoIRule, RoISampling
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(1.5, 3.0), rpn_channels=8)
 OBJECTS = torch.tensor([[20.0, 20, 60, 60], [30, 10, 90, 64]])

@@ -5,9 +5,17 @@ import math
 import pytest
 import torch
 
+from altopt.determinism import fixed_order
 from altopt.roi_pool import roi_pool
 
 STRIDE = 16
+
+
+@pytest.fixture(params=[False, True], ids=["kernel", "fixed order"], autouse=True)
+def either(request):
+    """Every test holds for torchvision's own backward pass, and for the one that adds in a fixed order."""
+    with fixed_order(request.param):
+        yield request.param
 
 
 def rounded(value: float) -> int:
@@ -164,3 +172,49 @@ def test_coordinates_are_not_rounded_to_the_precision_of_the_features():
     columns = torch.arange(80.0, dtype=torch.bfloat16).expand(1, 1, 1, 80)
     assert pooled(columns, [torch.tensor([[999.0, 0, 1000, 16]])], 1).item() == 62
     assert pooled(columns, [torch.tensor([[1000.0, 0, 1001, 16]])], 1).item() == 63
+
+
+def gradient_of(features, boxes, size, weights):
+    features = features.clone().requires_grad_()
+    (pooled(features, boxes, size) * weights).sum().backward()
+    return features.grad
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_both_backward_passes_give_the_same_bits_on_the_cpu(size):
+    """Many bins share a cell, and weights are no whole numbers: another order of sums would show in the last bits."""
+    random = torch.Generator().manual_seed(7)
+    features, boxes = torch.randn(2, 3, 7, 9, generator=random), [random_boxes(90, 11), random_boxes(70, 12)]
+    weights = torch.randn(160, 3, size, size, generator=random)
+    with fixed_order():
+        in_order = gradient_of(features, boxes, size, weights)
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(gradient_of(features, boxes, size, weights), in_order)
+    backwards = gradient_of(features, [each.flip(0) for each in boxes], size,
+                            torch.cat([weights[:90].flip(0), weights[90:].flip(0)]))
+    assert not torch.equal(backwards, in_order)  # so the order matters here
+    torch.testing.assert_close(backwards, in_order, rtol=1e-4, atol=1e-6)
+
+
+def test_the_switch_chooses_the_backward_pass(either):
+    result = pooled(distinct(1, 2, 7, 9).requires_grad_(), [random_boxes(3, 1)], 2)
+    assert ("InOrder" in type(result.grad_fn).__name__) == either
+
+
+def test_what_is_not_finite_reaches_its_own_cell_only():
+    """A bin without a cell takes no part, whatever its gradient."""
+    boxes = [torch.tensor([[300.0, 0, 400, 50], [0, 0, 8, 8]])]
+    gradient = gradient_of(distinct(1, 1, 7, 9), boxes, 1, torch.tensor([math.inf, 2.0])[:, None, None, None])
+    assert gradient.flatten().tolist() == [2.0] + [0.0] * 62
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_on_cuda_the_fixed_order_repeats_itself(either):
+    if not either:
+        pytest.skip("the kernel promises no order")
+    random = torch.Generator().manual_seed(7)
+    features, boxes = torch.randn(1, 64, 38, 50, generator=random).cuda(), [random_boxes(128, 11).cuda() * 4]
+    weights = torch.randn(128, 64, 7, 7, generator=random).cuda()
+    first = gradient_of(features, boxes, 7, weights)
+    assert all(torch.equal(gradient_of(features, boxes, 7, weights), first) for _ in range(5))
+    torch.testing.assert_close(first.cpu(), gradient_of(features.cpu(), [boxes[0].cpu()], 7, weights.cpu()))

@@ -10,12 +10,12 @@ from rank_runs import in_ranks
 from altopt.config import NetworkConfig, ProposalRule
 from altopt.detector import FasterRCNN
 from altopt.fast_rcnn import FastRCNNTraining
-from altopt.joint import JointTraining, RoISampling
+from altopt.joint import JointTraining
 from altopt.pictures import Sample, make_batch
 from altopt.randomness import generator
 from altopt.ranks import Ranks
 from altopt.rpn import RPNRule, RPNTraining
-from altopt.sampling import RoIRule
+from altopt.sampling import RoIRule, RoISampling
 from altopt.slices import Slices
 
 NETWORK = NetworkConfig(name="small", short_side=80, max_side=96, anchor_scales=(1.5, 3), rpn_channels=8)
@@ -42,8 +42,8 @@ def modules():
     network.double()
     key = (3, "slices")
     yield RPNTraining(network.conv, network.rpn, ANCHORS, key)
-    yield FastRCNNTraining(network.conv, network.fc, network.head, roi_size=network.roi_size, rule=ROIS,
-                           rois_per_image=32, fg_fraction=0.25, box_weight=1.0, key=key)
+    yield FastRCNNTraining(network.conv, network.fc, network.head, roi_size=network.roi_size,
+                           rois=RoISampling(ROIS, 32, 0.25), box_weight=1.0, key=key)
     weights = dict.fromkeys(("rpn_cls", "rpn_box", "cls", "box"), 1.0)
     yield JointTraining(network, anchors=ANCHORS, rois=RoISampling(ROIS, 32, 0.25), weights=weights, path=None, key=key,
                         proposals=ProposalRule(pre_nms=200, nms=0.7, post_nms=30, min_side=4))

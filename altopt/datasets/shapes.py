@@ -22,7 +22,8 @@ GENERATOR = 4  # part of the description: to be raised with any change of what i
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SMALLEST_PICTURE = 40
-CACHE_BYTES = 2**30
+KEPT_PICTURES = 1000  # of a data set, once drawn: more are drawn anew each time, so that memory stays flat
+KEPT_BYTES = 2**30
 
 _SPLIT = re.compile(r"([A-Za-z0-9_-]+):([1-9][0-9]{0,5})")
 
@@ -30,7 +31,7 @@ Box = tuple[int, int, int, int]
 
 
 class ShapesDataset:
-    """One or several splits of synthetic pictures of one size; each is drawn when it is first asked for, and kept."""
+    """One or several splits of synthetic pictures of one size; the first that are asked for are kept."""
 
     def __init__(self, splits: tuple[str, ...], *, width: int = 320, height: int = 240, seed: int = 0) -> None:
         if min(width, height) < SMALLEST_PICTURE:
@@ -72,7 +73,8 @@ class ShapesDataset:
 
             name, _, number = picture_id.rpartition("-")
             drawn = draw(self._seed, name, int(number), self._width, self._height)
-            if (len(self._drawn) + 1) * drawn[0].nbytes <= CACHE_BYTES:
+            kept = len(self._drawn) + 1
+            if kept <= KEPT_PICTURES and kept * drawn[0].nbytes <= KEPT_BYTES:
                 self._drawn[picture_id] = drawn
         return drawn
 

@@ -46,7 +46,11 @@ def write_detectron2(file: IO[bytes], pictures: Iterable[tuple[str, Boxes, Score
 
 
 def _dump(file: IO[bytes], content: Any) -> None:
-    """Pickle with the name that numpy's arrays go by before version 2, which later versions know too."""
+    """Pickle with the name that numpy's arrays go by before version 2, which later versions know too.
+
+    The one place that uses pickle itself: it only writes what was made here, while reading, where a pickle could
+    execute code, is ``safe_pickle``'s.
+    """
     raw = pickle.dumps(content, PROTOCOL)
     # The first occurrence is the name itself: it comes before the bytes of any array, and later ones refer to it.
     file.write(raw.replace(RECONSTRUCT % b"numpy._core", RECONSTRUCT % b"numpy.core", 1))

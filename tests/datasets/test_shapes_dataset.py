@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from altopt.datasets import shapes
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.datasets.shape_drawing import MAX_IOU, SIZES, Canvas, Dice, draw, enlarge, iou_percent, shape_mask
@@ -24,6 +25,17 @@ def test_pictures_are_those_of_every_machine():
     dataset = ShapesDataset(("train:2", "val:1"))
     assert [digest(dataset, i) for i in dataset.ids] == DIGESTS
     assert dataset.description()["generator"] == 4
+
+
+def test_memory_for_pictures_is_bounded_and_those_beyond_are_the_same(monkeypatch):
+    monkeypatch.setattr(shapes, "KEPT_PICTURES", 2)
+    dataset, other = (ShapesDataset(("train:4",), width=64, height=48) for _ in range(2))
+    first = [digest(dataset, i) for i in dataset.ids]
+    assert list(dataset._drawn) == ["train-00000", "train-00001"]
+    assert [digest(dataset, i) for i in dataset.ids] == first
+    monkeypatch.setattr(shapes, "KEPT_BYTES", 64 * 48 * 3)
+    assert [digest(other, i) for i in other.ids] == first
+    assert list(other._drawn) == ["train-00000"]
 
 
 def test_ids_and_description():

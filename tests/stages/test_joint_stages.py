@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_runs import Reports, open_tiny
 
+from altopt.determinism import fixed_order
 from altopt.errors import ArtifactError, UsageError
 from cache.checkpoints import load_checkpoint, read_description, save_checkpoint
 from cache.files import sha256_file
@@ -71,6 +72,13 @@ def test_frozen_blocks_stay_and_the_others_learn(finished, trained, stage):
 @EACH_STAGE
 def test_another_run_with_other_workers_gives_the_same_bytes(finished, trained, stage, tmp_path):
     again = made(finished, stage, tmp_path / "again.safetensors", seconds=0.0, workers=2)
+    assert sha256_file(again) == sha256_file(trained[stage])
+
+
+@EACH_STAGE
+def test_in_a_fixed_order_the_cpu_gives_the_same_bytes(finished, trained, stage, tmp_path):
+    with fixed_order():
+        again = made(finished, stage, tmp_path / "again.safetensors")
     assert sha256_file(again) == sha256_file(trained[stage])
 
 

@@ -16,7 +16,7 @@ from altopt.pyramid import pyramid_pool
 from altopt.randomness import generator, seed_of
 from altopt.region_classifier import PyramidTraining, RegionClassifier
 from altopt.ridge import fit_box_ridge
-from altopt.sampling import RoIRule
+from altopt.sampling import RoIRule, RoISampling
 from altopt.svm import MinedSVM, mine
 from altopt.warped_crops import warp
 from cache.checkpoints import load_checkpoint, read_description
@@ -238,8 +238,7 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
     folder = made[0]["spp_net"]
     network = network_of(folder, (6, 3, 2, 1))
     frames = NETWORK.at_scales((64, 96), 200)
-    module = PyramidTraining(network, (6, 3, 2, 1), rule=RoIRule(0.5, 0.5, 0.1), regions_per_image=16,
-                             fg_fraction=0.25, key=("test",))
+    module = PyramidTraining(network, (6, 3, 2, 1), RoISampling(RoIRule(0.5, 0.5, 0.1), 16, 0.25), ("test",))
     with FeatureMapFile(folder / "F1.h5") as maps, ProposalFile(folder / "P0.h5") as proposals:
         stored, fresh = [], []
         for scale, id in enumerate(TRAIN.ids[:2]):

@@ -28,9 +28,10 @@ def only(folder, *artifacts, records=True):
             path.unlink()
 
 
-def take(run, word, target="M5"):
-    """What --from does: adopt, then make what lies between."""
-    return [step.output for step in run.bring_up_to_date(take_from(run, run.recipe.steps, word, step_of(run, target)))]
+def take(run, words, target="M5"):
+    """What --from does, with one word or several: adopt, then make what lies between."""
+    steps = take_from(run, run.recipe.steps, words.split(), step_of(run, target))
+    return [step.output for step in run.bring_up_to_date(steps)]
 
 
 def given(folder, artifact):
@@ -84,7 +85,7 @@ def test_changed_input(finished, copied):
     tensors["conv.conv1.0.bias"] += 1
     save_checkpoint(copied / "M0.safetensors", tensors, description)
     run = open_tiny(copied)
-    take_from(run, run.recipe.steps, "M0", step_of(run, "M5"))
+    take_from(run, run.recipe.steps, ["M0"], step_of(run, "M5"))
     old, new = (hashes(folder, "M0")["M0"][:8] for folder in (finished, copied))
     assert verdicts(run) == {"M0": "given", "M1": "stale", "P1": "waits", "M2": "stale"} | dict.fromkeys(
         ("M3", "P2", "M4", "M5"), "waits")
@@ -233,6 +234,47 @@ def test_from_a_file_of_proposals(finished, copied):
     run = open_tiny(copied)
     assert take(run, f"P1={finished / 'P1.h5'}", "M2") == ["M2"]
     assert hashes(copied, "P1", "M2") == hashes(finished, "P1", "M2")
+
+
+@pytest.mark.parametrize("order", [("M0", "M1", "P1"), ("P1", "M1", "M0"), ("M1", "P1", "M0")])
+def test_from_several_files_takes_each_and_begins_behind_the_latest(finished, workplace, order):
+    files = {name: f"{name}={finished / file_name(name)}" for name in order}
+    run = open_tiny(workplace / "runs" / "new")
+    assert take(run, " ".join(files.values()), "M2") == ["M2"]
+    assert hashes(run.folder, "M0", "M1", "P1", "M2") == hashes(finished, "M0", "M1", "P1", "M2")
+    assert {name: given(run.folder, name) for name in order} == {name: f"--from {files[name]}" for name in order}
+
+
+def test_from_several_leaves_out_what_only_the_earlier_ones_lead_to(finished, workplace):
+    run = open_tiny(workplace / "runs" / "new")
+    words = [f"{name}={finished / file_name(name)}" for name in ("M0", "P1")]
+    assert take(run, " ".join(words), "M3") == ["M2", "M3"]
+    assert not (run.folder / "M1.safetensors").exists()
+    assert hashes(run.folder, "M3") == hashes(finished, "M3")
+
+
+def test_from_several_of_which_one_is_in_the_folder(finished, copied):
+    """The one from a file takes the place of what was made here; the one without a file is what lies there."""
+    nudge(copied / "M0.safetensors")
+    nudged = hashes(copied, "M0")
+    run = open_tiny(copied)
+    assert take(run, f"M0 M1={finished / 'M1.safetensors'}", "M2") == ["M2"]  # P1 was made from an equal M1
+    assert (given(copied, "M0"), hashes(copied, "M0")) == ("--from M0", nudged)
+    assert hashes(copied, "M2") != hashes(finished, "M2")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("M1=M1.safetensors M1", "--from M1=M1.safetensors and --from M1 are one artifact: name it once"),
+    ("M1 1", "--from M1 and --from 1 are one artifact"),
+    ("M0=M0.safetensors M4", "--from M4 comes after what is asked for"),
+    ("M0=M0.safetensors M9", "there is no stage 'M9'"),
+])
+def test_nothing_is_adopted_when_one_of_several_cannot_be_taken(copied, words, message):
+    before = hashes(copied)
+    with pytest.raises(UsageError, match=message):
+        take(open_tiny(copied), words, "M2")
+    assert hashes(copied) == before
+    assert [given(copied, name) for name in ARTIFACTS] == [None] * 8
 
 
 def test_from_takes_a_stale_artifact_as_it_is(copied):

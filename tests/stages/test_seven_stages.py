@@ -143,6 +143,22 @@ def test_interrupted_and_continued_gives_the_same_bytes(finished, copied, artifa
     assert not list(copied.glob("*.snapshot.*"))
 
 
+def test_in_a_fixed_order_the_cpu_gives_the_same_bytes_and_goes_on_from_no_other_snapshot(finished, copied):
+    (copied / "M2.safetensors").unlink()
+    reports = Reports(at=lambda event: event["event"] == "progress" and event["iteration"] == 2,
+                      act=lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        make_all(open_tiny(copied, report=reports))
+    assert (copied / "M2.snapshot.safetensors").exists()
+    again = Reports()
+    run = open_tiny(copied, report=again, deterministic=True)
+    assert make_all(run) == ["M2"]
+    assert not [event for event in again.events if event["event"] == "resumed"]
+    assert hashes(copied) == hashes(finished)
+    assert [run.record(name).metrics.get("deterministic") for name in ("M1", "M2")] == [None, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_exception_inside_a_stage_leaves_the_snapshot_before_it(finished, copied):
     (copied / "M2.safetensors").unlink()
 
