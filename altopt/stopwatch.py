@@ -78,11 +78,15 @@ class Stopwatch:
 
     def watch_training(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Count as "backward" what lies between the losses and the optimizer's step, and that step as "optimizer"."""
+        def end_forward(module: nn.Module, *_: Any) -> None:
+            if module.training:
+                self.enter("backward")
+
         def begin_update(*_: Any) -> None:
             self.leave("backward")
             self.enter("optimizer")
 
-        module.register_forward_hook(lambda *_: self.enter("backward"))
+        module.register_forward_hook(end_forward)
         optimizer.register_step_pre_hook(begin_update)
         optimizer.register_step_post_hook(lambda *_: self.leave("optimizer"))
 

@@ -27,7 +27,7 @@ def machine_facts(devices: list[torch.device]) -> dict[str, Any]:
 def computes_bfloat16(device: torch.device) -> bool:
     """Return whether bfloat16 is faster than float32 by the hardware's own account."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return any(flag in _processor()[1] for flag in BF16_FLAGS)
 
 

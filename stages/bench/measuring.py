@@ -4,7 +4,7 @@ import itertools
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,19 @@ from altopt.config import NETWORKS
 from altopt.datasets.shapes import SMALLEST_PICTURE
 from altopt.errors import UsageError
 from altopt.stopwatch import Stopwatch
-from stages.bench.contenders import CONTENDERS, Precision, Workplace, all_contenders, watched
+from stages.bench import stage_contenders, torchvision_contenders
+from stages.bench.contender import Contender, Precision
 from stages.bench.machine import computes_bfloat16, machine_facts
 from stages.bench.rounds import run_rounds
 from stages.bench.schedule import Figures, ratios, schedule
+from stages.bench.watching import watched
+from stages.bench.workplace import Workplace
 from stages.recipe import nearest
 from stages.step import Runtime
 from stages.training import device_of
 
 FORMAT_VERSION = 1
+CONTENDERS = (*stage_contenders.NAMES, *torchvision_contenders.NAMES)
 CLOCKS = {"wall": "seconds", "processor": "processor_seconds"}
 
 
@@ -90,11 +94,17 @@ def _measured(plan: Plan, network: str, size: tuple[int, int], say: Callable[[st
         entered = []
         for number, device in enumerate(plan.devices):
             place = stack.enter_context(Workplace(network, size, device, folder / str(number), watch))
-            made = all_contenders(place, set(plan.contenders), plan.precisions(device), plan.compiled)
-            entered += [(each, device) for each in made]
+            entered += [(each, device) for each in _contenders(plan, place)]
         measured = run_rounds(entered, plan.rounds, say)
         rows = {device: [each.as_dict() for each in measured if each.device is device] for device in plan.devices}
     return [_result(plan, network, size, device, rows[device]) for device in plan.devices]
+
+
+def _contenders(plan: Plan, place: Workplace) -> Iterator[Contender]:
+    names = set(plan.contenders)
+    precisions = plan.precisions(place.device)
+    yield from stage_contenders.stage_contenders(place, names, precisions, plan.compiled)
+    yield from torchvision_contenders.torchvision_contenders(place, names)
 
 
 def _result(plan: Plan, network: str, size: tuple[int, int], device: torch.device,

@@ -9,8 +9,9 @@ import torch
 
 from altopt.stopwatch import PARTS, synchronise
 from cache.snapshots import WRITE_SHARE
-from stages.bench.contenders import Contender, Trained
+from stages.bench.contender import Contender
 from stages.bench.memory import PeakMemory
+from stages.bench.stage_contenders import Trained
 from stages.step import Runtime
 
 
