@@ -160,7 +160,8 @@ def _exact(network: FasterRCNN, config: Any, key: tuple[object, ...]) -> nn.Modu
 
 def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterator[Contender]:
     """Yield what learns nothing: proposals from pictures and from stored maps, the store, detection."""
-    network, shared = place.frozen, {"watch": place.watch, "module": place.frozen}
+    network = place.frozen
+    shared: dict[str, Any] = {"watch": place.watch, "module": network}
     rule, detection = place.config(GenerateProposals, precision), place.config(Detect, precision)
 
     def propose(batch: Any, iteration: int) -> None:

@@ -100,7 +100,7 @@ def test_contenders_keep_equal_weights(tmp_path):
     """So that none of them has other proposals to suppress than the others."""
     watch = Stopwatch()
     names = {"train_rpn", "train_fast_rcnn_frozen_conv", "train_approximate_joint", "torchvision_training"}
-    with watched(watch), Workplace("small", (64, 48), torch.device("cpu"), tmp_path / "bench", watch) as place:
+    with watched(watch), Workplace("small", (192, 160), torch.device("cpu"), tmp_path / "bench", watch) as place:
         before = [{name: each.clone() for name, each in network.state_dict().items()}
                   for network in (place.learning, place.frozen)]
         made = [*stage_contenders.stage_contenders(place, names, ("float32",), compiled=False),
