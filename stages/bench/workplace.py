@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from altopt import backbones
 from altopt.box_statistics import fixed_statistics
@@ -44,12 +45,13 @@ class Workplace:
         self.dataset = draw_pictures(self.folder, self.size)
         write_proposals(self.folder / "P.h5", self.dataset)
         self.cached = CachedProposals(self.folder / "P.h5", self.dataset, PROPOSALS)
-        channels = backbones.build(self.network_name).channels
+        with torch.device("meta"):
+            backbone = backbones.build(self.network_name)
         self.network = NetworkConfig(name=self.network_name, short_side=min(self.size),  # type: ignore[arg-type]
-                                     max_side=max(self.size), rpn_channels=channels)
+                                     max_side=max(self.size), rpn_channels=backbone.channels)
         self.writer = ProposalWriter(self.folder / "written.h5", {"dataset": "bench", "model": "bench"})
         self.runtime = Runtime(feature_store="on", data_digest="bench", workers=0)
-        self.learning = self._learning()
+        self.learning = self._learning(backbone.conv)
         self.frozen = copy.deepcopy(self.learning)
         freeze(self.learning, [f"conv.{name}" for name in layers_named(self.learning.conv, ("conv1", "conv2"))])
         freeze(self.frozen, ["conv"])
@@ -58,9 +60,9 @@ class Workplace:
             for part, name in (("conv", "trunk"), ("rpn", "rpn"), ("fc", "head"), ("head", "head")):
                 self.watch.watch_module(getattr(network, part), name)
 
-    def _learning(self) -> FasterRCNN:
+    def _learning(self, conv: nn.Sequential) -> FasterRCNN:
         random = generator("bench", self.network_name)
-        conv = backbones.build(self.network_name).conv
+        conv.to_empty(device="cpu")
         initialise(conv, random)
         network = FasterRCNN(self.network, len(self.dataset.classes))
         network.fill({f"conv.{name}": tensor for name, tensor in conv.state_dict().items()}, random)
