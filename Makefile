@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types venv reproduce-voc07 wheel clean
+.PHONY: demo test check lint types venv bench reproduce-voc07 wheel clean
 
 demo: venv
 	$(BIN)/altopt run-all
@@ -31,6 +31,10 @@ reproduce-voc07: venv
 	$(BIN)/altopt fetch-voc07 --data-root data $(ARGS)
 	$(BIN)/altopt run-all --recipe voc07-vgg16 --data-root data $(RUN_ARGS)
 	$(BIN)/altopt beside --run voc07-vgg16
+
+# ARGS passes options on, e.g. ARGS="--networks vgg16 --sizes 600x800 --rounds 5".
+bench: venv
+	$(BIN)/altopt bench --save benchmarks/bench.json --markdown README.md $(ARGS)
 
 wheel: venv
 	rm -rf build dist

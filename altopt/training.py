@@ -92,7 +92,7 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
             batch = make_batch(next(ahead), device)
             if slices:
                 batch = slices.begin(batch, iteration)
-            own, losses = _step(module, optimizer, batch, config, iteration, key, ranks)
+            own, losses = take_step(module, optimizer, batch, config, iteration, key, ranks)
             if not math.isfinite(sum(losses.values())):
                 raise DivergedError(_divergence(own, batch, iteration, config, diverged, ranks))
             meter.add(losses, slices.pictures(iteration) if slices else len(batch.samples), ahead.waited)
@@ -100,12 +100,12 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
             if report and (done % report_every == 0 or done == config.iterations):
                 report(meter.progress(done))
             if snapshots and done < config.iterations and snapshots.due():
-                snapshots.save(done, _state(module, optimizer), meter.seconds())
+                snapshots.save(done, state_of(module, optimizer), meter.seconds())
     return meter.seconds()
 
 
-def _step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig, iteration: int,
-          key: tuple[object, ...], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
+def take_step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig, iteration: int,
+              key: tuple[object, ...], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
     """Take a step, unless the losses are not finite; return this rank's parts of the losses, and the losses."""
     lr = learning_rate(config, iteration)
     for group in optimizer.param_groups:
@@ -142,7 +142,7 @@ def _broken(losses: dict[str, float], batch: Batch, where: str) -> str:
     return f"{broken or 'the total loss is not finite'} on {pictures}{where}"
 
 
-def _state(module: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
+def state_of(module: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
     """Return what a resumed run needs: trained weights, their momenta, and buffers, by name."""
     state = {}
     for name, parameter in module.named_parameters():

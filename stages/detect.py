@@ -2,11 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from altopt.config import DetectionRule, sourced
+from altopt.datasets.dataset import Dataset
 from stages.split_config import OnTestSplit
 from stages.step import Runtime
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from altopt.detector import FasterRCNN
+    from altopt.evaluation.detections import Detections
+    from altopt.pictures import Batch
+    from stages.training import CachedProposals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +65,9 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
 
     import torch
 
-    from altopt.detector import detect_on, own_proposals, propose_on
     from altopt.evaluation.detections import Detections, to_coco_results
     from altopt.evaluation.ground_truth import counted
     from altopt.evaluation.recall import proposal_recall
-    from altopt.pictures import boxes_in_input, to_original
     from cache.files import write_json_atomic
     from stages.inference import Inference
     from stages.training import CachedProposals
@@ -76,19 +83,7 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
     def compute(batch: Any) -> tuple[list[Any], float]:
         started = time.perf_counter()
         with torch.inference_mode(), inference.autocast():
-            features = rpn.conv(batch.images)
-            if cached:
-                rois = [boxes_in_input(cached.get(sample.id), sample).to(features.device) for sample in batch.samples]
-            else:
-                rois = [boxes for boxes, _ in propose_on(rpn, features, batch, own_proposals(config))]
-            if detector is not rpn:
-                features = detector.conv(batch.images)
-            results = detect_on(detector, features, batch, rois, config)
-        made = []
-        for sample, own, result in zip(batch.samples, rois, results, strict=True):
-            size = dataset.size(sample.id)
-            boxes, scores, labels = (each.cpu().numpy() for each in (to_original(result[0], sample, size), *result[1:]))
-            made.append((sample.id, Detections(boxes, scores, labels), to_original(own, sample, size).cpu().numpy()))
+            made = detected(rpn, detector, batch, dataset, config, cached)
         return made, time.perf_counter() - started
 
     for made, took in inference.results(config.images_per_batch, compute):
@@ -103,3 +98,29 @@ def _detect(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: 
     recall = proposal_recall(covered, (config.proposals,))
     return {"seconds_per_picture": round(seconds / max(len(found), 1), 5),
             "recall_at_0.5": float(recall.at(config.proposals)[0]), "average_recall": recall.average(config.proposals)}
+
+
+def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset: Dataset, config: Detect,
+             cached: "CachedProposals | None" = None) -> "list[tuple[str, Detections, np.ndarray]]":
+    """Return each picture's id, detections, and the proposals they come from, float32 [K, 4]; in the original frame.
+
+    The proposals are the RPN's own, or cached ones. The RPN and the detector may be one network.
+    """
+    from altopt.detector import detect_on, own_proposals, propose_on
+    from altopt.evaluation.detections import Detections
+    from altopt.pictures import boxes_in_input, to_original
+
+    features = rpn.conv(batch.images)
+    if cached:
+        rois = [boxes_in_input(cached.get(sample.id), sample).to(features.device) for sample in batch.samples]
+    else:
+        rois = [boxes for boxes, _ in propose_on(rpn, features, batch, own_proposals(config))]
+    if detector is not rpn:
+        features = detector.conv(batch.images)
+    results = detect_on(detector, features, batch, rois, config)
+    made = []
+    for sample, own, result in zip(batch.samples, rois, results, strict=True):
+        size = dataset.size(sample.id)
+        boxes, scores, labels = (each.cpu().numpy() for each in (to_original(result[0], sample, size), *result[1:]))
+        made.append((sample.id, Detections(boxes, scores, labels), to_original(own, sample, size).cpu().numpy()))
+    return made

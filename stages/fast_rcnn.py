@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from altopt.config import NetworkConfig, TrainingConfig, sourced
 from stages.split_config import OnTrainSplit
 from stages.step import Runtime
+
+if TYPE_CHECKING:
+    from altopt.detector import FasterRCNN
+    from altopt.fast_rcnn import FastRCNNTraining
 
 SOLVER = "pfr models/pascal_voc/VGG16/faster_rcnn_alt_opt/*fast_rcnn_solver*.pt"
 SAMPLING = "Fast R-CNN, section 2.3"
@@ -106,13 +110,11 @@ def train_fast_rcnn_frozen_conv(init: Path, proposals: Path, *, out: Path, confi
 def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNConfig, runtime: Runtime,
            freeze: tuple[str, ...] | None, fresh: tuple[str, ...] = (), *, others: tuple[str, ...] = (),
            frames: Sequence[NetworkConfig] = ()) -> dict[str, Any]:
-    from altopt.fast_rcnn import FastRCNNTraining
     from stages.training import CachedProposals, Training, box_statistics, roi_sampling, trainable_entries
 
     training = Training(name, init, out, config, runtime)
     cached = CachedProposals(proposals, training.dataset, config.proposals)
-    sampling = roi_sampling(config)
-    entries, unusable = trainable_entries(training, cached, sampling.rule)
+    entries, unusable = trainable_entries(training, cached, roi_sampling(config).rule)
     network = training.network(("conv", "fc", "head"), fresh)
     training.freeze(network, freeze, others)
     if config.box_regression == "none":
@@ -120,13 +122,22 @@ def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNCo
     else:
         network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
     network.set_dropout(config.dropout)
-    module = FastRCNNTraining(
-        network.conv, network.fc, network.head, roi_size=network.roi_size, rois=sampling, cls_weight=config.cls_weight,
-        box_weight=config.box_weight if config.box_regression == "multi-task" else 0.0, key=training.key,
-    )
+    module = fast_rcnn_training(network, config, training.key)
     if freeze is None and not frames:
         facts = training.run_on_frozen(network.conv, module, entries, cached)
     else:
         facts = training.run(module, entries, cached, frames)
     training.save(network, ["conv", "fc", "head"])
     return facts | {"pictures_without_rois": unusable}
+
+
+def fast_rcnn_training(network: "FasterRCNN", config: FastRCNNConfig, key: tuple[object, ...]) -> "FastRCNNTraining":
+    """Return what the training loop trains: the network without RPN, from a batch to the two losses of the config."""
+    from altopt.fast_rcnn import FastRCNNTraining
+    from stages.training import roi_sampling
+
+    return FastRCNNTraining(
+        network.conv, network.fc, network.head, roi_size=network.roi_size, rois=roi_sampling(config),
+        cls_weight=config.cls_weight, box_weight=config.box_weight if config.box_regression == "multi-task" else 0.0,
+        key=key,
+    )

@@ -2,11 +2,18 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from altopt.config import ProposalRule, sourced
+from altopt.datasets.dataset import Dataset
 from stages.split_config import OnTrainSplit
 from stages.step import Runtime
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from altopt.detector import FasterRCNN
+    from altopt.pictures import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +30,6 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
 
     Stage 4 has left a store of the conv layers' maps for stage 5, unless it did without; for stage 2 there is none.
     """
-    from altopt.detector import propose_on
-    from altopt.frozen import frozen_features
-    from altopt.pictures import to_original
     from cache.files import sha256_file
     from cache.proposals import ProposalWriter
     from stages.feature_store import FeatureStore
@@ -42,12 +46,7 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
 
     def compute(batch: Any) -> list[Any]:
         with inference.autocast():
-            proposals = propose_on(network, frozen_features(network.conv, batch), batch, config)
-        return [
-            (sample.id, to_original(boxes, sample, inference.dataset.size(sample.id)).cpu().numpy(),
-             scores.cpu().numpy())
-            for sample, (boxes, scores) in zip(batch.samples, proposals, strict=True)
-        ]
+            return proposed(network, batch, inference.dataset, config)
 
     with store, written_by_first(runtime.ranks, lambda: ProposalWriter(out, attributes)) as writer:
         store.find(flips=(True, False))
@@ -58,3 +57,17 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     pictures = len(inference.dataset.ids)
     return {"pictures": pictures, "proposals": count, "per_picture": round(count / max(pictures, 1), 1),
             **store.facts}
+
+
+def proposed(network: "FasterRCNN", batch: "Batch", dataset: Dataset,
+             rule: ProposalRule) -> "list[tuple[str, np.ndarray, np.ndarray]]":
+    """Return each picture's id, proposals float32 [K, 4] in the original frame, and scores float32 [K]."""
+    from altopt.detector import propose_on
+    from altopt.frozen import frozen_features
+    from altopt.pictures import to_original
+
+    proposals = propose_on(network, frozen_features(network.conv, batch), batch, rule)
+    return [
+        (sample.id, to_original(boxes, sample, dataset.size(sample.id)).cpu().numpy(), scores.cpu().numpy())
+        for sample, (boxes, scores) in zip(batch.samples, proposals, strict=True)
+    ]

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from altopt.config import TrainingConfig, sourced
 from stages.split_config import OnTrainSplit
 from stages.step import Runtime
+
+if TYPE_CHECKING:
+    from altopt.detector import FasterRCNN
+    from altopt.rpn import RPNTraining
 
 TARGETS = "Faster R-CNN, section 3.1.2"
 
@@ -52,15 +56,12 @@ def train_rpn_frozen_conv(init: Path, *, out: Path, config: TrainRPNFrozenConv, 
 
 def _train(init: Path, out: Path, config: RPNConfig, runtime: Runtime,
            freeze: tuple[str, ...] | None) -> dict[str, Any]:
-    from altopt.rpn import RPNRule, RPNTraining
     from stages.training import Training
 
     training = Training("train_rpn" if freeze is not None else "train_rpn_frozen_conv", init, out, config, runtime)
     network = training.network(("conv", "rpn"))
     training.freeze(network, freeze)
-    rule = RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
-                   config.sigma, config.box_weight)
-    module = RPNTraining(network.conv, network.rpn, rule, training.key)
+    module = rpn_training(network, config, training.key)
     if freeze is None:
         facts = training.run_on_frozen(network.conv, module, training.entries(), None)
     else:
@@ -68,3 +69,12 @@ def _train(init: Path, out: Path, config: RPNConfig, runtime: Runtime,
     kept = [part for part in ("fc", "head") if part in training.parts]
     training.save(network, ["conv", "rpn", *kept])
     return facts
+
+
+def rpn_training(network: "FasterRCNN", config: RPNConfig, key: tuple[object, ...]) -> "RPNTraining":
+    """Return what the training loop trains: conv layers and RPN, from a batch to the two losses of the config."""
+    from altopt.rpn import RPNRule, RPNTraining
+
+    rule = RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
+                   config.sigma, config.box_weight)
+    return RPNTraining(network.conv, network.rpn, rule, key)

@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGES = ("altopt", "altopt/datasets", "altopt/evaluation", "altopt/proposal_formats", "cache", "stages",
-            "stages/recipes")
+            "stages/bench", "stages/recipes")
 
 
 def expected(root: Path) -> set[str]:

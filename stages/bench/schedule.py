@@ -1,0 +1,99 @@
+"""What follows from the figures: ratios between contenders, and the cost of the paper's whole schedule."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from stages.fast_rcnn import TrainFastRCNN
+from stages.joint import TrainApproximateJoint
+from stages.rpn import TrainRPN
+
+PICTURES = 5011  # VOC 2007 trainval; proposals are made of upright pictures only
+ENTRIES = 2 * PICTURES  # with mirror images
+RPN_STEPS, FAST_RCNN_STEPS = TrainRPN.iterations, TrainFastRCNN.iterations  # py-faster-rcnn: 80,000 and 40,000
+JOINT_STEPS = TrainApproximateJoint.iterations  # py-faster-rcnn: 70,000
+ITER_SIZE = 2  # pictures whose gradients py-faster-rcnn's end2end solver for VGG16 adds up before a step
+
+Rows = Sequence[dict[str, Any]]
+
+
+class Figures:
+    """Seconds of a step by contender, from the rows of one network, size and device."""
+
+    def __init__(self, rows: Rows, clock: str) -> None:
+        self.rows, self.clock = rows, clock
+
+    def of(self, name: str, precision: str, *, store: bool = False, compiled: bool = False) -> float | None:
+        """Return the seconds of a step; None if it was not measured."""
+        for row in self.rows:
+            if (row["name"], row["precision"], row["store"], row["compiled"]) == (name, precision, store, compiled):
+                seconds: float = row[self.clock]
+                return seconds
+        return None
+
+    def map_seconds(self, precision: str) -> float | None:
+        """Return the seconds that one map of the store costs."""
+        for row in self.rows:
+            if (row["name"], row["precision"]) == ("feature_store", precision):
+                seconds: float = row[self.clock] / row["pictures"]
+                return seconds
+        return None
+
+
+def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
+    """Return how many times as fast altopt is: with the store as without, and as torchvision in either form."""
+    rpn, stored_rpn = _pair(figures, "train_rpn_frozen_conv", precision)
+    detector, stored_detector = _pair(figures, "train_fast_rcnn_frozen_conv", precision)
+    building = _times(ENTRIES, figures.map_seconds(precision))
+    joint, detect = (figures.of(name, precision) for name in ("train_approximate_joint", "detect"))
+    plain = _sum(_times(RPN_STEPS, rpn), _times(FAST_RCNN_STEPS, detector))
+    stored = _sum(_times(RPN_STEPS, stored_rpn), _times(FAST_RCNN_STEPS, stored_detector), building)
+    found = {
+        "store_rpn_step": _ratio(rpn, stored_rpn),
+        "store_fast_rcnn_step": _ratio(detector, stored_detector),
+        "store_rpn_stage_with_building": _ratio(_times(RPN_STEPS, rpn), _sum(_times(RPN_STEPS, stored_rpn), building)),
+        "store_both_stages_with_building": _ratio(plain, stored),
+        "compiled_joint_step": _ratio(joint, figures.of("train_approximate_joint", precision, compiled=True)),
+    }
+    for form, other in (("default", "float32"), ("autocast", "bfloat16")):
+        found[f"torchvision_{form}_joint_step"] = _ratio(figures.of("torchvision_training", other), joint)
+        found[f"torchvision_{form}_detection"] = _ratio(figures.of("torchvision_detection", other), detect)
+    return found
+
+
+def schedule(figures: Figures, precision: str) -> dict[str, Any]:
+    """Return the predicted seconds of py-faster-rcnn's whole schedule: each stage, alternating, approximate joint."""
+    def stage(count: int, name: str, store: bool = False) -> float | None:
+        return _times(count, figures.of(name, precision, store=store))
+
+    stages = {
+        "M1": stage(RPN_STEPS, "train_rpn"), "P1": stage(PICTURES, "generate_proposals"),
+        "M2": stage(FAST_RCNN_STEPS, "train_fast_rcnn"), "store": _times(ENTRIES, figures.map_seconds(precision)),
+        "M3": stage(RPN_STEPS, "train_rpn_frozen_conv", True), "P2": stage(PICTURES, "generate_proposals", True),
+        "M4": stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv", True),
+    }
+    without = [stages["M1"], stages["P1"], stages["M2"], stage(RPN_STEPS, "train_rpn_frozen_conv"), stages["P1"],
+               stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv")]
+    alternating, joint = _sum(*stages.values()), stage(JOINT_STEPS, "train_approximate_joint")
+    return {
+        "stages": stages, "alternating": alternating, "alternating_without_store": _sum(*without),
+        "approximate_joint": joint, "alternating_over_joint": _ratio(alternating, joint),
+        "approximate_joint_iter_size_2": _times(ITER_SIZE, joint),
+        "alternating_over_joint_iter_size_2": _ratio(alternating, _times(ITER_SIZE, joint)),
+    }
+
+
+def _pair(figures: Figures, name: str, precision: str) -> tuple[float | None, float | None]:
+    return figures.of(name, precision), figures.of(name, precision, store=True)
+
+
+def _times(count: int, seconds: float | None) -> float | None:
+    return None if seconds is None else count * seconds
+
+
+def _sum(*seconds: float | None) -> float | None:
+    known = [each for each in seconds if each is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _ratio(over: float | None, under: float | None) -> float | None:
+    return None if over is None or not under else over / under
