@@ -63,7 +63,8 @@ class Measured:
 
     def spread_snapshot(self, took: float) -> None:
         """Count a snapshot that took so many seconds as a part of the steps between two of them."""
-        self.write_seconds = took * statistics.median(self.seconds) / max(Runtime.snapshot_seconds, WRITE_SHARE * took)
+        step = statistics.median(sum(parts.values()) for parts in self.parts)
+        self.write_seconds = took * step / max(Runtime.snapshot_seconds, WRITE_SHARE * took)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures, JSON-able; the parts are those of the median step, and what is written spread over it."""

@@ -35,19 +35,22 @@ def markdown_of(report: dict[str, Any]) -> str:
     machine, settings = report["machine"], report["settings"]
     gpus = "".join(f"; {name}" for name in machine["gpus"])
     clock = "Wall clock" if settings["clock"] == "seconds" else "Processor time"
-    text = [
+    about = (
         f"`{report['command']}` on {machine['processor']}, {machine['threads']} of {machine['cores']} threads{gpus}; "
         f"torch {machine['torch']}, torchvision {machine['torchvision']}; {bfloat16_sentence(machine)}. {clock}, "
         f"median of {settings['rounds']} interleaved steps, random weights, learning rate 0; load average "
-        f"{machine['load_average']:.1f} before.",
-        "Seconds for a step (least to greatest), and peak memory of weights, momenta and step:",
-        _steps(report["results"]),
-        "Where a step's time goes, in per cent:", *(_shares(each) for each in report["results"][:1]),
-        "How many times as fast:", _by_column(report["results"], "ratios", RATIOS, _times_as_fast),
-        "py-faster-rcnn's whole schedule on VOC 2007 trainval, reckoned from these steps:",
-        _by_column(report["results"], "schedule", SCHEDULE, _schedule_cell),
-    ]
-    return "\n\n".join(text)
+        f"{machine['load_average']:.1f} before."
+    )
+    results, heading = report["results"], "Seconds for a step, and peak memory of weights, momenta and step:"
+    if settings["clock"] == "seconds":
+        heading = "Seconds for a step (least to greatest), and peak memory of weights, momenta and step:"
+    sections = {
+        heading: _steps(results, settings["clock"]), "Where a step's time goes, in per cent:": _shares(results[0]),
+        "How many times as fast:": _by_column(results, "ratios", RATIOS, _times_as_fast),
+        "py-faster-rcnn's whole schedule on VOC 2007 trainval, reckoned from these steps:":
+            _by_column(results, "schedule", SCHEDULE, _schedule_cell),
+    }
+    return "\n\n".join([about, *(f"{title}\n\n{table}" for title, table in sections.items() if table)])
 
 
 def insert(path: Path, text: str) -> None:
@@ -66,12 +69,12 @@ def insert(path: Path, text: str) -> None:
     write_text_atomic(path, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def _steps(results: list[dict[str, Any]]) -> str:
+def _steps(results: list[dict[str, Any]], clock: str) -> str:
     labels = list(dict.fromkeys(_label(row) for result in results for row in result["contenders"]))
     lines = []
     for label in labels:
         found = ({_label(row): row for row in result["contenders"]}.get(label) for result in results)
-        lines.append([label, *(_step_cell(row) for row in found)])
+        lines.append([label, *(_step_cell(row, clock) for row in found)])
     return _table(["step", *map(_column, results)], lines)
 
 
@@ -86,7 +89,7 @@ def _by_column(results: list[dict[str, Any]], kind: str, names: dict[str, str],
                for result in results for precision, values in result[kind].items()]
     lines = [[text, *(cell(name, values[name]) for _, values in columns)] for name, text in names.items()
              if any(values[name] is not None for _, values in columns)]
-    return _table(["", *(name for name, _ in columns)], lines)
+    return _table(["", *(name for name, _ in columns)], lines) if lines else ""
 
 
 def _table(heading: list[str], lines: Iterable[list[str]]) -> str:
@@ -104,11 +107,12 @@ def _label(row: dict[str, Any]) -> str:
     return ", ".join([f"`{row['name']}`", *marks])
 
 
-def _step_cell(row: dict[str, Any] | None) -> str:
+def _step_cell(row: dict[str, Any] | None, clock: str) -> str:
     if row is None:
         return "-"
     peak = "" if row["peak_bytes"] is None else f"; {row['peak_bytes'] / 2**30:.2f} GiB"
-    return f"{row['seconds']:.3g} ({row['least']:.3g} to {row['greatest']:.3g}){peak}"
+    spread = f" ({row['least']:.3g} to {row['greatest']:.3g})" if clock == "seconds" else ""
+    return f"{row[clock]:.3g}{spread}{peak}"
 
 
 def _times_as_fast(name: str, value: float | None) -> str:

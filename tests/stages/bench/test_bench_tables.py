@@ -41,6 +41,15 @@ def test_tables_have_a_column_for_each_network_and_a_dash_for_what_is_missing():
     assert f"| `train_rpn` |{' 10 |' * len(PARTS)}" in lines
     assert "neither AVX512-BF16 nor AMX" in text
     assert "None" not in text
+    assert "whole schedule" not in text  # of which nothing is known
+
+
+def test_the_table_has_the_clock_that_was_asked_for():
+    made = report(result("small", row("train_rpn", 4.0) | {"processor_seconds": 0.5}))
+    made["settings"]["clock"] = "processor_seconds"
+    text = markdown_of(made)
+    assert "| `train_rpn` | 0.5; 1.50 GiB |" in text.splitlines()
+    assert "Processor time" in text
 
 
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
