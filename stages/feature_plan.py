@@ -30,15 +30,15 @@ class Decision:
 def decide(wish: str, needed: int, free: int, visits: int, entries: int) -> Decision:
     """Return what ``--feature-store`` comes to: a store of ``needed`` bytes on a disk with ``free`` ones.
 
-    The stage looks at ``entries`` pictures, mirror images counted, ``visits`` times in all. Asked for with "on", a
-    store is made whatever it costs.
+    The stage looks at ``entries`` pictures, mirror images counted, ``visits`` times in all; one look at each is enough,
+    since later stages read the store as well. Asked for with "on", a store is made whatever it costs.
     """
     if wish == "off":
         return Decision(False, "not wanted (--feature-store off)")
     if wish == "on":
         return Decision(True, f"asked for, {gigabytes(needed)}")
-    if visits <= entries:
-        return Decision(False, f"{visits} visits of {entries} pictures: each is seen once at most")
+    if visits < entries:
+        return Decision(False, f"{visits} visits of {entries} pictures: some are never seen")
     spare = max(needed // SPARE_SHARE, SPARE_BYTES)
     if needed + spare > free:
         return Decision(False, f"{gigabytes(needed)} do not fit: {gigabytes(free)} are free, and {gigabytes(spare)} of "
