@@ -255,7 +255,7 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
     for sample in fresh:
         batch = make_batch([sample], CPU)
         batch = type(batch)(batch.samples, batch.images, network.conv(batch.images))
-        alone.append((module(batch, 0)["cls"], len(module.sample(batch, 0)[0].labels)))
+        alone.append((module(batch, 0)["cls"], len(module.regions.of_batch(batch, "test", 0)[0].labels)))
     mean = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
     torch.testing.assert_close(together, mean)
 
