@@ -540,7 +540,7 @@ def probe(network: str | None, pictures: int, as_json: bool, **options: Any) -> 
 @option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON to a file too.")
 @option("--markdown", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="README.md",
         help="Put the tables between the marks <!-- bench --> and <!-- /bench --> of a document.")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@JSON_OPTION
 def bench(save: Path | None, markdown: Path | None, as_json: bool, **options: Any) -> None:
     """Time a step of every stage, part by part, beside torchvision's Faster R-CNN, and reckon the paper's schedule.
 

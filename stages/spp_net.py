@@ -18,7 +18,7 @@ METHOD = "spp_net"
 class CacheConvFeatures(OnTrainSplit):
     """Feature maps of the last conv layer for every training picture, its mirror image, and every scale."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     scales: tuple[int, ...] = sourced((688,), SCALES)
     max_side: int = sourced(2000, "Fast R-CNN's config for five scales")
     flips: bool = sourced(True, SCRIPT)

@@ -209,9 +209,9 @@ def test_what_is_not_finite_reaches_its_own_cell_only():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-def test_on_cuda_the_fixed_order_repeats_itself(either):
-    if not either:
-        pytest.skip("the kernel promises no order")
+@pytest.mark.parametrize("either", [True], indirect=True)  # the kernel promises no order
+@pytest.mark.usefixtures("either")
+def test_on_cuda_the_fixed_order_repeats_itself():
     random = torch.Generator().manual_seed(7)
     features, boxes = torch.randn(1, 64, 38, 50, generator=random).cuda(), [random_boxes(128, 11).cuda() * 4]
     weights = torch.randn(128, 64, 7, 7, generator=random).cuda()
