@@ -89,7 +89,9 @@ def start_processes(ctx: click.Context, parameter: click.Parameter, count: int) 
 
 WORK_OPTIONS = [
     option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."),
-    option("--workers", type=click.IntRange(0, 64), default=1, help="Threads that read pictures ahead."),
+    option("--workers", type=click.IntRange(0, 64), default=None,
+           help="Threads that read pictures ahead, or processes of selective search. Default: one thread, and a "
+                "process for each processor."),
     option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, help="Between snapshots inside a stage."),
     option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),
     option("--feature-store", type=click.Choice(["auto", "on", "off"]), default="auto",
@@ -371,10 +373,10 @@ def export_command(artifact: str, file: Path, form: str | None, as_json: bool, *
 def selective_search_command(artifact: str, force: bool, **options: Any) -> None:
     """Make proposals by selective search, without a network; a search that was stopped goes on where it was.
 
-    --workers is the number of processes. Settings are those of the table selective_search.
+    It works in a process for each processor, or in --workers. Settings are those of the table selective_search.
 
     \b
-    altopt proposals selective-search --as P0 --workers 8
+    altopt proposals selective-search --as P0
     """
     from stages.selective_search import search_step
 
@@ -584,7 +586,7 @@ def work_runtime(options: dict[str, Any]) -> "Runtime":
     from altopt.ranks import Ranks
     from stages.step import Runtime
 
-    return Runtime(device=options["device"], workers=options.get("workers", 1),
+    return Runtime(device=options["device"], workers=options.get("workers"),
                    snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
                    feature_store=options.get("feature_store", "auto"), report=reporter(),
                    deterministic=options.get("deterministic", False),

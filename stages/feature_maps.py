@@ -40,7 +40,7 @@ def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequent
         return read_sample(dataset, key.image_id, frames[key.scale], flipped=key.mirrored)
 
     def work(own: Sequence[MapKey]) -> Iterator[Tensor]:
-        with Ahead(read, own, runtime.workers) as ahead:
+        with Ahead(read, own, runtime.readers) as ahead:
             for sample in ahead:
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                     features = picture_map(conv, make_batch([sample], device).images[0])

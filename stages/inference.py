@@ -69,7 +69,7 @@ class Inference:
                     for id in ids]
 
         def work(own: Sequence[list[str]]) -> Iterator[Made]:
-            with Ahead(read, own, self.runtime.workers) as ahead:
+            with Ahead(read, own, self.runtime.readers) as ahead:
                 for samples in ahead:
                     yield compute(make_batch(samples, self.device))
 

@@ -88,7 +88,7 @@ class RegionNetwork:
         Several ranks divide the work; the results all come to rank 0, and to no other.
         """
         def work(own: Sequence[str]) -> Iterator[Made]:
-            with Ahead(regions.read, own, self.runtime.workers) as ahead:
+            with Ahead(regions.read, own, self.runtime.readers) as ahead:
                 for id, prepared in zip(own, ahead, strict=True):
                     yield compute(id, prepared)
 

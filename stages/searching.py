@@ -41,7 +41,7 @@ def propose_on_split(out: Path, config: SelectiveSearch, runtime: Runtime) -> di
                       canonical_json([runtime.inputs_key, asdict(config), config.split, config.version, program]))
     count = 0
     with ProposalWriter(out, attributes) as writer, closing(journal):
-        for done, found in enumerate(_found(dataset, config, journal, runtime.workers), 1):
+        for done, found in enumerate(_found(dataset, config, journal, runtime.searchers), 1):
             boxes = to_proposals(found, dataset.size(found[0]), config)
             writer.append(found[0], boxes, rank_scores(len(boxes)))
             count += len(boxes)

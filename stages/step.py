@@ -5,6 +5,7 @@ of facts for its record. The class of its ``config`` stands in its signature; it
 Stage functions import torch when they run, not when they are imported, so that ``altopt plan`` answers at once.
 """
 
+import os
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ class Runtime:
     """Everything a stage needs that does not change its result."""
 
     device: str = "auto"
-    workers: int = 1
+    workers: int | None = None  # None: as ``readers`` and ``searchers`` have it
     data_root: Path | None = None
     snapshot_seconds: float = 30.0
     report_every: int = 20
@@ -84,3 +85,15 @@ class Runtime:
     data_digest: str = ""  # of the split that the stage reads, for what it writes down
     report: Callable[[dict[str, Any]], None] = unheard
     ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def readers(self) -> int:
+        """Return how many threads read pictures ahead; 0: they are read when they are needed."""
+        return 1 if self.workers is None else self.workers
+
+    @property
+    def searchers(self) -> int:
+        """Return how many processes search pictures: one for each processor that there is, unless workers are given."""
+        if self.workers is not None:
+            return self.workers
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -194,7 +194,7 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
 
     with deferred_signals() as stop:
         snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)
-        seconds = train(module, read, config, key=key, device=device, workers=runtime.workers, snapshots=snapshots,
+        seconds = train(module, read, config, key=key, device=device, workers=runtime.readers, snapshots=snapshots,
                         report=report, report_every=runtime.report_every, diverged=keep_batch, slices=slices)
     # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes everywhere.
     return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads(),

@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,3 +49,11 @@ def test_file_names(artifact, name):
 
 def test_runtime_reports_to_nobody_by_default():
     assert Runtime().report({"event": "note"}) is None
+
+
+def test_reading_and_searching_have_defaults_of_their_own():
+    runtime = Runtime()
+    assert runtime.readers == 1
+    assert 1 <= runtime.searchers <= os.cpu_count()
+    assert Runtime(workers=3).searchers == Runtime(workers=3).readers == 3
+    assert Runtime(workers=0).searchers == Runtime(workers=0).readers == 0
