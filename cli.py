@@ -1,18 +1,29 @@
 """The command line: parse, one call, print. Heavy imports happen inside the commands that need them."""
 
-import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from stages.console import note_if_nothing, print_json, print_result, print_score, print_survey, reporter, show, stderr
+from stages.options import (
+    AS_OPTION,
+    FRAMES,
+    FROM_OPTION,
+    JSON_OPTION,
+    RUN_OPTIONS,
+    WORK_OPTIONS,
+    locked,
+    open_run,
+    option,
+    with_options,
+    work_runtime,
+    working_in,
+)
+
 if TYPE_CHECKING:
-    from stages.run import Run
-    from stages.step import Runtime, Step
+    from stages.step import Step
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 1 a bug, 2 usage or settings, 3 data set invalid, 4 artifact missing, foreign or corrupt,
@@ -60,65 +71,6 @@ class Stages(Suggesting):
             except UsageError as error:
                 complaints.append(str(error))
         raise click.UsageError(complaints[0], ctx)
-
-
-def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-    """Return a click option that shows its default."""
-    return click.option(*names, **({"show_default": True} | settings))
-
-
-RUN_OPTIONS = [
-    option("--scheme", metavar="NAME", help="The way to train. Default: the recipe's, which is alternating."),
-    option("--recipe", metavar="NAME|FILE", help="The experiment. Default: the run folder's own, or shapes."),
-    option("--run", "run_name", metavar="NAME", help="The folder runs/NAME. Default: the recipe's name."),
-    option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting, e.g. train_rpn.lr=0.01."),
-    option("--data-root", type=click.Path(path_type=Path), help="Where the data set lies. Default: the recipe's."),
-]
-
-
-def start_processes(ctx: click.Context, parameter: click.Parameter, count: int) -> int:
-    """Run the command as several processes in the place of this one, which ends with their exit code."""
-    import os
-
-    if count > 1 and "WORLD_SIZE" not in os.environ and not ctx.resilient_parsing:
-        from stages.launching import launch
-
-        ctx.exit(launch(count, Path(__file__), sys.argv[1:]))
-    return count
-
-
-WORK_OPTIONS = [
-    option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."),
-    option("--workers", type=click.IntRange(0, 64), default=None,
-           help="Threads that read pictures ahead, or processes of selective search. Default: one thread, and a "
-                "process for each processor."),
-    option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, help="Between snapshots inside a stage."),
-    option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),
-    option("--feature-store", type=click.Choice(["auto", "on", "off"]), default="auto",
-           help="Stages 4 to 6 keep frozen conv features on disk; auto: where it pays and fits."),
-    option("--processes", type=click.IntRange(1), default=1, callback=start_processes,
-           help="Work as so many processes, on the CPU or with a GPU each; the same as starting with torchrun."),
-    option("--deterministic", is_flag=True,
-           help="Add up in a fixed order on CUDA too, so that a run can be repeated to the last bit; slower there."),
-]
-FROM_OPTION = option("--from", "given", multiple=True, metavar="M1[=FILE]",
-                     help="Take an artifact as given, from this run or from a file, and go on behind it; given several "
-                          "times, take each, and go on behind the latest.")
-JSON_OPTION = option("--json", "as_json", is_flag=True, help="Print JSON.")
-AS_OPTION = option("--as", "artifact", metavar="P0|T0", required=True,
-                   help="What they are in the run: P0, P1, ... on the training split, T0 on the test split.")
-FRAMES = ("xyxy", "inclusive-0", "inclusive-1", "yxyx-inclusive-1", "xywh")
-
-
-def with_options(*groups: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    """Return a decorator that adds the options of all groups, in their order."""
-
-    def decorate(function: Any) -> Any:
-        for each in reversed([each for group in groups for each in group]):
-            function = each(function)
-        return function
-
-    return decorate
 
 
 @click.group(cls=Suggesting, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -468,15 +420,19 @@ def beside(as_json: bool, **options: Any) -> None:
 
 @main.command()
 @option("--schemes", metavar="A,B", help="Some of the schemes. Default: all.")
+@option("--variants", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+        help="Compare what a TOML file lists in their place: schemes with settings of their own.")
 @option("--seeds", type=click.IntRange(1), default=3, help="How many times each is trained: seeds 1, 2, ...")
 @option("--recipe", default="shapes", metavar="NAME|FILE", help="The experiment.")
-@option("--run", "run_name", metavar="NAME", help="The folder runs/NAME. Default: compare-RECIPE.")
+@option("--run", "run_name", metavar="NAME",
+        help="The folder runs/NAME. Default: compare-RECIPE, with variants compare-RECIPE-FILE.")
 @option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting in every run.")
 @option("--data-root", type=click.Path(path_type=Path), help="Where the data set lies. Default: the recipe's.")
 @option("--from", "given", multiple=True, metavar="M0=FILE", help="Take an artifact as given in every run.")
 @with_options(WORK_OPTIONS)
 @JSON_OPTION
-def compare(schemes: str | None, seeds: int, recipe: str, run_name: str | None, as_json: bool, **options: Any) -> None:
+def compare(schemes: str | None, variants: Path | None, seeds: int, recipe: str, run_name: str | None, as_json: bool,
+            **options: Any) -> None:
     """Train every way on the same data and print one table: mAP, time by kind of work, disk, and the slides' figures.
 
     What is up to date is left alone; an interrupted comparison goes on where it stopped.
@@ -484,12 +440,17 @@ def compare(schemes: str | None, seeds: int, recipe: str, run_name: str | None, 
     \b
     altopt compare
     altopt compare --schemes alternating,approximate-joint --seeds 1
+    altopt compare --variants benchmarks/fast_rcnn_ablations.toml
     """
-    from altopt.errors import DivergedError
+    from altopt.errors import DivergedError, UsageError
     from stages import comparison
+    from stages.variants import read_variants
 
-    chosen = comparison.chosen_schemes(schemes)
-    folder = Path("runs") / (run_name or f"compare-{Path(recipe).stem}")
+    if schemes and variants:
+        raise UsageError("--schemes and --variants both say what to compare: leave one out")
+    chosen = read_variants(variants) if variants else comparison.chosen_variants(schemes)
+    name = "-".join(["compare", Path(recipe).stem, *([variants.stem] if variants else [])])
+    folder = Path("runs") / (run_name or name)
     results = []
     for each in comparison.outcomes(
             folder, recipe, chosen, range(1, seeds + 1), options["sets"], work_runtime(options),
@@ -569,111 +530,6 @@ def bench(save: Path | None, markdown: Path | None, as_json: bool, **options: An
         print_json(result)
     else:
         click.echo(markdown_of(result))
-
-
-def open_run(options: dict[str, Any]) -> "Run":
-    """Return the run that the options speak of."""
-    from stages.run import open_folder
-    from stages.step import Runtime
-
-    runtime = work_runtime(options) if "device" in options else Runtime()
-    return open_folder(options["recipe"], options["run_name"], options["sets"], options["data_root"], runtime,
-                       options["scheme"])
-
-
-def work_runtime(options: dict[str, Any]) -> "Runtime":
-    """Return the runtime that ``WORK_OPTIONS`` ask for; it reports to stderr."""
-    from altopt.ranks import Ranks
-    from stages.step import Runtime
-
-    return Runtime(device=options["device"], workers=options.get("workers"),
-                   snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
-                   feature_store=options.get("feature_store", "auto"), report=reporter(),
-                   deterministic=options.get("deterministic", False),
-                   ranks=click.get_current_context().find_object(Ranks) or Ranks())
-
-
-@contextmanager
-def working_in(run: "Run") -> Iterator[None]:
-    """Hold the run folder, made if need be, and leave the recipe there for later commands."""
-    from cache.lock import run_lock
-
-    with run_lock(run.folder):
-        run.keep_recipe()
-        yield
-
-
-def locked(run: "Run") -> AbstractContextManager[None]:
-    """Return the lock on a run folder; one process at a time works in it."""
-    from cache.lock import run_lock
-
-    return run_lock(run.folder) if run.folder.is_dir() else nullcontext()
-
-
-def reporter() -> Any:
-    """Return what shows the events of stages on stderr."""
-    from stages.progress import Reporter
-
-    return Reporter(stderr())
-
-
-def stderr() -> Any:
-    """Return a console on stderr, where progress and messages go."""
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def show(*tables: Any) -> None:
-    """Print tables to stdout; wide enough for them when it is not a terminal."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    for table in tables:
-        console.print(table)
-
-
-def note_if_nothing(made: "list[Step]", run: "Run", what: Any) -> None:
-    """Say on stderr that there was nothing to do, if nothing was made."""
-    if not made:
-        run.runtime.report({"event": "note", "text": f"{what} is up to date: nothing to do"})
-
-
-def print_result(value: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
-    """Print a result as JSON, or as the table that is made of it."""
-    if as_json:
-        print_json(value)
-    else:
-        show(table(value))
-
-
-def print_json(value: Any) -> None:
-    """Print JSON and nothing else to stdout."""
-    click.echo(json.dumps(value, indent=1))
-
-
-def print_score(result: dict[str, Any], as_json: bool) -> None:
-    """Print a score with its convention."""
-    if as_json:
-        print_json(result)
-        return
-    from stages.reporting import score_table
-
-    click.echo(f"{result['protocol']}: {result['convention']}")
-    for name, value in result.get("numbers", {}).items():
-        click.echo(f"{name:<8}{value if value is None else format(value, '.3f')}")
-    show(score_table(result))
-
-
-def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
-    """Print a verdict on every stage, and what the stores of those to come will take."""
-    from stages.plan import Survey
-
-    survey = Survey(run, run.survey(run.recipe.steps, demand=not all_steps))
-    if as_json:
-        print_json(survey.as_dict())
-    else:
-        click.echo(survey.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 def run() -> None:

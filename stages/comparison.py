@@ -1,7 +1,8 @@
 """All schemes on the same data: what each scores, what it costs, and the slides' own figures beside it.
 
-A comparison is a folder of runs, one for each scheme and seed. What one of them made from the same inputs with the same
-settings, another takes over: M0, proposals of other origin, caches. Asked again, it makes only what is missing.
+A comparison is a folder of runs, one for each scheme, or variant of one, and seed. What one of them made from the same
+inputs with the same settings, another takes over: M0, proposals of other origin, caches. Asked again, it makes only
+what is missing.
 """
 
 import csv
@@ -18,9 +19,10 @@ from cache.files import write_json_atomic, write_text_atomic
 from stages import DETECTIONS, SCHEMES
 from stages.evaluation import detection_steps, evaluate
 from stages.plan import duration
-from stages.recipe import check_scheme, nearest, read_recipe
+from stages.recipe import nearest, read_recipe
 from stages.run import Run
 from stages.step import Runtime
+from stages.variants import Variant, plain_variants
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ COSTS = {"M": "fine_tuning", "P": "proposals", "F": "features", "S": "classifier
 
 @dataclass(frozen=True)
 class Outcome:
-    """One scheme with one seed: mAP, seconds by kind of work, seconds for a test picture, bytes, iterations.
+    """One variant with one seed: mAP, seconds by kind of work, seconds for a test picture, bytes, iterations.
 
     ``training`` is what the slides count: all that is made from a network, so neither M0 nor proposals of other origin.
     ``classifiers`` are SVMs and box regressors. ``bytes`` is what the scheme keeps on disk, detections and the test
     split's proposals not counted. ``map`` is None where the test split has no objects.
     """
 
+    name: str
     scheme: str
     seed: int
     map: float | None
@@ -76,10 +79,9 @@ AVERAGED = ("map", "training", "fine_tuning", "features", "classifiers", "propos
             "bytes", "iterations")
 
 
-def chosen_schemes(text: str | None) -> list[str]:
+def chosen_variants(text: str | None) -> list[Variant]:
     """Return the schemes of ``rcnn,fast-rcnn``, each once; the six of the slides for None. Raises ``UsageError``."""
-    names = list(SLIDES) if text is None else text.split(",")
-    return list(dict.fromkeys(check_scheme(name.strip()) for name in names))
+    return plain_variants(list(SLIDES) if text is None else [name.strip() for name in text.split(",")])
 
 
 def given_artifacts(words: Sequence[str], schemes: Sequence[str]) -> dict[str, Path]:
@@ -101,26 +103,27 @@ def given_artifacts(words: Sequence[str], schemes: Sequence[str]) -> dict[str, P
     return given
 
 
-def outcomes(folder: Path, recipe: str, schemes: Sequence[str], seeds: Sequence[int], sets: Sequence[str],
+def outcomes(folder: Path, recipe: str, variants: Sequence[Variant], seeds: Sequence[int], sets: Sequence[str],
              runtime: Runtime, *, data_root: Path | None = None, given: Sequence[str] = (),
              working_in: Callable[[Run], AbstractContextManager[None]]) -> Iterator[Outcome]:
-    """Bring every run of a comparison up to date and yield its outcome; all schemes with one seed, then the next.
+    """Bring every run of a comparison up to date and yield its outcome; all variants with one seed, then the next.
 
     ``given`` holds artifacts to take as they are in every run that has them, ``M0=FILE``. A run that diverges is
     reported and yields nothing; the others go on.
     """
-    files = given_artifacts(given, schemes)
+    files = given_artifacts(given, [variant.scheme for variant in variants])
     runs: list[Run] = []
     for seed in seeds:
-        for scheme in schemes:
-            run = _open(folder / f"{scheme}-{seed}", recipe, scheme, [*sets, f"all.seed={seed}"], data_root, runtime)
-            runtime.report({"event": "note", "text": f"{scheme}, seed {seed}: {run.folder}"})
+        for variant in variants:
+            settings = [*sets, *variant.sets, f"all.seed={seed}"]
+            run = _open(folder / f"{variant.name}-{seed}", recipe, variant.scheme, settings, data_root, runtime)
+            runtime.report({"event": "note", "text": f"{variant.name}, seed {seed}: {run.folder}"})
             with working_in(run):
                 _adopt(run, files)
                 try:
-                    found = [outcome(run, scheme, seed, runs)]
+                    found = [outcome(run, variant, seed, runs)]
                 except DivergedError as error:
-                    runtime.report({"event": "warning", "text": f"{scheme}, seed {seed} diverged: {error}"})
+                    runtime.report({"event": "warning", "text": f"{variant.name}, seed {seed} diverged: {error}"})
                     found = []
             yield from found
             runs.append(run)
@@ -135,7 +138,7 @@ def _open(folder: Path, recipe: str, scheme: str, sets: Sequence[str], data_root
     return Run(folder, chosen, runtime)
 
 
-def outcome(run: Run, scheme: str, seed: int, others: Sequence[Run] = ()) -> Outcome:
+def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -> Outcome:
     """Bring one run up to date, taking over from ``others`` what they made alike, and return what came of it."""
     detection = detection_steps(run)[-1]
     steps = [*run.recipe.steps, *run.recipe.detections]
@@ -145,7 +148,8 @@ def outcome(run: Run, scheme: str, seed: int, others: Sequence[Run] = ()) -> Out
         if not any(run.take_over(step, other) for other in others):
             run.bring_up_to_date([step])
     score = evaluate(run, detection, run.protocol)
-    return Outcome(scheme, seed, score["map"], test_seconds=score["seconds_per_picture"], **_costs(run))
+    return Outcome(variant.name, variant.scheme, seed, score["map"], test_seconds=score["seconds_per_picture"],
+                   **_costs(run))
 
 
 def _costs(run: Run) -> dict[str, Any]:
@@ -170,15 +174,15 @@ def _adopt(run: Run, files: dict[str, Path]) -> None:
 
 
 def rows(results: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return a row for each scheme: means over its seeds, the deviation of its mAP, and the slides' figures."""
+    """Return a row for each variant: means over its seeds, the deviation of its mAP, and the slides' figures."""
     table = []
-    for scheme in dict.fromkeys(each.scheme for each in results):
-        mine = [each for each in results if each.scheme == scheme]
-        values = {name: _defined(getattr(each, name) for each in mine) for name in AVERAGED}
-        means = {name: statistics.fmean(found) if found else None for name, found in values.items()}
+    for name in dict.fromkeys(each.name for each in results):
+        mine = [each for each in results if each.name == name]
+        values = {field: _defined(getattr(each, field) for each in mine) for field in AVERAGED}
+        means = {field: statistics.fmean(found) if found else None for field, found in values.items()}
         spread = statistics.stdev(values["map"]) if len(values["map"]) > 1 else None
-        table.append({"scheme": scheme, "seeds": len(mine), "map": means.pop("map"), "map_sd": spread, **means,
-                      "slides": asdict(SLIDES.get(scheme, Slides()))})
+        table.append({"name": name, "scheme": mine[0].scheme, "seeds": len(mine), "map": means.pop("map"),
+                      "map_sd": spread, **means, "slides": asdict(SLIDES.get(name, Slides()))})
     return table
 
 
@@ -224,7 +228,7 @@ def _measured(row: dict[str, Any]) -> list[str]:
     spread = "" if row["map_sd"] is None else f" ± {row['map_sd']:.3f}"
     times = [duration(row[name]) if row[name] else "-"
              for name in ("training", "fine_tuning", "features", "classifiers", "proposals")]
-    return [row["scheme"], str(row["seeds"]), score + spread, *times, f"{row['test_seconds']:.3f}",
+    return [row["name"], str(row["seeds"]), score + spread, *times, f"{row['test_seconds']:.3f}",
             f"{row['bytes'] / 2**20:.0f} MiB", f"{row['iterations']:.0f}"]
 
 

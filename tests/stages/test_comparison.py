@@ -19,7 +19,7 @@ from stages.comparison import (
     HEADINGS,
     SLIDES,
     Outcome,
-    chosen_schemes,
+    chosen_variants,
     given_artifacts,
     outcome,
     outcomes,
@@ -29,9 +29,10 @@ from stages.comparison import (
 )
 from stages.reporting import comparison_table
 from stages.step import Runtime
+from stages.variants import Variant
 
-ONE = Outcome("rcnn", 1, map=0.5, training=100.0, pretraining=7.0, proposals=40.0, fine_tuning=60.0, features=30.0,
-              classifiers=10.0, test_seconds=0.25, bytes=3 * 2**20, iterations=300)
+ONE = Outcome("rcnn", "rcnn", 1, map=0.5, training=100.0, pretraining=7.0, proposals=40.0, fine_tuning=60.0,
+              features=30.0, classifiers=10.0, test_seconds=0.25, bytes=3 * 2**20, iterations=300)
 
 
 def test_every_scheme_of_the_slides_is_one():
@@ -40,7 +41,7 @@ def test_every_scheme_of_the_slides_is_one():
 
 def test_row_is_the_mean_over_the_seeds_with_the_deviation_of_the_sample():
     row, = rows([ONE, replace(ONE, seed=2, map=0.6, training=200.0), replace(ONE, seed=3, map=0.7, training=0.0)])
-    assert (row["scheme"], row["seeds"]) == ("rcnn", 3)
+    assert (row["name"], row["scheme"], row["seeds"]) == ("rcnn", "rcnn", 3)
     assert row["map"] == pytest.approx(0.6)
     assert row["map_sd"] == pytest.approx(0.1)
     assert row["training"] == pytest.approx(100.0)
@@ -49,8 +50,8 @@ def test_row_is_the_mean_over_the_seeds_with_the_deviation_of_the_sample():
 
 
 def test_rows_keep_the_order_in_which_schemes_came():
-    results = [replace(ONE, scheme=name, seed=seed) for seed in (1, 2) for name in ("spp-net", "rcnn")]
-    assert [(row["scheme"], row["seeds"]) for row in rows(results)] == [("spp-net", 2), ("rcnn", 2)]
+    results = [replace(ONE, name=name, seed=seed) for seed in (1, 2) for name in ("spp-net", "rcnn")]
+    assert [(row["name"], row["seeds"]) for row in rows(results)] == [("spp-net", 2), ("rcnn", 2)]
 
 
 def test_one_seed_has_no_deviation_and_a_score_may_be_undefined():
@@ -64,7 +65,7 @@ def test_one_seed_has_no_deviation_and_a_score_may_be_undefined():
 
 
 def test_scheme_that_the_slides_do_not_have():
-    row, = rows([replace(ONE, scheme="mine")])
+    row, = rows([replace(ONE, name="mine")])
     assert set(row["slides"].values()) == {None}
     assert len(printed([row])) == 1
 
@@ -79,13 +80,13 @@ def test_cells_are_measured_ones_then_those_of_the_slides():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_what_is_written_is_well_formed(tmp_path, seeds):
-    results = [replace(ONE, scheme=scheme, seed=seed + 1) for seed in range(seeds) for scheme in SLIDES]
+    results = [replace(ONE, name=scheme, scheme=scheme, seed=seed + 1) for seed in range(seeds) for scheme in SLIDES]
     write(tmp_path, results)
     kept = json.loads((tmp_path / "compare.json").read_text())
-    assert [row["scheme"] for row in kept["rows"]] == list(SLIDES)
+    assert [row["name"] for row in kept["rows"]] == list(SLIDES)
     assert [Outcome(**each) for each in kept["runs"]] == results
     table = list(csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text())))
-    assert (table[0]["scheme"], table[0]["seeds"], table[0]["slides_map"]) == ("rcnn", str(seeds), "66.0")
+    assert (table[0]["name"], table[0]["seeds"], table[0]["slides_map"]) == ("rcnn", str(seeds), "66.0")
     assert all(None not in row and None not in row.values() for row in table)
     lines = (tmp_path / "compare.md").read_text().splitlines()
     assert {line.count("|") for line in lines} == {len(HEADINGS) + 1}
@@ -95,7 +96,7 @@ def test_what_is_written_is_well_formed(tmp_path, seeds):
 def test_table_fits_into_160_columns_and_never_cuts_a_name():
     long = replace(ONE, training=45_000.0, fine_tuning=1400.0, features=1400.0, classifiers=1400.0, proposals=45_000.0,
                    bytes=200 * 2**30, iterations=240_000, test_seconds=47.123)
-    table = rows([replace(long, scheme=scheme, seed=seed) for scheme in SLIDES for seed in (1, 2)])
+    table = rows([replace(long, name=scheme, seed=seed) for scheme in SLIDES for seed in (1, 2)])
     for width, folded in ((160, False), (80, True)):
         console = Console(file=io.StringIO(), width=width)
         console.print(comparison_table(HEADINGS, printed(table)))
@@ -105,15 +106,15 @@ def test_table_fits_into_160_columns_and_never_cuts_a_name():
 
 
 def test_schemes_by_name():
-    assert chosen_schemes(None) == list(SLIDES)
-    assert chosen_schemes("spp-net, rcnn,spp-net") == ["spp-net", "rcnn"]
+    assert chosen_variants(None) == [Variant(name, name) for name in SLIDES]
+    assert chosen_variants("spp-net, rcnn,spp-net") == [Variant("spp-net", "spp-net"), Variant("rcnn", "rcnn")]
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "no scheme ''"), ("rcnn,", "no scheme ''"), ("fastrcnn", r"did you mean 'fast-rcnn'\?")])
 def test_schemes_that_are_none(text, message):
     with pytest.raises(UsageError, match=message):
-        chosen_schemes(text)
+        chosen_variants(text)
 
 
 def test_given_artifacts_are_those_that_every_scheme_makes_from_nothing():
@@ -132,9 +133,10 @@ def test_given_artifacts_that_cannot_be(word, schemes, message):
         given_artifacts([word], schemes)
 
 
-def compared(folder, schemes, seeds=(1,), report=None, **options):
+def compared(folder, names, seeds=(1,), report=None, **options):
     runtime = Runtime(device="cpu", workers=0, snapshot_seconds=1000, report=report or Reports())
-    return list(outcomes(folder / "all", str(folder / "tiny.toml"), schemes, seeds, (), runtime,
+    variants = [each if isinstance(each, Variant) else Variant(each, each) for each in names]
+    return list(outcomes(folder / "all", str(folder / "tiny.toml"), variants, seeds, (), runtime,
                          working_in=lambda run: nullcontext(run.folder.mkdir(parents=True, exist_ok=True)), **options))
 
 
@@ -143,7 +145,7 @@ def test_outcome_counts_what_the_records_say(copied):
     seconds = {name: 2.0**number for number, name in enumerate(("M0", "M1", "P1", "M2", "M3", "P2", "M4", "M5"))}
     for name, value in seconds.items():
         write_record(copied / f"{name}.json", replace(run.record(name), seconds=value))
-    result = outcome(run, "alternating", 3)
+    result = outcome(run, Variant("alternating", "alternating"), 3)
     assert result.pretraining == seconds["M0"]
     assert result.proposals == seconds["P1"] + seconds["P2"]
     assert result.training == sum(seconds.values()) - seconds["M0"]
@@ -166,13 +168,27 @@ def test_joint_schemes_take_over_m0_and_seeds_do_not(workplace):
     assert {event["event"] for event in again.events} == {"note"}
 
 
+def test_variants_of_one_scheme_share_what_their_settings_do_not_touch(workplace):
+    reports = Reports()
+    short = Variant("short", "approximate-joint", ("train_approximate_joint.iterations=1",))
+    results = compared(workplace, ["approximate-joint", short], report=reports)
+    assert [(each.name, each.scheme, each.iterations) for each in results] == [
+        ("approximate-joint", "approximate-joint", results[0].iterations), ("short", "approximate-joint", 1)]
+    assert results[0].iterations > 1
+    taken = [event["artifact"] for event in reports.events if "taken over" in event.get("text", "")]
+    assert taken == ["M0"]
+    first, second = rows(results)
+    assert first["slides"]["map"] == SLIDES["approximate-joint"].map
+    assert set(second["slides"].values()) == {None}
+
+
 def test_run_that_diverges_is_left_out_and_the_others_go_on(workplace, monkeypatch):
     original = module.outcome
 
-    def diverging(run, scheme, seed, others):
-        if (scheme, seed) == ("approximate-joint", 1):
+    def diverging(run, variant, seed, others):
+        if (variant.scheme, seed) == ("approximate-joint", 1):
             raise DivergedError("iteration 3: cls = nan")
-        return original(run, scheme, seed, others)
+        return original(run, variant, seed, others)
 
     monkeypatch.setattr(module, "outcome", diverging)
     reports = Reports()
