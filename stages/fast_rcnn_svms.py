@@ -4,21 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from altopt.config import NetworkConfig, RegionDetectionRule, sourced
-from altopt.datasets.dataset import DataConfig
+from altopt.config import RegionDetectionRule, sourced
+from stages.split_config import OnTestSplit, OnTrainSplit
 from stages.step import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePooledFeatures:
+class CachePooledFeatures(OnTrainSplit):
     """Features of every region of the training split; none for box regressors, since the network has its own."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
     regressor_iou: ClassVar[float] = 1.0
     region_area: ClassVar[int] = 1  # the same at one scale, whatever it is
-    network: NetworkConfig
-    data: DataConfig
     proposals: int = sourced(2000, "Fast R-CNN, section 2: about 2000 of selective search")
     stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
@@ -26,14 +23,11 @@ class CachePooledFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectWithSVMs(RegionDetectionRule):
+class DetectWithSVMs(RegionDetectionRule, OnTestSplit):
     """How pictures of the test split are detected on."""
 
     version: ClassVar[int] = 1
-    split: ClassVar[str] = "test"
     region_area: ClassVar[int] = 1  # the same at one scale, whatever it is
-    network: NetworkConfig
-    data: DataConfig
     rois_at_once: int = sourced(512, "chosen: bounds the memory")
 
 

@@ -18,6 +18,8 @@ from altopt.randomness import generator
 from cache.checkpoints import save_checkpoint
 from cache.files import sha256_file
 from cache.proposals import ProposalWriter
+from stages.fast_rcnn import TrainFastRCNN, train_fast_rcnn
+from stages.fast_rcnn_svms import CachePooledFeatures, DetectWithSVMs, cache_pooled_features, detect_with_svms
 from stages.rcnn import (
     CacheWarpedFeatures,
     DetectRCNN,
@@ -62,6 +64,12 @@ STAGES = {
         ("S1", train_svms, ("F1",), TrainSVMs()),
         ("R1", train_regressors, ("F1",), TrainRegressors()),
         ("D1", detect_rcnn, ("M1", "S1", "R1", "T0"), DetectRCNN(**SHARED, rois_at_once=7)),
+    ],
+    "fast_rcnn_svm": [
+        ("M1", train_fast_rcnn, ("M0", "P0"), TrainFastRCNN(**SHARED, **TRAINING)),
+        ("F1", cache_pooled_features, ("M1", "P0"), CachePooledFeatures(**SHARED, rois_at_once=7)),
+        ("S1", train_svms, ("F1",), TrainSVMs()),
+        ("D1", detect_with_svms, ("M1", "S1", "T0"), DetectWithSVMs(**SHARED, rois_at_once=7)),
     ],
 }
 

@@ -111,7 +111,7 @@ def regions(ranks, folder, scheme):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["spp_net", "rcnn"])
+@pytest.mark.parametrize("scheme", ["spp_net", "rcnn", "fast_rcnn_svm"])
 def test_region_schemes_too(tmp_path, scheme):
     pytest.importorskip("sklearn")
     region_runs.make_all(tmp_path, scheme)

@@ -35,6 +35,7 @@ TRAIN, TEST = (ShapesDataset((split,), width=96, height=80) for split in ("train
 STOPS = {"F1": ("pictures", 3), "F2": ("pictures", 2), "M1": ("progress", 2), "S1": ("pictures", 2),
          "R1": ("pictures", 1), "D1": ("pictures", 1)}
 EACH_SCHEME = pytest.mark.parametrize("scheme", STAGES)
+WITH_REGRESSORS = pytest.mark.parametrize("scheme", ["spp_net", "rcnn"])
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_a_picture_without_objects_has_only_negatives():
     assert (found.labels.tolist(), len(found.kept)) == ([-1, -1], 0)
 
 
-@EACH_SCHEME
+@WITH_REGRESSORS
 def test_detections_are_scored_by_svms_and_refined_by_regressors(made, scheme):
     """One picture again, by hand; suppression leaves what no better box of its class overlaps."""
     folder, facts = made[0][scheme], made[1][scheme]["D1"]
@@ -318,7 +319,7 @@ def test_linear_layers_take_features_as_they_are(made, scheme, artifact):
         torch.testing.assert_close(deltas, rows * scale @ weights.T + biases, atol=1e-4, rtol=1e-3)
 
 
-@EACH_SCHEME
+@WITH_REGRESSORS
 def test_facts_for_the_record(made, scheme):
     folder, facts = made[0][scheme], made[1][scheme]
     features = facts["F2" if scheme == "spp_net" else "F1"]
