@@ -143,6 +143,7 @@ class ProposalFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open_file: tuple[int, Any] | None = None
+        self._columns: dict[str, Any] = {}  # data sets of the open file: looking one up costs as much as reading it
         with self._reading() as file:
             self._identity = _identity(path)
             _check_layout(path, file)
@@ -196,7 +197,7 @@ class ProposalFile:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open_file": None}
+        return {**self.__dict__, "_open_file": None, "_columns": {}}
 
     def _check_index(self) -> None:
         offsets, count = self._offsets, len(self.image_ids)
@@ -223,7 +224,9 @@ class ProposalFile:
 
     def _read(self, rows: slice) -> tuple[Boxes, Scores]:
         with self._reading() as file:
-            return file["boxes"][rows], file["scores"][rows]
+            if not self._columns:
+                self._columns = {name: file[name] for name in ("boxes", "scores")}
+            return self._columns["boxes"][rows], self._columns["scores"][rows]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Any]:
@@ -251,7 +254,7 @@ class ProposalFile:
     def _close(self) -> None:
         if self._open_file is not None:
             self._open_file[1].close()
-        self._open_file = None
+        self._open_file, self._columns = None, {}
 
     def _missing(self, image_id: str) -> ArtifactError:
         return self._error(f"it has no entry for picture {image_id}", "make it for this data set")

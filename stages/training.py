@@ -258,7 +258,8 @@ class CachedProposals:
 
     def __init__(self, path: Path, dataset: Dataset, limit: int) -> None:
         self.file, self.limit = ProposalFile(path), limit
-        missing = [id for id in dataset.ids if id not in set(self.file.image_ids)] if len(self.file) else dataset.ids
+        held = set(self.file.image_ids)
+        missing = [id for id in dataset.ids if id not in held]
         if missing:
             raise ArtifactError(f"{path.name} has no proposals for picture {missing[0]} and {len(missing) - 1} others "
                                 f"of {dataset.name}: make it anew with altopt stage 2, or import one for this data set")
