@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -295,7 +296,7 @@ def _bring_in(artifact: str, source: Path, path: Path, recipe: Recipe) -> None:
         return
     _look_at(artifact, source, recipe)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(source.read_bytes())
+        shutil.copyfile(source, temporary)
 
 
 def _look_at(artifact: str, path: Path, recipe: Recipe) -> None:
@@ -304,10 +305,18 @@ def _look_at(artifact: str, path: Path, recipe: Recipe) -> None:
         from cache.proposals import ProposalFile
 
         ProposalFile(path).close()
-    elif artifact.startswith("M"):
+    elif artifact.startswith("F"):
+        from cache.preallocated import PreallocatedFile
+
+        PreallocatedFile(path, {}).close()
+    elif artifact.startswith(("M", "S", "R")):
         from cache.checkpoints import read_description
 
-        held = read_description(path).get("network", {}).get("name")
+        description = read_description(path)
+        if not artifact.startswith("M") and "model" not in description:
+            raise ArtifactError(f"{path.name} holds no SVMs or box regressors, as {artifact} does: give a file that "
+                                "train_svms or train_regressors made")
+        held = description.get("network", {}).get("name")
         wanted = recipe.network.name
         if held != wanted:
             raise ArtifactError(f"{path.name} holds {held or 'no network known to altopt'}, and the recipe speaks of "

@@ -277,6 +277,16 @@ def test_nothing_is_adopted_when_one_of_several_cannot_be_taken(copied, words, m
     assert [given(copied, name) for name in ARTIFACTS] == [None] * 8
 
 
+@pytest.mark.parametrize(("artifact", "other"), [
+    ("M1", "P1"), ("P1", "M1"), ("F1", "M1"), ("F1", "P1"), ("S1", "P1"), ("S1", "M1"), ("R1", "P1"), ("R1", "M1")])
+def test_file_of_another_kind_is_not_adopted(copied, artifact, other):
+    before = hashes(copied)
+    with pytest.raises(ArtifactError):
+        open_tiny(copied).adopt(artifact, copied / file_name(other), "a test")
+    assert hashes(copied) == before
+    assert not [path for path in copied.iterdir() if path.name.startswith(("F", "S", "R"))]
+
+
 def test_from_takes_a_stale_artifact_as_it_is(copied):
     nudge(copied / "M2.safetensors")
     nudged = hashes(copied, "M2")
