@@ -6,7 +6,7 @@ import pytest
 from tiny_runs import TINY, write_recipe
 
 from altopt.errors import UsageError
-from stages import PRETRAINED
+from stages import PRETRAINED, SCHEMES
 from stages.recipe import Value, describe_config, describe_recipes, packaged, read_recipe
 
 PACKAGED = pytest.mark.parametrize("path", packaged().values(), ids=packaged())
@@ -214,3 +214,10 @@ def test_dictionary_is_plain_json(tiny):
 def test_protocol_is_checked_before_anything_is_trained(tmp_path):
     message = refused(tmp_path, 'protocol = "voc7"\n' + TINY)
     assert message == "protocol = 'voc7' (did you mean 'voc07'?): it is one of voc07, voc10, coco"
+
+
+@pytest.mark.parametrize("name", ["shapes", "voc07-squeezenet-mini"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_recipes_for_laptops_are_short_in_every_scheme(name, scheme):
+    recipe = read_recipe(name, (), scheme)
+    assert sum(getattr(recipe.config(step), "iterations", 0) for step in recipe.steps) < 15_000
