@@ -20,6 +20,7 @@ from altopt.slices import Slices
 
 CONV = ("conv.", "network.conv.")  # where the modules that are trained hold the network's conv layers
 
+
 class Snapshots(Protocol):
     """Where the loop keeps its state, so that it can be stopped at any moment."""
 
