@@ -3,42 +3,83 @@
 For that it must not depend on the pictures that share a batch. It does where they go through the layers together:
 smaller ones are padded, and near the padding other values arise; and convolutions of several pictures sum in another
 order than those of one, which changes last bits. So each picture goes through frozen layers by itself, in its own size.
+
+That holds for all of a network's layers, and for the first ones where the others learn. Layers are counted as the
+blocks hold them, those without weights too.
 """
 
 import torch
 from torch import Tensor, nn
 
+from altopt.layers import leading
 from altopt.pictures import Batch, stacked_maps
 
 
-def conv_features(conv: nn.Sequential, batch: Batch) -> Tensor:
-    """Return the maps of a batch, ``Tensor[B, C, h, w]``: of all pictures at once if any of the layers learns.
+def layers_of(conv: nn.Module) -> list[nn.Module]:
+    """Return the layers of all blocks, in order; a module that is not made of blocks is a layer of its own."""
+    blocks = list(conv) if isinstance(conv, nn.Sequential) else [conv]
+    return [layer for block in blocks for layer in (block if isinstance(block, nn.Sequential) else [block])]
 
-    If none does: as ``frozen_features``.
+
+def frozen_depth(conv: nn.Module) -> int:
+    """Return how many layers stand before the first that learns."""
+    return leading([not any(each.requires_grad for each in layer.parameters()) for layer in layers_of(conv)])
+
+
+def conv_features(conv: nn.Module, batch: Batch) -> Tensor:
+    """Return the maps of a batch, ``Tensor[B, C, h, w]``: each picture by itself up to the first layer that learns.
+
+    From there on all pictures go together, zero-padded at the end as the whole batch's are, where this is a slice.
     """
-    if any(parameter.requires_grad for parameter in conv.parameters()):
+    layers = layers_of(conv)
+    depth = frozen_depth(conv)
+    if depth == 0:
         features: Tensor = conv(batch.images)
         return features
-    return frozen_features(conv, batch)
+    maps = picture_maps(conv, batch, depth)
+    learning = layers[depth:]
+    if learning and batch.greatest:
+        height, width = (max(each.shape[k] for each in maps) for k in (1, 2))
+        return _through(learning, stacked_maps(maps, (batch.greatest(height), batch.greatest(width))))
+    return _through(learning, stacked_maps(maps))
 
 
-def frozen_features(conv: nn.Sequential, batch: Batch) -> Tensor:
-    """Return each picture's map, stored or made now, as one ``Tensor[B, C, h, w]`` in float32, zero-padded at the end.
+def frozen_features(conv: nn.Module, batch: Batch) -> Tensor:
+    """Return what all layers make of each picture by itself, as one ``Tensor[B, C, h, w]``, zero-padded at the end.
 
     The layers above see of the padding what they see beyond the edge of one map: the RPN's convolution pads with zeros,
-    anchors outside of a picture are not trained on, and no maximum of RoI pooling changes by a zero.
+    anchors outside of a picture are not trained on, and no maximum of RoI pooling changes by a zero, as maps end with a
+    ReLU.
     """
-    if batch.features is not None:
-        return batch.features
-    maps = [
-        picture_map(conv, image[:, : sample.size[1], : sample.size[0]])
-        for image, sample in zip(batch.images, batch.samples, strict=True)
-    ]
-    return stacked_maps(maps, batch.images.device)
+    return stacked_maps(picture_maps(conv, batch))
+
+
+def picture_maps(conv: nn.Module, batch: Batch, depth: int | None = None) -> list[Tensor]:
+    """Return each picture's map behind so many layers, or all, in its own size: ``Tensor[C, h, w]`` each, in float32.
+
+    Without autograd. What is stored of it is not made again.
+    """
+    if batch.maps is None:
+        images = [image[:, : sample.size[1], : sample.size[0]]
+                  for image, sample in zip(batch.images, batch.samples, strict=True)]
+        return [picture_map(conv, image, 0, depth).float() for image in images]
+    count = len(layers_of(conv))
+    begin, end = (count if each is None else each for each in (batch.layers, depth))
+    assert begin <= end, "the stored maps went through layers that learn"
+    return list(batch.maps) if begin == end else [picture_map(conv, each, begin, end).float() for each in batch.maps]
 
 
 @torch.no_grad()
-def picture_map(conv: nn.Sequential, image: Tensor) -> Tensor:
-    """Return what the layers make of one normalised picture ``Tensor[3, H, W]``, without autograd: ``[C, h, w]``."""
-    features: Tensor = conv(image[None].contiguous(memory_format=torch.channels_last))
+def picture_map(conv: nn.Module, image: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+    """Return what the layers ``begin`` to ``end`` make of one picture, without autograd: ``Tensor[C, h, w]``.
+
+    ``image`` is the normalised picture ``Tensor[3, H, W]``, or its map behind the layers before.
+    """
+    features = _through(layers_of(conv)[begin:end], image[None].contiguous(memory_format=torch.channels_last))
     return features[0]
+
+
+def _through(layers: list[nn.Module], features: Tensor) -> Tensor:
+    for layer in layers:
+        features = layer(features)
+    return features

@@ -21,6 +21,7 @@ from altopt.backbones import STRIDE
 from altopt.config import ProposalRule
 from altopt.detector import FasterRCNN
 from altopt.fast_rcnn import sampled_losses
+from altopt.frozen import conv_features
 from altopt.pictures import Batch, Sample
 from altopt.roi_sample import pool_rois
 from altopt.rpn import RPNRule, kept_boxes, rpn_losses, scored_boxes
@@ -72,7 +73,7 @@ class JointTraining(nn.Module):
 
     def losses(self, batch: Batch, iteration: int, share: float) -> dict[str, Tensor]:
         """Return what ``forward`` does, with this share of the gradient through the proposals' coordinates."""
-        features = self.conv(batch.images)
+        features = conv_features(self.conv, batch)
         logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors_for(features)
         losses = rpn_losses(logits, deltas, anchors, batch.samples, self.anchors, (*self.key, "anchors", iteration))

@@ -29,8 +29,8 @@ class Sample:
 
     ``pixels`` is uint8 ``Tensor[3, H, W]``; ``objects`` ``Tensor[G, 4]``; ``classes`` int64 ``Tensor[G]`` from 0;
     ``proposals`` ``Tensor[K, 4]`` or None; ``scale`` is input pixels for one original pixel.
-    A sample with ``features``, the conv layers' stored map ``Tensor[C, h, w]``, has no picture: its pixels are one
-    zero, repeated without memory, and only their size means something.
+    A sample with ``features``, the stored map ``Tensor[C, h, w]`` behind the first ``layers`` conv layers (None: all of
+    them), has no picture: its pixels are one zero, repeated without memory, and only their size means something.
     """
 
     id: str
@@ -41,6 +41,7 @@ class Sample:
     classes: Tensor
     proposals: Tensor | None = None
     features: Tensor | None = None
+    layers: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -52,18 +53,19 @@ class Sample:
 class Batch:
     """Samples on a device, and their pixels as one ``Tensor[B, 3, H, W]``, normalised, zero-padded at the end.
 
-    Where the samples carry stored maps, ``features`` is ``Tensor[B, C, h, w]``, zero-padded at the end too, and stands
-    in place of what the conv layers make of ``images``, which are then blank. RoI pooling does not see the padding:
-    maps end with a ReLU, and no maximum changes by a zero.
+    Where the samples carry stored maps, ``maps`` are these, ``Tensor[C, h, w]`` each, and stand in place of what the
+    first ``layers`` conv layers (None: all) make of ``images``, which are then blank.
 
     Where the batch is one rank's slice of a larger one, ``share`` says what part of the whole a count of pictures or
-    RoIs is (altopt/slices.py).
+    RoIs is, and ``greatest`` returns the greatest of all ranks' numbers (altopt/slices.py).
     """
 
     samples: list[Sample]
     images: Tensor
-    features: Tensor | None = None
+    maps: Sequence[Tensor] | None = None
+    layers: int | None = None
     share: Callable[[int], float] | None = None
+    greatest: Callable[[int], int] | None = None
 
     def parts(self, means: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         """Return losses that are means over ``count`` pictures or RoIs as their parts of the whole batch's means."""
@@ -96,17 +98,17 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
 
 
 def stored_sample(dataset: Dataset, id: str, network: NetworkConfig, features: Tensor, *, flipped: bool = False,
-                  proposals: np.ndarray | None = None) -> Sample:
-    """Return what ``read_sample`` does, with the stored map of the picture in place of the picture."""
+                  proposals: np.ndarray | None = None, layers: int | None = None) -> Sample:
+    """Return what ``read_sample`` does, with the picture's stored map behind so many layers in its place."""
     extent = dataset.size(id)
     scale = scale_of(extent, network.short_side, network.max_side)
     width, height = input_size(extent, scale)
     blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, height, width)
-    return _sample(dataset, id, flipped, blank, scale, extent[0], proposals, features)
+    return _sample(dataset, id, flipped, blank, scale, extent[0], proposals, features, layers)
 
 
 def _sample(dataset: Dataset, id: str, flipped: bool, pixels: Tensor, scale: float, width: int,
-            proposals: np.ndarray | None, features: Tensor | None = None) -> Sample:
+            proposals: np.ndarray | None, features: Tensor | None = None, layers: int | None = None) -> Sample:
     objects = dataset.objects(id).usable()
 
     def framed(boxes: np.ndarray) -> Tensor:
@@ -115,7 +117,7 @@ def _sample(dataset: Dataset, id: str, flipped: bool, pixels: Tensor, scale: flo
 
     return Sample(
         id, flipped, pixels, scale, framed(objects.boxes), torch.from_numpy(np.array(objects.labels, dtype=np.int64)),
-        None if proposals is None else framed(proposals), features,
+        None if proposals is None else framed(proposals), features, layers,
     )
 
 
@@ -132,7 +134,7 @@ def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
 def make_batch(samples: list[Sample], device: torch.device) -> Batch:
     """Move the samples to the device and stack their pixels, smaller pictures padded with the mean colour.
 
-    Samples with stored maps have their maps stacked instead, in float32.
+    Samples with stored maps bring those instead, in float32.
     """
     if samples[0].features is not None:
         return _stored_batch(samples, device)
@@ -149,19 +151,22 @@ def make_batch(samples: list[Sample], device: torch.device) -> Batch:
     return Batch(moved, images)
 
 
-def stacked_maps(maps: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return maps ``Tensor[C, h, w]`` of any sizes as one float32 ``Tensor[B, C, h, w]``, zero-padded at the end."""
-    height, width = max(each.shape[1] for each in maps), max(each.shape[2] for each in maps)
-    features = torch.zeros(len(maps), maps[0].shape[0], height, width, device=device)
+def stacked_maps(maps: Sequence[Tensor], least: tuple[int, int] = (0, 0)) -> Tensor:
+    """Return maps ``Tensor[C, h, w]`` of any sizes as one float32 ``Tensor[B, C, h, w]``, zero-padded at the end.
+
+    Its height and width are those of the largest map, or of ``least``.
+    """
+    height, width = (max(side, *(each.shape[k + 1] for each in maps)) for k, side in enumerate(least))
+    features = torch.zeros(len(maps), maps[0].shape[0], height, width, device=maps[0].device)
     for place, each in zip(features, maps, strict=True):
-        place[:, : each.shape[1], : each.shape[2]] = each.to(device, non_blocking=True)
+        place[:, : each.shape[1], : each.shape[2]] = each
     return features
 
 
 def _stored_batch(samples: list[Sample], device: torch.device) -> Batch:
-    features = stacked_maps([sample.features for sample in samples if sample.features is not None], device)
+    maps = [sample.features.to(device, non_blocking=True).float() for sample in samples if sample.features is not None]
     blank = torch.zeros(1, 1, 1, 1, device=device).expand(len(samples), 3, 1, 1)
-    return Batch([_moved(sample, sample.pixels, device) for sample in samples], blank, features)
+    return Batch([_moved(sample, sample.pixels, device) for sample in samples], blank, maps, samples[0].layers)
 
 
 def _moved(sample: Sample, pixels: Tensor, device: torch.device) -> Sample:

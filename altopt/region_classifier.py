@@ -18,7 +18,7 @@ from altopt import backbones
 from altopt.backbones import STRIDE
 from altopt.config import NetworkConfig
 from altopt.network_parts import NetworkOfParts
-from altopt.pictures import Batch
+from altopt.pictures import Batch, stacked_maps
 from altopt.pyramid import bins, pyramid_pool
 from altopt.roi_pool import roi_pool
 from altopt.sampling import RoISample, RoISampling
@@ -85,9 +85,9 @@ class PyramidTraining(nn.Module):
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return ``cls``, the mean softmax loss over the sampled regions."""
-        assert batch.features is not None
+        assert batch.maps is not None
         samples = self.regions.of_batch(batch, *self.key, iteration)
-        pooled = pyramid_pool(batch.features, [sample.rois for sample in samples], self.levels, 1 / STRIDE)
+        pooled = pyramid_pool(stacked_maps(batch.maps), [sample.rois for sample in samples], self.levels, 1 / STRIDE)
         return batch.parts(_softmax_loss(self.head(self.fc(pooled)), samples), len(pooled))
 
 

@@ -3,17 +3,24 @@
 torchvision's compiled kernel does what Caffe's layer does: corners are rounded to whole cells of the feature map,
 both ends included, each bin takes its maximum, an empty bin is 0, and the backward pass follows the arg-max alone.
 
+On the CPU the kernel works on one thread. Channels have nothing to do with each other in it, so here each of torch's
+threads gets some of them, and the result is the same bits.
+
 A cell that is the arg-max of several bins gets the sum of their gradients. The kernel's backward pass adds them on CUDA
 atomically, in no certain order; with torch's switch for deterministic algorithms, it is done here in a fixed one.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+LEAST_CHANNELS = 16  # for a thread: with fewer, to divide costs more than it saves
 
 
 def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatial_scale: float) -> Tensor:
@@ -27,8 +34,12 @@ def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatia
     """
     rois = torch.cat([_with_index(each, b) for b, each in enumerate(boxes)])  # (R, 5)
     inclusive = rois - rois.new_tensor([0, 0, 0, 1, 1])
+    pool = torchvision.ops.roi_pool
+    if torch.are_deterministic_algorithms_enabled():
+        pool = pool_in_order
+    elif features.device.type == "cpu":
+        pool = pool_in_threads
     # The kernel knows float and double only, and under autocast features may be bfloat16.
-    pool = pool_in_order if torch.are_deterministic_algorithms_enabled() else torchvision.ops.roi_pool
     pooled: Tensor = pool(
         features.float() if features.dtype in (torch.bfloat16, torch.float16) else features,
         inclusive.to(features.dtype if features.dtype == torch.float64 else torch.float32),
@@ -36,6 +47,51 @@ def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatia
         spatial_scale,
     )
     return pooled.to(features.dtype)  # (R, C, P, P)
+
+
+def pool_in_threads(features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:
+    """Return what torchvision's op does for ``rois`` ``Tensor[R, 5]``, computed by as many threads as torch has."""
+    pooled: Tensor = _PoolInThreads.apply(features, rois, output_size, spatial_scale)
+    return pooled
+
+
+class _PoolInThreads(torch.autograd.Function):
+    """The kernel on some of the channels in each thread; it lets go of the interpreter while it works."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:
+        count = max(1, min(torch.get_num_threads(), features.shape[1] // LEAST_CHANNELS))
+
+        def pool(channels: Tensor) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = torch.ops.torchvision.roi_pool(
+                channels, rois, spatial_scale, output_size, output_size)
+            return found
+
+        pooled, places = zip(*_threads().map(pool, features.detach().chunk(count, dim=1)), strict=True)
+        ctx.save_for_backward(rois, *places)
+        ctx.shape, ctx.grid = features.shape, (spatial_scale, output_size, output_size)
+        return torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        rois, *places = ctx.saved_tensors
+        pictures, _, height, width = ctx.shape
+
+        def spread(gradient: Tensor, places: Tensor) -> Tensor:
+            spread: Tensor = torch.ops.torchvision._roi_pool_backward(
+                gradient, rois, places, *ctx.grid, pictures, places.shape[1], height, width)
+            return spread
+
+        gradients = torch.split(gradient, [each.shape[1] for each in places], dim=1)
+        parts = list(_threads().map(spread, gradients, places))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None, None, None
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Return the threads that pool; they start when there is work, as many as there is work for."""
+    return ThreadPoolExecutor(thread_name_prefix="altopt-roi-pool")
 
 
 def pool_in_order(features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:

@@ -41,12 +41,12 @@ class Slices(Generic[Item]):
         """Return the batch of this rank's samples as a part of the whole; what follows is about this iteration.
 
         Its pictures are padded to the size of the whole batch's: what conv layers make of an edge depends on what
-        follows it. Maps need no such padding.
+        follows it. Maps are padded where conv layers follow (altopt/frozen.py).
         """
         own = self._own(len(self.order[iteration]))
         self._idle = own.start == own.stop
-        batch = replace(batch, share=self.share)
-        if batch.features is not None:
+        batch = replace(batch, share=self.share, greatest=self.ranks.greatest)
+        if batch.maps is not None:
             return batch
         height, width = batch.images.shape[2:]
         missing = (0, self.ranks.greatest(width) - width, 0, self.ranks.greatest(height) - height)

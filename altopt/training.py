@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from altopt.batches import Ahead
 from altopt.config import TrainingConfig
-from altopt.errors import DivergedError, UsageError
+from altopt.errors import DivergedError
+from altopt.layers import names_matching
 from altopt.pictures import Batch, Sample, make_batch
 from altopt.randomness import seed_of
 from altopt.ranks import Ranks
@@ -203,21 +203,9 @@ class _Meter:
 
 
 def layers_named(conv: nn.Sequential, patterns: Iterable[str]) -> list[str]:
-    """Return the layers with weights, in order, that a pattern names, by their own name or that of a part around them.
-
-    ``conv3`` is a whole block and ``conv3.0`` a layer of it; ``*`` stands for anything, so ``conv[12]*`` and
-    ``conv3.*`` are patterns too. Raises ``UsageError`` for one that names nothing.
-    """
+    """Return the layers with weights that a pattern names; ``names_matching`` says how."""
     weighted = [name for name, layer in conv.named_modules() if any(True for _ in layer.parameters(recurse=False))]
-    around = {name: [name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)] for name in weighted}
-    chosen = set()
-    for pattern in patterns:
-        found = {name for name in weighted if any(fnmatchcase(each, pattern) for each in around[name])}
-        if not found:
-            raise UsageError(f"freeze: there is no layer {pattern!r}: blocks are "
-                             f"{', '.join(dict(conv.named_children()))}, and layers {', '.join(weighted)}")
-        chosen |= found
-    return [name for name in weighted if name in chosen]
+    return names_matching(weighted, patterns)
 
 
 def freeze(part: nn.Module, names: Iterable[str]) -> None:

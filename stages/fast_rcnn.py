@@ -24,6 +24,7 @@ class FastRCNNConfig(TrainingConfig, OnTrainSplit):
     """How Fast R-CNN is trained: RoIs sampled by IoU, two losses (Fast R-CNN, section 2.3)."""
 
     version: ClassVar[int] = 2  # a head that starts anew starts small in units of its statistics
+    stores_maps: ClassVar[bool] = True
     iterations: int = sourced(40_000, SOLVER)
     images_per_batch: int = sourced(2, SAMPLING)
     lr_steps: tuple[int, ...] = sourced((30_000,), SOLVER)
@@ -46,6 +47,7 @@ class FastRCNNConfig(TrainingConfig, OnTrainSplit):
 class TrainFastRCNN(FastRCNNConfig):
     """Stage 3, where the later conv blocks learn too."""
 
+    version: ClassVar[int] = 3  # frozen layers see each picture by itself
     freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "Fast R-CNN, section 4.5; pfr: conv1_1 to conv2_2 at rate 0")
     scales: tuple[int, ...] = sourced((), SCALES)
     max_side: int = sourced(2000, "Fast R-CNN's config for five scales; one scale has the network's")
@@ -69,7 +71,6 @@ class TrainFastRCNNFrozenConv(FastRCNNConfig):
     """Stage 6, where all conv layers stay as they are."""
 
     version: ClassVar[int] = 3  # conv layers see each picture by itself
-    frozen_conv: ClassVar[bool] = True
     outputs: Literal["draw-anew", "continue"] = sourced(
         "draw-anew", "pfr Python: cls_score and bbox_pred start anew (MATLAB starts from M2, whose outputs continue)")
 
@@ -123,10 +124,10 @@ def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNCo
         network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
     network.set_dropout(config.dropout)
     module = fast_rcnn_training(network, config, training.key)
-    if freeze is None and not frames:
-        facts = training.run_on_frozen(network.conv, module, entries, cached)
+    if frames:
+        facts = training.run_at_scales(module, entries, cached, frames)
     else:
-        facts = training.run(module, entries, cached, frames)
+        facts = training.run(network.conv, module, entries, cached)
     training.save(network, ["conv", "fc", "head"])
     return facts | {"pictures_without_rois": unusable}
 

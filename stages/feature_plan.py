@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from altopt.config import NetworkConfig
 from altopt.datasets.dataset import DataConfig, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import AltoptError
 from altopt.extents import maps_bytes
+from altopt.layers import LAYERS, frozen_layers
 from cache.files import canonical_json, sha256_text, write_text_atomic
 
 SPARE_SHARE, SPARE_BYTES = 10, 2**30  # what a store must leave free: a tenth of its size, and at least a GiB
@@ -27,11 +29,12 @@ class Decision:
     reason: str
 
 
-def decide(wish: str, needed: int, free: int, visits: int, entries: int) -> Decision:
+def decide(wish: str, needed: int, free: int, visits: int, entries: int, reserved: int = 0) -> Decision:
     """Return what ``--feature-store`` comes to: a store of ``needed`` bytes on a disk with ``free`` ones.
 
     The stage looks at ``entries`` pictures, mirror images counted, ``visits`` times in all; one look at each is enough,
-    since later stages read the store as well. Asked for with "on", a store is made whatever it costs.
+    since later stages read the store as well. ``reserved`` bytes are for a store that is worth more. Asked for with
+    "on", a store is made whatever it costs.
     """
     if wish == "off":
         return Decision(False, "not wanted (--feature-store off)")
@@ -39,7 +42,7 @@ def decide(wish: str, needed: int, free: int, visits: int, entries: int) -> Deci
         return Decision(True, f"asked for, {gigabytes(needed)}")
     if visits < entries:
         return Decision(False, f"{visits} visits of {entries} pictures: some are never seen")
-    spare = max(needed // SPARE_SHARE, SPARE_BYTES)
+    spare = max(needed // SPARE_SHARE, SPARE_BYTES) + reserved
     if needed + spare > free:
         return Decision(False, f"{gigabytes(needed)} do not fit: {gigabytes(free)} are free, and {gigabytes(spare)} of "
                                "them stay so")
@@ -73,24 +76,39 @@ def known_sizes(folder: Path, config: DataConfig, root: Path | None) -> Sizes | 
     return sizes_of(open_dataset(config, "train", root)) if config.format == "shapes" else None
 
 
+def stored_layers(config: Any) -> int:
+    """Return behind how many conv layers, counted from the first, a stage with that config stores maps; 0: it does not.
+
+    Raises ``UsageError`` where it freezes layers that do not exist.
+    """
+    if not getattr(config, "stores_maps", False) or getattr(config, "scales", None):
+        return 0
+    return frozen_layers(config.network.name, getattr(config, "freeze", ("*",)))
+
+
+def reserved_bytes(sizes: Sizes, network: NetworkConfig, flips: bool, precision: str, layers: int) -> int:
+    """Return what a store of maps behind some layers leaves for that of all layers, which saves more than it does."""
+    return maps_bytes(sizes, network, flips, precision) if layers < len(LAYERS[network.name]) else 0
+
+
 def foreseen(folder: Path, config: Any, root: Path | None) -> dict[str, Any] | None:
-    """Return for a stage on frozen conv layers what its store will take, and whether "auto" makes one; JSON-able.
+    """Return for a stage with frozen conv layers what its store will take, and whether "auto" makes one; JSON-able.
 
     None: the stage stores nothing, or nobody has looked at its pictures yet.
     """
-    if not getattr(config, "frozen_conv", False):
-        return None
     try:
-        sizes = known_sizes(folder, config.data, root)
+        layers = stored_layers(config)
+        sizes = known_sizes(folder, config.data, root) if layers else None
     except AltoptError:
         return None  # the stage itself will say what is wrong
     if sizes is None:
         return None
-    needed = maps_bytes(sizes, config.network, config.flips, config.precision)
+    kind = (config.network, config.flips, config.precision, layers)
+    needed = maps_bytes(sizes, *kind)
     entries = sum(count for *_, count in sizes) * (2 if config.flips else 1)
     existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     decision = decide("auto", needed, shutil.disk_usage(existing).free, config.iterations * config.images_per_batch,
-                      entries)
+                      entries, reserved_bytes(sizes, *kind))
     return {"bytes": needed, "used": decision.used, "reason": decision.reason}
 
 

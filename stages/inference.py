@@ -12,7 +12,7 @@ from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.detector import FasterRCNN
 from altopt.errors import ArtifactError
-from altopt.pictures import Batch, Sample, make_batch, read_sample, stored_sample
+from altopt.pictures import Batch, Sample, make_batch, read_sample
 from altopt.randomness import generator
 from altopt.ranks import Ranks
 from cache.checkpoints import load_checkpoint
@@ -63,10 +63,9 @@ class Inference:
         groups = _runs_of_equal_size(self.dataset, size)
 
         def read(ids: list[str]) -> list[Sample]:
-            if store is None or store.maps is None:
+            if store is None:
                 return [read_sample(self.dataset, id, self.config.network) for id in ids]
-            return [stored_sample(self.dataset, id, self.config.network, store.map_of(id, flipped=False))
-                    for id in ids]
+            return [store.sample(id) for id in ids]
 
         def work(own: Sequence[list[str]]) -> Iterator[Made]:
             with Ahead(read, own, self.runtime.readers) as ahead:

@@ -26,7 +26,8 @@ class JointConfig(TrainingConfig, ProposalRule, OnTrainSplit):
     Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # frozen layers see each picture by itself
+    stores_maps: ClassVar[bool] = True
     iterations: int = sourced(70_000, SOLVER)
     images_per_batch: int = sourced(1, "pfr end2end (Caffe's iter_size 2 sums the gradients of two such batches)")
     lr_steps: tuple[int, ...] = sourced((50_000,), SOLVER)
@@ -97,7 +98,8 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
     network.use_box_statistics(*fixed_statistics(len(training.dataset.classes)))
     network.set_dropout(config.dropout)
     network.samples_per_bin = samples_per_bin
-    facts = training.run(joint_training(network, config, path, training.key), training.entries(), None)
+    module = joint_training(network, config, path, training.key)
+    facts = training.run(network.conv, module, training.entries(), None)
     pooling = {"samples_per_bin": samples_per_bin} if samples_per_bin else {}
     training.save(network, PARTS, **pooling)
     return facts

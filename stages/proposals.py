@@ -28,7 +28,7 @@ class GenerateProposals(ProposalRule, OnTrainSplit):
 def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> dict[str, Any]:
     """Cache the RPN's proposals for every training picture, upright only.
 
-    Stage 4 has left a store of the conv layers' maps for stage 5, unless it did without; for stage 2 there is none.
+    Training has left a store of what the frozen ones of the conv layers make of the pictures, unless it did without.
     """
     from cache.files import sha256_file
     from cache.proposals import ProposalWriter

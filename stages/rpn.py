@@ -20,6 +20,7 @@ class RPNConfig(TrainingConfig, OnTrainSplit):
     """How an RPN is trained: anchors labelled by IoU, sampled, scored (Faster R-CNN, section 3.1)."""
 
     version: ClassVar[int] = 1
+    stores_maps: ClassVar[bool] = True
     positive_iou: float = sourced(0.7, TARGETS)
     negative_iou: float = sourced(0.3, TARGETS)
     anchors_per_image: int = sourced(256, "Faster R-CNN, section 3.1.3; pfr RPN_BATCHSIZE")
@@ -33,6 +34,7 @@ class RPNConfig(TrainingConfig, OnTrainSplit):
 class TrainRPN(RPNConfig):
     """Stage 1, where the later conv blocks learn too."""
 
+    version: ClassVar[int] = 2  # frozen layers see each picture by itself
     freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "pfr stage1_rpn_train.pt: conv1_1 to conv2_2 at rate 0")
 
 
@@ -41,7 +43,6 @@ class TrainRPNFrozenConv(RPNConfig):
     """Stage 4, where all conv layers stay as they are."""
 
     version: ClassVar[int] = 2
-    frozen_conv: ClassVar[bool] = True
 
 
 def train_rpn(init: Path, *, out: Path, config: TrainRPN, runtime: Runtime) -> dict[str, Any]:
@@ -62,10 +63,7 @@ def _train(init: Path, out: Path, config: RPNConfig, runtime: Runtime,
     network = training.network(("conv", "rpn"))
     training.freeze(network, freeze)
     module = rpn_training(network, config, training.key)
-    if freeze is None:
-        facts = training.run_on_frozen(network.conv, module, training.entries(), None)
-    else:
-        facts = training.run(module, training.entries(), None)
+    facts = training.run(network.conv, module, training.entries(), None)
     kept = [part for part in ("fc", "head") if part in training.parts]
     training.save(network, ["conv", "rpn", *kept])
     return facts

@@ -69,8 +69,9 @@ class DetectSPPNet(RegionDetectionRule, OnTestSplit):
 
 def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, runtime: Runtime) -> dict[str, Any]:
     """Cache the conv layers' map of every training picture, upright and mirrored, at every scale."""
+    from altopt.pictures import Sample, read_sample
     from cache.checkpoints import digest
-    from cache.features import FeatureMapWriter
+    from cache.features import FeatureMapWriter, MapKey
     from stages.feature_maps import map_shapes, write_maps
     from stages.inference import Inference, written_by_first
 
@@ -80,10 +81,14 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
     frames = config.network.at_scales(config.scales, config.max_side)
     shapes = map_shapes(dataset, frames, config.flips)
+
+    def read(key: MapKey) -> Sample:
+        return read_sample(dataset, key.image_id, frames[key.scale], flipped=key.mirrored)
+
     with written_by_first(
             runtime.ranks, lambda: FeatureMapWriter(out, attributes, shapes, config.precision)) as writer:
-        found = write_maps(writer, shapes, network.conv, dataset, frames, precision=config.precision,
-                           device=inference.device, runtime=runtime)
+        found = write_maps(writer, shapes, network.conv, read, precision=config.precision, device=inference.device,
+                           runtime=runtime)
     if not runtime.ranks.first:
         return {}
     return {"maps": len(shapes), "maps_found": found, "bytes": out.stat().st_size}

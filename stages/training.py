@@ -17,8 +17,9 @@ from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.detector import FasterRCNN
 from altopt.errors import ArtifactError, UsageError
+from altopt.frozen import frozen_depth
 from altopt.interruption import Stop, deferred_signals
-from altopt.pictures import Batch, Sample, read_sample, stored_sample
+from altopt.pictures import Batch, Sample, read_sample, stacked_maps
 from altopt.randomness import generator
 from altopt.ranks import Ranks
 from altopt.region_classifier import RegionClassifier
@@ -114,19 +115,31 @@ class Training:
         """Return every picture of the training split, and with ``flips`` its mirror image."""
         return entries_of(self.dataset, self.dataset.ids, self.config.flips)
 
-    def run(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None",
-            frames: Sequence[NetworkConfig] = (), store: FeatureStore | None = None) -> dict[str, Any]:
-        """Train the module on the entries' pictures, or their stored maps, and return facts for the record.
+    def run(self, conv: nn.Sequential, module: nn.Module, entries: list[Entry],
+            cached: "CachedProposals | None") -> dict[str, Any]:
+        """Train the module on the entries' pictures, and return facts for the record.
 
-        Pictures have the network's frame, or at each visit one of ``frames``, of which no maps are stored.
+        Where that pays, what the frozen ones of the conv layers make of the pictures is stored and read in their place;
+        to build that store counts as training.
         """
+        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime, layers=frozen_depth(conv),
+                          precision=self.config.precision, device=self.device) as store:
+            store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
+
+            def read(entry: Entry, iteration: int) -> Sample:
+                return store.sample(entry.id, flipped=entry.flipped, proposals=cached.get(entry.id) if cached else None)
+
+            facts = self.run_on(module, entries, read)
+        facts["train_seconds"] = round(facts["train_seconds"] + store.seconds, 2)
+        return facts | store.facts
+
+    def run_at_scales(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None",
+                      frames: Sequence[NetworkConfig]) -> dict[str, Any]:
+        """Do what ``run`` does with pictures in one of the frames at each visit, and store nothing."""
         def read(entry: Entry, iteration: int) -> Sample:
-            proposals = cached.get(entry.id) if cached else None
-            if store is not None and store.maps is not None:
-                return stored_sample(self.dataset, entry.id, self.config.network,
-                                     store.map_of(entry.id, entry.flipped), flipped=entry.flipped, proposals=proposals)
-            frame = frames[self.scale(len(frames), entry, iteration)] if frames else self.config.network
-            return read_sample(self.dataset, entry.id, frame, flipped=entry.flipped, proposals=proposals)
+            frame = frames[self.scale(len(frames), entry, iteration)]
+            return read_sample(self.dataset, entry.id, frame, flipped=entry.flipped,
+                               proposals=cached.get(entry.id) if cached else None)
 
         return self.run_on(module, entries, read)
 
@@ -134,19 +147,6 @@ class Training:
         """Return which of so many scales a picture has at this visit."""
         random = generator(*self.key, "scale", iteration, entry.id, entry.flipped)
         return int(torch.randint(count, (), generator=random))
-
-    def run_on_frozen(self, conv: nn.Sequential, module: nn.Module, entries: list[Entry],
-                      cached: "CachedProposals | None") -> dict[str, Any]:
-        """Do what ``run`` does above conv layers that do not learn, on their stored maps where that pays.
-
-        Building the store counts as time of training.
-        """
-        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime,
-                          precision=self.config.precision, device=self.device) as store:
-            store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
-            facts = self.run(module, entries, cached, store=store)
-        facts["train_seconds"] = round(facts["train_seconds"] + store.seconds, 2)
-        return facts | store.facts
 
     def run_on(self, module: nn.Module, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
         """Do what ``run`` does, on samples that ``read(entry, iteration)`` makes, called from threads."""
@@ -188,9 +188,9 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
     def keep_batch(batch: Batch, iteration: int) -> str:
         path = out.with_name(f"{out.stem}.diverged.safetensors")
         pictures = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
-        kept = {"images": batch.images} if batch.features is None else {"features": batch.features}
+        kept = {"images": batch.images} if batch.maps is None else {"features": stacked_maps(batch.maps)}
         save_checkpoint(path, kept, {"iteration": iteration, "pictures": pictures})
-        return f" (its {'pixels' if batch.features is None else 'feature maps'} are in {path.name})"
+        return f" (its {'pixels' if batch.maps is None else 'feature maps'} are in {path.name})"
 
     with deferred_signals() as stop:
         snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)

@@ -5,7 +5,8 @@ import torch
 
 from altopt.backbones import build
 from altopt.config import NETWORKS, NetworkConfig
-from altopt.extents import LAYERS, map_shape, maps_bytes
+from altopt.extents import map_shape, maps_bytes
+from altopt.frozen import layers_of
 
 SIDES = [*range(33, 81), 96, 127, 224, 300, 375, 500, 600, 800, 997, 1000]
 
@@ -16,13 +17,12 @@ def test_shapes_are_those_that_the_network_makes(name):
         conv = build(name).conv
     for side in SIDES:
         height = side + 7
-        shape = tuple(conv(torch.empty(1, 3, height, side, device="meta")).shape[1:])
         network = NetworkConfig(name=name, short_side=side, max_side=height)
-        assert map_shape(network, (side, height)) == shape, side
-
-
-def test_every_network_is_there():
-    assert set(LAYERS) == set(NETWORKS)
+        features = torch.empty(1, 3, height, side, device="meta")
+        for count, layer in enumerate(layers_of(conv)):
+            assert map_shape(network, (side, height), count) == tuple(features.shape[1:]), (side, count)
+            features = layer(features)
+        assert map_shape(network, (side, height)) == tuple(features.shape[1:]), side
 
 
 def test_pictures_are_resized_first():
@@ -36,3 +36,4 @@ def test_room_for_maps():
     assert maps_bytes([(500, 375, 3)], network, False, "float32") == 3 * one
     assert maps_bytes([(500, 375, 3), (375, 500, 2)], network, True, "bfloat16") == 5 * one
     assert maps_bytes([], network, True, "float32") == 0
+    assert maps_bytes([(800, 600, 1)], network, False, "float32", layers=10) == 128 * 150 * 200 * 4

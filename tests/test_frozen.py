@@ -1,5 +1,7 @@
 """Frozen conv layers: a picture's map depends on no other picture, and the layers above do not see the padding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,14 +9,15 @@ from altopt.backbones import small
 from altopt.config import NetworkConfig
 from altopt.detector import initialise
 from altopt.fast_rcnn import FastRCNNHead, FastRCNNTraining
-from altopt.frozen import conv_features, frozen_features, picture_map
-from altopt.pictures import Sample, make_batch
+from altopt.frozen import conv_features, frozen_depth, frozen_features, layers_of, picture_map, picture_maps
+from altopt.pictures import Sample, make_batch, stacked_maps
 from altopt.randomness import generator
 from altopt.rpn import RPNHead, RPNRule, RPNTraining
 from altopt.sampling import RoIRule, RoISampling
 
 CPU = torch.device("cpu")
 SIZES = [(96, 80), (81, 97), (64, 112)]  # (width, height)
+DEPTH = 8  # layers of conv1 and conv2, and the pooling that conv3 begins with
 NETWORK = NetworkConfig(name="small", anchor_scales=(1.0, 2.0), rpn_channels=8)
 RULE = RPNRule(positive=0.7, negative=0.3, anchors_per_image=64, positive_fraction=0.5, sigma=3.0, box_weight=1.0)
 
@@ -39,10 +42,20 @@ def sample_of(id, width, height):
     return Sample(id, False, pixels, 1.0, boxes[:2], torch.tensor([0, 1]), boxes[2:])
 
 
-def stored(conv, sample):
-    features = picture_map(conv, make_batch([sample], CPU).images[0])
+def stored(conv, sample, layers=None):
+    features = picture_map(conv, make_batch([sample], CPU).images[0], 0, layers).contiguous()
     blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand_as(sample.pixels)
-    return Sample(sample.id, False, blank, 1.0, sample.objects, sample.classes, sample.proposals, features)
+    return Sample(sample.id, False, blank, 1.0, sample.objects, sample.classes, sample.proposals, features, layers)
+
+
+@pytest.fixture
+def learning():
+    """Layers of which the first two blocks are frozen, and the pooling behind them."""
+    layers = small().conv.to(memory_format=torch.channels_last)
+    initialise(layers, generator("conv"))
+    for name in ("conv1", "conv2"):
+        layers.get_submodule(name).requires_grad_(False)
+    return layers
 
 
 def test_a_map_is_the_same_bits_alone_and_in_any_batch(conv, samples):
@@ -71,15 +84,66 @@ def test_stored_and_fresh_maps_make_equal_features(conv, samples):
     assert [each.size for each in read.samples] == [each.size for each in fresh.samples]
 
 
-def test_layers_that_learn_see_all_pictures_at_once(samples):
-    layers = small().conv
-    initialise(layers, generator("conv"))
-    for name in ("conv1", "conv2"):
-        layers.get_submodule(name).requires_grad_(False)
+def test_layers_that_learn_see_all_pictures_at_once(learning, samples):
     batch = make_batch(samples, CPU)
-    features = conv_features(layers, batch)
+    features = conv_features(learning, batch)
     assert features.requires_grad
-    assert torch.equal(features, layers(batch.images))
+    fronts = stacked_maps([picture_map(learning, make_batch([each], CPU).images[0], 0, DEPTH) for each in samples])
+    assert torch.equal(features, torch.nn.Sequential(*layers_of(learning)[DEPTH:])(fronts))
+
+
+def test_where_no_layer_is_frozen_all_see_the_padded_pictures(learning, samples):
+    batch = make_batch(samples, CPU)
+    learning.requires_grad_(True)
+    assert frozen_depth(learning) == 0
+    assert torch.equal(conv_features(learning, batch), learning(batch.images))
+
+
+def test_how_deep_layers_are_frozen(learning):
+    assert frozen_depth(learning) == DEPTH
+    learning.conv5.requires_grad_(False)  # behind layers that learn
+    assert frozen_depth(learning) == DEPTH
+    learning.conv3[1].requires_grad_(False)
+    assert frozen_depth(learning) == DEPTH + 2  # with its ReLU
+    learning.conv1[0].bias.requires_grad_(True)
+    assert frozen_depth(learning) == 0
+    assert frozen_depth(learning.requires_grad_(False)) == len(layers_of(learning)) == 21
+    assert frozen_depth(torch.nn.Conv2d(1, 1, 1)) == 0  # not made of blocks
+
+
+def test_a_slice_of_a_batch_is_padded_as_the_whole(learning, samples):
+    """Layers that learn see the padding, so its size counts."""
+    whole = conv_features(learning, make_batch(samples, CPU))
+    alone = make_batch(samples[:1], CPU)
+    greatest = {10: 14, 12: 12}  # rows and columns of maps at stride 8
+    padded = conv_features(learning, replace(alone, greatest=greatest.get))
+    torch.testing.assert_close(padded, whole[:1], rtol=1e-4, atol=1e-5)
+    assert conv_features(learning, alone).shape != padded.shape
+
+
+def test_maps_stored_on_the_way_are_gone_on_from(conv, samples):
+    expected = picture_maps(conv, make_batch(samples, CPU))
+    for layers in (0, 3, DEPTH, 21, None):
+        found = picture_maps(conv, make_batch([stored(conv, each, layers) for each in samples], CPU))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(AssertionError, match="layers that learn"):
+        picture_maps(conv, make_batch([stored(conv, each) for each in samples], CPU), DEPTH)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients_are_equal_with_stored_fronts(learning, samples, precision):
+    results = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        for each in (samples, [stored(learning, sample, DEPTH) for sample in samples]):
+            assert all(sample.features is None or sample.features.dtype == precision for sample in each)
+            module = rpn_training(learning)
+            losses = module(make_batch(each, CPU), 0)
+            learning.zero_grad()
+            sum(losses.values()).backward()
+            gradients = [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
+            results.append([*losses.values(), *gradients])
+    assert len(results[0]) == 2 + 2 * 6 + 6
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def rpn_training(conv):

@@ -4,18 +4,26 @@ import math
 
 import pytest
 import torch
+import torchvision
 
+import altopt.roi_pool
 from altopt.determinism import fixed_order
 from altopt.roi_pool import roi_pool
 
 STRIDE = 16
 
 
-@pytest.fixture(params=[False, True], ids=["kernel", "fixed order"], autouse=True)
-def either(request):
-    """Every test holds for torchvision's own backward pass, and for the one that adds in a fixed order."""
-    with fixed_order(request.param):
-        yield request.param
+WAYS = {"one thread": (1, False), "three threads": (3, False), "fixed order": (1, True)}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS, autouse=True)
+def each_way(request, monkeypatch):
+    """Every test holds for torchvision's kernel, also divided among threads, and for the one of fixed order."""
+    threads, in_order = request.param
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(altopt.roi_pool, "LEAST_CHANNELS", 1)
+    with fixed_order(in_order):
+        yield in_order
 
 
 def rounded(value: float) -> int:
@@ -174,6 +182,21 @@ def test_coordinates_are_not_rounded_to_the_precision_of_the_features():
     assert pooled(columns, [torch.tensor([[1000.0, 0, 1001, 16]])], 1).item() == 63
 
 
+def test_threads_change_no_bit(monkeypatch):
+    """Of many channels, against torchvision's own call."""
+    random = torch.Generator().manual_seed(5)
+    features, boxes = torch.randn(2, 37, 7, 9, generator=random), [random_boxes(30, 11), random_boxes(20, 12)]
+    weights = torch.randn(50, 37, 6, 6, generator=random)
+    index = torch.arange(2.0).repeat_interleave(torch.tensor([30, 20]))[:, None]
+    inclusive = torch.cat([index, torch.cat(boxes) - torch.tensor([0, 0, 1, 1])], dim=1)
+    own = features.clone().requires_grad_()
+    expected = torchvision.ops.roi_pool(own, inclusive, 6, 1 / STRIDE)
+    (expected * weights).sum().backward()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert torch.equal(pooled(features, boxes, 6), expected)
+    assert torch.equal(gradient_of(features, boxes, 6, weights), own.grad)
+
+
 def gradient_of(features, boxes, size, weights):
     features = features.clone().requires_grad_()
     (pooled(features, boxes, size) * weights).sum().backward()
@@ -196,9 +219,9 @@ def test_both_backward_passes_give_the_same_bits_on_the_cpu(size):
     torch.testing.assert_close(backwards, in_order, rtol=1e-4, atol=1e-6)
 
 
-def test_the_switch_chooses_the_backward_pass(either):
+def test_the_switch_chooses_the_backward_pass(each_way):
     result = pooled(distinct(1, 2, 7, 9).requires_grad_(), [random_boxes(3, 1)], 2)
-    assert ("InOrder" in type(result.grad_fn).__name__) == either
+    assert ("InOrder" in type(result.grad_fn).__name__) == each_way
 
 
 def test_what_is_not_finite_reaches_its_own_cell_only():
@@ -209,8 +232,8 @@ def test_what_is_not_finite_reaches_its_own_cell_only():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-@pytest.mark.parametrize("either", [True], indirect=True)  # the kernel promises no order
-@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("each_way", [(1, True)], indirect=True)  # the kernel promises no order
+@pytest.mark.usefixtures("each_way")
 def test_on_cuda_the_fixed_order_repeats_itself():
     random = torch.Generator().manual_seed(7)
     features, boxes = torch.randn(1, 64, 38, 50, generator=random).cuda(), [random_boxes(128, 11).cuda() * 4]

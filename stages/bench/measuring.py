@@ -113,7 +113,7 @@ def _result(plan: Plan, network: str, size: tuple[int, int], device: torch.devic
     return {
         "network": network, "size": _text(size), "device": str(device), "contenders": rows,
         "ratios": {precision: ratios(figures, precision) for precision in precisions},
-        "schedule": {precision: schedule(figures, precision) for precision in precisions},
+        "schedule": {precision: schedule(figures, precision, front=device.type == "cpu") for precision in precisions},
     }
 
 

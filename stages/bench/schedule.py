@@ -30,10 +30,10 @@ class Figures:
                 return seconds
         return None
 
-    def map_seconds(self, precision: str) -> float | None:
-        """Return the seconds that one map of the store costs."""
+    def map_seconds(self, precision: str, store: str = "feature_store") -> float | None:
+        """Return the seconds that one map of a store costs."""
         for row in self.rows:
-            if (row["name"], row["precision"]) == ("feature_store", precision):
+            if (row["name"], row["precision"]) == (store, precision):
                 seconds: float = row[self.clock] / row["pictures"]
                 return seconds
         return None
@@ -48,6 +48,9 @@ def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
     plain = _sum(_times(RPN_STEPS, rpn), _times(FAST_RCNN_STEPS, detector))
     stored = _sum(_times(RPN_STEPS, stored_rpn), _times(FAST_RCNN_STEPS, stored_detector), building)
     found = {
+        "front_rpn_step": _ratio(*_pair(figures, "train_rpn", precision)),
+        "front_fast_rcnn_step": _ratio(*_pair(figures, "train_fast_rcnn", precision)),
+        "front_joint_step": _ratio(*_pair(figures, "train_approximate_joint", precision)),
         "store_rpn_step": _ratio(rpn, stored_rpn),
         "store_fast_rcnn_step": _ratio(detector, stored_detector),
         "store_rpn_stage_with_building": _ratio(_times(RPN_STEPS, rpn), _sum(_times(RPN_STEPS, stored_rpn), building)),
@@ -60,26 +63,37 @@ def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
     return found
 
 
-def schedule(figures: Figures, precision: str) -> dict[str, Any]:
-    """Return the predicted seconds of py-faster-rcnn's whole schedule: each stage, alternating, approximate joint."""
+def schedule(figures: Figures, precision: str, front: bool) -> dict[str, Any]:
+    """Return the predicted seconds of py-faster-rcnn's whole schedule: each stage, alternating, approximate joint.
+
+    With ``front``, training whose first layers are frozen reads what they make from a store, as it does on the CPU.
+    """
     def stage(count: int, name: str, store: bool = False) -> float | None:
         return _times(count, figures.of(name, precision, store=store))
 
+    fronts = _times(ENTRIES, figures.map_seconds(precision, "front_store")) if front else 0.0
+    maps = _times(ENTRIES, figures.map_seconds(precision))
     stages = {
-        "M1": stage(RPN_STEPS, "train_rpn"), "P1": stage(PICTURES, "generate_proposals"),
-        "M2": stage(FAST_RCNN_STEPS, "train_fast_rcnn"), "store": _times(ENTRIES, figures.map_seconds(precision)),
+        "front": fronts, "M1": stage(RPN_STEPS, "train_rpn", front), "P1": stage(PICTURES, "generate_proposals"),
+        "M2": stage(FAST_RCNN_STEPS, "train_fast_rcnn", front), "store": maps,
         "M3": stage(RPN_STEPS, "train_rpn_frozen_conv", True), "P2": stage(PICTURES, "generate_proposals", True),
         "M4": stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv", True),
     }
-    without = [stages["M1"], stages["P1"], stages["M2"], stage(RPN_STEPS, "train_rpn_frozen_conv"), stages["P1"],
-               stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv")]
-    alternating, joint = _sum(*stages.values()), stage(JOINT_STEPS, "train_approximate_joint")
-    return {
-        "stages": stages, "alternating": alternating, "alternating_without_store": _sum(*without),
-        "approximate_joint": joint, "alternating_over_joint": _ratio(alternating, joint),
-        "approximate_joint_iter_size_2": _times(ITER_SIZE, joint),
-        "alternating_over_joint_iter_size_2": _ratio(alternating, _times(ITER_SIZE, joint)),
-    }
+    plain = _sum(stage(RPN_STEPS, "train_rpn"), stages["P1"], stage(FAST_RCNN_STEPS, "train_fast_rcnn"),
+                 stage(RPN_STEPS, "train_rpn_frozen_conv"), stages["P1"],
+                 stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv"))
+    alternating = _sum(*stages.values())
+    found = {"stages": stages, "alternating": alternating, "alternating_without_store": plain}
+    for size, suffix in ((1, ""), (ITER_SIZE, "_iter_size_2")):
+        joint = _sum(_times(size, stage(JOINT_STEPS, "train_approximate_joint", front)), fronts)
+        without = _times(size, stage(JOINT_STEPS, "train_approximate_joint"))
+        found |= {
+            f"approximate_joint{suffix}": joint, f"approximate_joint{suffix}_without_store": without,
+            f"alternating_over_joint{suffix}": _ratio(alternating, joint),
+            f"alternating_over_joint{suffix}_without_store": _ratio(alternating, without),
+            f"without_store_over_joint{suffix}_without_store": _ratio(plain, without),
+        }
+    return found
 
 
 def _pair(figures: Figures, name: str, precision: str) -> tuple[float | None, float | None]:

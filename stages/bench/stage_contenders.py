@@ -7,6 +7,7 @@ at random and the learning rate is 0, so that all contenders keep equal weights;
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ STAGE_OF: dict[type, str] = {
     TrainFastRCNNFrozenConv: "train_fast_rcnn_frozen_conv", TrainApproximateJoint: "train_approximate_joint",
     TrainExactJoint: "train_exact_joint",
 }
-NAMES = (*STAGE_OF.values(), "generate_proposals", "feature_store", "detect", "add_rpn_layers")
+NAMES = (*STAGE_OF.values(), "generate_proposals", "front_store", "feature_store", "detect", "add_rpn_layers")
+FROZEN = (TrainRPNFrozenConv, TrainFastRCNNFrozenConv)
 
 
 @dataclass(kw_only=True)
@@ -92,7 +94,7 @@ class Called(Contender):
 
 def stage_contenders(place: Workplace, names: set[str], precisions: tuple[Precision, ...],
                      compiled: bool) -> Iterator[Contender]:
-    """Yield the stages of those names in each precision; those on frozen conv layers without and with a store."""
+    """Yield the stages of those names in each precision, without and with stored maps of the frozen layers."""
     trainings = _Trainings(place)
     for precision in precisions:
         yield from trainings.contenders(precision, names, compiled)
@@ -109,13 +111,13 @@ class _Trainings:
         self.made: dict[str, tuple[nn.Module, torch.optim.SGD]] = {}
 
     def contenders(self, precision: Precision, names: set[str], compiled: bool) -> Iterator[Contender]:
-        """Yield those of the names, frozen ones without and with a store."""
+        """Yield those of the names, without and with a store of what their frozen layers make."""
         for kind, make in ((TrainRPN, rpn_training), (TrainFastRCNN, fast_rcnn_training),
                            (TrainRPNFrozenConv, rpn_training), (TrainFastRCNNFrozenConv, fast_rcnn_training),
                            (TrainApproximateJoint, _approximate), (TrainExactJoint, _exact)):
             name = STAGE_OF[kind]
             if name in names:
-                for store in (False, True) if getattr(kind, "frozen_conv", False) else (False,):
+                for store in (False, True):
                     yield self._trained(Identity(name, precision, store), kind, make)
         if compiled:
             identity = Identity("train_approximate_joint", precision, compiled=True)
@@ -125,15 +127,15 @@ class _Trainings:
         place = self.place
         config = place.config(kind, identity.precision)
         key = f"{identity.name} {identity.compiled}"
+        network = place.frozen if kind in FROZEN else place.learning
         if key not in self.made:
-            network = place.frozen if getattr(kind, "frozen_conv", False) else place.learning
             module = make(network, config, (0, identity.name))
             optimizer = make_optimizer(module, config)
             place.watch.watch_training(module, optimizer)
             self.made[key] = module, optimizer
         module, optimizer = self.made[key]
         read = place.reader(config.images_per_batch, proposals="fast_rcnn" in identity.name,
-                            store=place.store(identity.precision) if identity.store else None)
+                            store=place.store(network, identity.precision) if identity.store else None)
         return Trained(identity=identity, pictures=config.images_per_batch, watch=place.watch, module=module,
                        optimizer=optimizer, read=read, config=config, device=place.device,
                        snapshot=place.folder / "snapshot.safetensors")
@@ -175,12 +177,13 @@ def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterat
 
     if "generate_proposals" in names:
         for store in (False, True):
-            read = place.reader(1, store=place.store(precision) if store else None)
+            read = place.reader(1, store=place.store(network, precision) if store else None)
             yield Computed(identity=Identity("generate_proposals", precision, store), pictures=1, read=read,
                            compute=propose, device=place.device, **shared)
-    if "feature_store" in names:
-        yield Called(identity=Identity("feature_store", precision), pictures=len(place.dataset.ids),
-                     function=lambda: place.build_store(precision), **shared)
+    for name, of in (("front_store", place.learning), ("feature_store", place.frozen)):
+        if name in names:
+            yield Called(identity=Identity(name, precision), pictures=len(place.dataset.ids),
+                         function=partial(place.build_store, of, precision), **shared)
     if "detect" in names:
         yield Computed(identity=Identity("detect", precision), pictures=1, read=place.reader(1), compute=detect,
                        device=place.device, **shared)

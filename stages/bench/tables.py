@@ -12,6 +12,9 @@ from stages.plan import duration
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 RATIOS = {
+    "front_rpn_step": "stage 1, a step: store of conv1 and conv2 against none",
+    "front_fast_rcnn_step": "stage 3, a step: store of conv1 and conv2 against none",
+    "front_joint_step": "joint training, a step: store of conv1 and conv2 against none",
     "store_rpn_step": "stage 4, a step: store against none",
     "store_fast_rcnn_step": "stage 6, a step: store against none",
     "store_rpn_stage_with_building": "stage 4 as a whole, building the store included",
@@ -24,9 +27,13 @@ RATIOS = {
 }
 SCHEDULE = {
     "alternating": "alternating, seven stages", "alternating_without_store": "alternating, no store",
-    "approximate_joint": "approximate joint", "approximate_joint_iter_size_2": "approximate joint, two pictures a step",
-    "alternating_over_joint": "alternating / joint",
-    "alternating_over_joint_iter_size_2": "alternating / joint of two pictures a step",
+    "approximate_joint": "joint, one picture a step", "approximate_joint_without_store": "joint, one, no store",
+    "approximate_joint_iter_size_2": "joint, two pictures a step",
+    "approximate_joint_iter_size_2_without_store": "joint, two, no store",
+    "alternating_over_joint": "alternating / joint, one",
+    "alternating_over_joint_iter_size_2": "alternating / joint, two",
+    "alternating_over_joint_iter_size_2_without_store": "alternating / joint, two, no store",
+    "without_store_over_joint_iter_size_2_without_store": "alternating, no store / joint, two, no store",
 }
 
 

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 
 import altopt.detector
 import altopt.fast_rcnn
+import altopt.frozen
 import altopt.joint
 import altopt.rpn
 import altopt.sampling
 import cache.checkpoints
 import stages.feature_maps
+import stages.feature_store
 from altopt.stopwatch import Stopwatch
 from cache.features import FeatureMapWriter
 
@@ -19,8 +21,11 @@ WATCHED = [
     (altopt.fast_rcnn, "roi_pool", "roi_pool"), (altopt.joint, "pool_rois", "roi_pool"),
     (altopt.detector, "pool_rois", "roi_pool"), (altopt.detector, "proposals_of", "rpn"),
     (altopt.joint, "scored_boxes", "rpn"), (altopt.joint, "kept_boxes", "rpn"),
-    (altopt.detector, "detections_of", "head"), (stages.feature_maps, "read_sample", "decode"),
-    (stages.feature_maps, "make_batch", "decode"), (FeatureMapWriter, "write", "write"),
+    (altopt.detector, "detections_of", "head"), (altopt.rpn, "conv_features", "trunk"),
+    (altopt.fast_rcnn, "conv_features", "trunk"), (altopt.joint, "conv_features", "trunk"),
+    (altopt.frozen, "frozen_features", "trunk"), (stages.feature_maps, "picture_maps", "trunk"),
+    (stages.feature_maps, "make_batch", "decode"), (stages.feature_store, "read_sample", "decode"),
+    (stages.feature_store, "stored_sample", "decode"), (FeatureMapWriter, "write", "write"),
     (FeatureMapWriter, "__exit__", "write"), (cache.checkpoints, "save_checkpoint", "write"),
 ]
 

@@ -15,7 +15,8 @@ from altopt.box_statistics import fixed_statistics
 from altopt.config import NetworkConfig, TrainingConfig
 from altopt.datasets.dataset import Dataset
 from altopt.detector import FasterRCNN, initialise
-from altopt.pictures import Sample, read_sample, stored_sample
+from altopt.frozen import frozen_depth
+from altopt.pictures import Sample, read_sample
 from altopt.randomness import generator
 from altopt.stopwatch import Stopwatch
 from altopt.training import freeze, layers_named
@@ -37,7 +38,7 @@ class Workplace:
     folder: Path
     watch: Stopwatch
     dataset: Dataset = field(init=False)
-    stores: dict[str, FeatureStore] = field(default_factory=dict)
+    stores: dict[tuple[int, Precision], FeatureStore] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -80,28 +81,30 @@ class Workplace:
         def read_one(id: str) -> Sample:
             boxes = self.cached.get(id) if proposals else None
             if store is not None:
-                return stored_sample(self.dataset, id, self.network, store.map_of(id, False), proposals=boxes)
+                return store.sample(id, proposals=boxes)
             return read_sample(self.dataset, id, self.network, proposals=boxes)
 
         ids = self.dataset.ids
         return lambda iteration: [read_one(ids[(iteration + k) % len(ids)]) for k in range(count)]
 
-    def store(self, precision: Precision) -> FeatureStore:
-        """Return the store of the frozen network's maps, built when first asked for."""
-        if precision not in self.stores:
-            self.stores[precision] = self._new_store("stored", precision)
-            self.stores[precision].find_or_build(flips=False, visits=1)
-        return self.stores[precision]
+    def store(self, network: FasterRCNN, precision: Precision) -> FeatureStore:
+        """Return the store of what a network's frozen layers make of the pictures, built when first asked for."""
+        key = frozen_depth(network.conv), precision
+        if key not in self.stores:
+            self.stores[key] = self._new_store("stored", *key)
+            self.stores[key].find_or_build(flips=False, visits=1)
+        return self.stores[key]
 
-    def _new_store(self, name: str, precision: Precision) -> FeatureStore:
-        return FeatureStore(self.folder / name / "M3.safetensors", self.frozen.conv, self.network, self.dataset,
-                            self.runtime, precision=precision, device=self.device)
+    def _new_store(self, name: str, depth: int, precision: Precision) -> FeatureStore:
+        return FeatureStore(self.folder / f"{name}{depth}" / "M3.safetensors", self.frozen.conv, self.network,
+                            self.dataset, self.runtime, layers=depth, precision=precision, device=self.device)
 
-    def build_store(self, precision: Precision) -> None:
-        """Build a store anew, of all pictures."""
-        for path in (self.folder / "built" / "features").glob("*.h5"):
+    def build_store(self, network: FasterRCNN, precision: Precision) -> None:
+        """Build such a store anew, of all pictures."""
+        depth = frozen_depth(network.conv)
+        for path in (self.folder / f"built{depth}" / "features").glob("*.h5"):
             path.unlink()
-        with self._new_store("built", precision) as store:
+        with self._new_store("built", depth, precision) as store:
             store.find_or_build(flips=False, visits=1)
 
     def __enter__(self) -> "Workplace":

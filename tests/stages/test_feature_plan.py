@@ -3,9 +3,22 @@ import json
 import pytest
 from tiny_runs import open_tiny
 
+from altopt.config import NetworkConfig
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
-from stages.feature_plan import decide, foreseen, gigabytes, known_sizes, remember_sizes, sizes_of, store_line
+from altopt.extents import maps_bytes
+from stages.feature_plan import (
+    decide,
+    foreseen,
+    gigabytes,
+    known_sizes,
+    remember_sizes,
+    reserved_bytes,
+    sizes_of,
+    store_line,
+    stored_layers,
+)
+from stages.run import find_step
 
 GIB = 2**30
 SHAPES = DataConfig(format="shapes", train=("train:6",), test=("test:4",), width=96, height=80)
@@ -27,6 +40,33 @@ def test_decision(wish, needed, free, visits, used, reason):
     decision = decide(wish, needed, free, visits, 10)
     assert decision.used is used
     assert reason in decision.reason
+
+
+def test_room_is_kept_for_a_store_that_is_worth_more():
+    decision = decide("auto", GIB, 9 * GIB - 1, 100, 10, reserved=7 * GIB)
+    assert not decision.used
+    assert decision.reason.endswith("1.1 GB do not fit: 9.7 GB are free, and 8.6 GB of them stay so")
+    assert decide("auto", GIB, 9 * GIB, 100, 10, reserved=7 * GIB).used
+    network = NetworkConfig(name="vgg16")
+    sizes = [(800, 600, 10)]
+    assert reserved_bytes(sizes, network, True, "float32", 10) == maps_bytes(sizes, network, True, "float32")
+    assert reserved_bytes(sizes, network, True, "float32", 30) == 0
+
+
+@pytest.mark.parametrize(("sets", "layers"), [
+    ((), [0, 8, 0, 8, 21, 0, 21, 0]),
+    (("train_rpn.freeze=[]", "train_fast_rcnn.freeze=['conv*']"), [0, 0, 0, 21, 21, 0, 21, 0]),
+    (("train_fast_rcnn.scales=[64,80]",), [0, 8, 0, 0, 21, 0, 21, 0]),
+])
+def test_how_many_layers_each_stage_stores(tmp_path, sets, layers):
+    run = open_tiny(tmp_path / "tiny", *sets)
+    assert [stored_layers(run.recipe.config(step)) for step in run.recipe.steps] == layers
+
+
+def test_a_stage_that_freezes_nothing_known_foresees_nothing(tmp_path):
+    """The stage itself says what is wrong."""
+    run = open_tiny(tmp_path / "tiny", "train_rpn.freeze=['conv7']")
+    assert foreseen(run.folder, run.recipe.config(find_step(run.recipe.steps, "M1")), None) is None
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0 MB"), (46_080_000, "46 MB"), (999_600_000, "1.0 GB"),
@@ -57,9 +97,10 @@ def test_damage_costs_nothing(tmp_path, text):
 def test_frozen_stages_foresee_their_store_and_others_none(tmp_path):
     run = open_tiny(tmp_path / "tiny", "train_rpn_frozen_conv.iterations=7", "all.flips=false")
     found = {step.output: foreseen(run.folder, run.recipe.config(step), None) for step in run.recipe.steps}
-    assert {name for name, store in found.items() if store} == {"M3", "M4"}
+    assert {name for name, store in found.items() if store} == {"M1", "M2", "M3", "M4"}
+    assert found["M1"]["bytes"] == found["M2"]["bytes"] == 6 * 32 * 10 * 12 * 4
     assert found["M3"]["bytes"] == found["M4"]["bytes"] == 6 * 128 * 5 * 6 * 4
-    assert (found["M3"]["used"], found["M4"]["used"]) == (True, True)
+    assert [found[name]["used"] for name in ("M1", "M2", "M3", "M4")] == [True, True, True, True]
     assert store_line("M3", found["M3"]) == "M3: feature store on (0 MB, 2.3 visits of each picture)"
 
 
@@ -67,6 +108,6 @@ def test_plan_and_status_say_so(altopt, workplace):
     command = ["plan", "--recipe", "tiny.toml"]
     assert "M3: feature store off (8 visits of 12 pictures: some are never seen)" in altopt(*command).out
     steps = json.loads(altopt(*command, "--json", "--set", "all.iterations=7").out)["steps"]
-    assert [each["output"] for each in steps if each["feature_store"]] == ["M3", "M4"]
+    assert [each["output"] for each in steps if each["feature_store"]] == ["M1", "M2", "M3", "M4"]
     assert steps[4]["feature_store"] == {"bytes": 12 * 128 * 5 * 6 * 4, "used": True,
                                          "reason": "0 MB, 1.2 visits of each picture"}

@@ -1,4 +1,4 @@
-"""Stages 4 to 6 on stored maps and without: the same bytes, on five photographs of different sizes."""
+"""Stages on stored maps and without: the same bytes, on five photographs of different sizes."""
 
 import multiprocessing
 import shutil
@@ -16,16 +16,18 @@ from altopt.pictures import make_batch, read_sample
 from cache.features import FeatureMapFile
 from cache.files import sha256_file
 from cache.preallocated import growing_path
-from stages.feature_plan import FOLDER
+from stages.feature_plan import FOLDER, stored_layers
 from stages.feature_store import FeatureStore
 from stages.inference import Inference
+from stages.joint import train_approximate_joint, train_exact_joint
 from stages.run import find_step
+from stages.step import Step
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "torchvision", "h5py"])
 
 SIZES = [(96, 80), (80, 96), (70, 90), (112, 64), (64, 64)]
-FROZEN = ("M3", "P2", "M4", "M5")
+LEARNING, FROZEN = ("M1", "P1", "M2"), ("M3", "P2", "M4", "M5")
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 SHAPES_DATA = TINY[TINY.index("[data]"):TINY.index("[all]")]
 VOC_DATA = """\
@@ -70,16 +72,26 @@ def without(tmp_path_factory):
     assert hashes(folder) == before
 
 
-@pytest.fixture
-def folder(without, tmp_path):
-    """A copy of that run up to M2."""
-    shutil.copy(without.parent / "tiny.toml", tmp_path)
-    shutil.copytree(without.parent / "data", tmp_path / "data")
-    copy = shutil.copytree(without, tmp_path / "run", copy_function=link_or_copy)
-    for artifact in FROZEN:
+def copy_without(artifacts, run, folder):
+    shutil.copy(run.parent / "tiny.toml", folder)
+    shutil.copytree(run.parent / "data", folder / "data")
+    copy = shutil.copytree(run, folder / "run", copy_function=link_or_copy)
+    for artifact in artifacts:
         for path in copy.glob(f"{artifact}.*"):
             path.unlink()
     return copy
+
+
+@pytest.fixture
+def folder(without, tmp_path):
+    """A copy of that run up to M2."""
+    return copy_without(FROZEN, without, tmp_path)
+
+
+@pytest.fixture
+def beginning(without, tmp_path):
+    """A copy of that run that holds M0 alone."""
+    return copy_without(LEARNING + FROZEN, without, tmp_path)
 
 
 def opened(folder, *sets, **runtime):
@@ -101,7 +113,7 @@ def test_the_same_bytes_with_and_without(without, folder, workers):
     assert len(stores(folder)) == 1
     assert facts(folder, "M3")["feature_store"].startswith(f"built: {MAPS} maps")
     assert facts(folder, "M3")["store_maps_found"] == 0
-    assert facts(folder, "P2")["feature_store"] == facts(folder, "M4")["feature_store"] == "read"
+    assert facts(folder, "P2")["feature_store"] == facts(folder, "M4")["feature_store"] == "read, conv1 to conv5"
     assert facts(without, "M4")["feature_store"] == "off: not wanted (--feature-store off)"
 
 
@@ -109,11 +121,7 @@ def test_stored_maps_are_what_decides(without, folder):
     """With other values in the store, M3 and all that follows is other: so the store is what is read."""
     make_m3(folder, feature_store="on")
     path = folder / FOLDER / stores(folder)[0]
-    with FeatureMapFile(path) as file:
-        place, size = file.file.places["values"], file.file.length("values") * 4
-    with path.open("r+b") as content:
-        content.seek(place)
-        content.write(np.ones(size // 4, np.float32).tobytes())
+    overwrite(path, 1.0)
     make_all(opened(folder, feature_store="on"))
     assert hashes(folder, "M3") == hashes(without, "M3")
     assert all(hashes(folder, name) != hashes(without, name) for name in ("P2", "M4"))
@@ -158,7 +166,7 @@ def test_auto_says_why_not(folder):
 def test_auto_builds_where_pictures_are_seen_again(folder):
     make_all(opened(folder, "train_rpn_frozen_conv.iterations=6"))
     assert facts(folder, "M3")["feature_store"].startswith("built")
-    assert facts(folder, "M4")["feature_store"] == "read"  # though it alone would not have built one
+    assert facts(folder, "M4")["feature_store"] == "read, conv1 to conv5"  # though it alone would not have built one
 
 
 def test_auto_goes_without_where_the_disk_is_full(folder, without, monkeypatch):
@@ -181,8 +189,7 @@ def test_stores_of_other_conv_layers_are_removed_and_others_stay(folder):
     first = stores(folder)
     assert len(first) == 1
     make_all(opened(folder, "train_fast_rcnn_frozen_conv.flips=false", feature_store="on"))
-    assert len(stores(folder)) == 2  # of the same layers, without mirror images
-    assert set(first) < set(stores(folder))
+    assert stores(folder) == first  # with mirror images it serves those who want none
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"no store"), lambda path: path.unlink()])
@@ -233,17 +240,121 @@ def test_the_digest_is_of_all_that_maps_depend_on(folder):
     inference = Inference([(folder / "M2.safetensors", ("conv",))], config, run.runtime, "train")
     conv = inference.networks[0].conv
 
-    def path(flips=True, precision="float32", data="d", **network):
+    def path(flips=True, precision="float32", data="d", layers=21, **network):
         frame = type(config.network)(**{**vars(config.network), **network})
         run.runtime.data_digest = data
         store = FeatureStore(folder / "M3.safetensors", conv, frame, inference.dataset, run.runtime,
                              precision=precision, device=inference.device)
-        return store._path(flips)
+        return store._path(layers, flips)
 
     same, *others = [path(), path(flips=False), path(precision="bfloat16"), path(data="e"), path(short_side=81),
                      path(max_side=99)]
     assert path(anchor_scales=(1.0,)) == same  # maps know no anchors
+    front = path(layers=8)
     with torch.no_grad():
         conv[4][0].bias[0] += 1
-    assert len({same, *others, path()}) == 7
+    assert len({same, *others, path(), front}) == 8
+    assert path(layers=8) == front  # whose layers these are not
     assert growing_path(same) != same
+
+
+def make_one(folder, artifact, *sets, **runtime):
+    run = opened(folder, *sets, **runtime)
+    run.make(find_step(run.recipe.steps, artifact))
+    return run.record(artifact).metrics["feature_store"]
+
+
+def make_until(folder, artifact):
+    run = opened(folder, feature_store="on")
+    run.bring_up_to_date(run.recipe.steps[: run.recipe.steps.index(find_step(run.recipe.steps, artifact)) + 1])
+
+
+def values_of(path):
+    with FeatureMapFile(path) as file:
+        return {key: file.get(key).clone() for key in file.keys}
+
+
+def overwrite(path, value):
+    """Put one value in the place of all that a store holds."""
+    with FeatureMapFile(path) as file:
+        place, size = file.file.places["values"], file.file.length("values") * 4
+    with path.open("r+b") as content:
+        content.seek(place)
+        content.write(np.full(size // 4, value, np.float32).tobytes())
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_stages_1_to_3_share_what_their_frozen_layers_make(without, beginning, workers):
+    assert make_all(opened(beginning, feature_store="on", workers=workers)) == [*LEARNING, *FROZEN]
+    assert hashes(beginning) == hashes(without)
+    front, whole = stores(beginning)
+    assert (front[:3], whole[:3]) == ("08-", "21-")
+    assert facts(beginning, "M1")["feature_store"].startswith(f"built: {MAPS} maps of conv1 to conv2, ")
+    assert facts(beginning, "P1")["feature_store"] == facts(beginning, "M2")["feature_store"] == "read, conv1 to conv2"
+    assert facts(beginning, "M3")["feature_store"].startswith(f"built: {MAPS} maps of conv1 to conv5, ")
+
+
+def test_all_layers_maps_are_made_from_those_of_the_first(beginning):
+    """With other values in the first, all that is made from them is other."""
+    make_until(beginning, "M3")
+    front, whole = (beginning / FOLDER / name for name in stores(beginning))
+    proper = values_of(whole)
+    whole.unlink()
+    make_one(beginning, "M3", feature_store="on")
+    assert all(torch.equal(each, proper[key]) for key, each in values_of(whole).items())
+    whole.unlink()
+    overwrite(front, 1.0)
+    make_one(beginning, "M3", feature_store="on")
+    assert all(not torch.equal(each, proper[key]) for key, each in values_of(whole).items())
+    before = hashes(beginning, "M2")
+    make_one(beginning, "M2", feature_store="on")
+    assert hashes(beginning, "M2") != before
+
+
+def test_without_room_for_all_layers_those_of_the_first_are_read(beginning, monkeypatch):
+    make_until(beginning, "M2")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**41, 2**41, 0))
+    text = make_one(beginning, "M3", "train_rpn_frozen_conv.iterations=6")
+    assert text.startswith("off: ")
+    assert text.endswith("; conv1 to conv2 is read")
+    assert len(stores(beginning)) == 1
+
+
+@pytest.mark.parametrize("stage", [train_approximate_joint, train_exact_joint])
+def test_joint_training_too(beginning, stage):
+    step, results = Step("J1", stage, "M0"), []
+    for wish in ("off", "on"):
+        run = opened(beginning, feature_store=wish)
+        run.runtime.data_digest = "d"
+        found = stage(beginning / "M0.safetensors", out=beginning / f"{wish}.safetensors",
+                      config=run.recipe.config(step), runtime=run.runtime)
+        results.append(sha256_file(beginning / f"{wish}.safetensors"))
+        assert found["feature_store"].startswith("built" if wish == "on" else "off")
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("device", "wish", "sets", "reason"), [
+    ("cuda", "auto", (), "a GPU computes conv1 to conv2 sooner than a disk delivers it"),
+    ("cpu", "auto", (), "8 visits of 10 pictures"),
+    ("cpu", "on", (), "asked for"),
+    ("cuda", "on", (), "asked for"),
+    ("cpu", "on", ("train_rpn.freeze=[]",), "the first conv layer learns"),
+])
+def test_what_is_decided_for_the_first_layers(beginning, device, wish, sets, reason):
+    run = opened(beginning, *sets, feature_store=wish)
+    config = run.recipe.config(find_step(run.recipe.steps, "M1"))
+    run.runtime.data_digest = "d"
+    inference = Inference([(beginning / "M0.safetensors", ("conv",))], config, run.runtime, "train")
+    store = FeatureStore(beginning / "M1.safetensors", inference.networks[0].conv, config.network, inference.dataset,
+                         run.runtime, layers=stored_layers(config), precision="float32", device=torch.device(device))
+    assert reason in store._decision(flips=True, visits=8).reason
+
+
+def test_a_front_of_other_weights_is_removed_and_one_of_these_stays(beginning):
+    (beginning / FOLDER).mkdir()
+    other, deeper = (f"{layers}-0123456789abcdef-0123456789abcdef.h5" for layers in ("08", "21"))
+    for name in (other, deeper):
+        (beginning / FOLDER / name).write_bytes(b"old")
+    make_one(beginning, "M1", feature_store="on")
+    assert other not in stores(beginning)
+    assert deeper in stores(beginning)  # perhaps a network to come has these layers; that is known when it is there

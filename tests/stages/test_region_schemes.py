@@ -11,6 +11,7 @@ from altopt import boxes as bx
 from altopt.datasets.shapes import ShapesDataset
 from altopt.errors import ArtifactError
 from altopt.evaluation.detections import read_detections
+from altopt.frozen import picture_maps
 from altopt.pictures import make_batch, read_sample, stored_sample
 from altopt.pyramid import pyramid_pool
 from altopt.randomness import generator, seed_of
@@ -255,7 +256,7 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
     alone = []
     for sample in fresh:
         batch = make_batch([sample], CPU)
-        batch = type(batch)(batch.samples, batch.images, network.conv(batch.images))
+        batch = type(batch)(batch.samples, batch.images, picture_maps(network.conv, batch))
         alone.append((module(batch, 0)["cls"], len(module.regions.of_batch(batch, "test", 0)[0].labels)))
     mean = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
     torch.testing.assert_close(together, mean)

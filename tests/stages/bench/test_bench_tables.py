@@ -25,7 +25,7 @@ def result(network, *rows):
     figures = Figures(rows, "seconds")
     return {"network": network, "size": "600x800", "device": "cpu", "contenders": list(rows),
             "ratios": {"float32": ratios(figures, "float32")},
-            "schedule": {"float32": schedule(figures, "float32")}}
+            "schedule": {"float32": schedule(figures, "float32", front=True)}}
 
 
 def test_tables_have_a_column_for_each_network_and_a_dash_for_what_is_missing():
