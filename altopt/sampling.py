@@ -127,9 +127,15 @@ def sample_rois(proposals: Tensor, objects: Tensor, classes: Tensor, *, count: i
 
 
 def has_samples(proposals: Tensor, objects: Tensor, rule: RoIRule) -> bool:
-    """Return whether a picture has any foreground or background RoI; if not, it cannot be trained on."""
-    overlap, _ = match_rois(torch.cat([objects, proposals]), objects)
-    return bool(((overlap >= rule.fg) | ((overlap < rule.bg_high) & (overlap >= rule.bg_low))).any())
+    """Return whether a picture has any foreground or background RoI; if not, it cannot be trained on.
+
+    Objects are RoIs too, and mostly foreground by themselves, so they are looked at first.
+    """
+    for rois in (objects, proposals):
+        overlap, _ = match_rois(rois, objects)
+        if ((overlap >= rule.fg) | ((overlap < rule.bg_high) & (overlap >= rule.bg_low))).any():
+            return True
+    return False
 
 
 @dataclass(frozen=True)

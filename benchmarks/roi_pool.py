@@ -1,8 +1,9 @@
-"""What adding up in a fixed order costs in RoI pooling: ``python -m benchmarks.roi_pool [--device cuda]``.
+"""What RoI pooling costs, and what adding up in a fixed order adds: ``python -m benchmarks.roi_pool [--device cuda]``.
 
-Times forward and backward of ``altopt.roi_pool`` on VGG16's conv5 map of a picture of 608 x 800, with torchvision's
-backward pass and with that of ``--deterministic``, in turns, and prints the medians and their ratio. On the CPU it is
-processor time of one thread, unless --threads says otherwise; on CUDA the time between two events.
+Times forward and backward passes on VGG16's conv5 map of a picture of 608 x 800: of torchvision's op as it is, of
+``altopt.roi_pool`` (which divides it among threads on the CPU), and of that with the backward pass of
+``--deterministic``; in turns, and prints the medians. On the CPU with one thread (the default) it is processor time,
+with several the clock's; on CUDA the time between two events.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torchvision
 from torch import Tensor
 
 from altopt.determinism import fixed_order
@@ -19,6 +21,7 @@ from altopt.roi_pool import roi_pool
 SHAPE = (1, 512, 38, 50)  # conv5 of VGG16
 GRID = 7
 STRIDE = 16
+TORCHVISION, ALTOPT, IN_ORDER = WAYS = ("torchvision", "altopt", "altopt, in a fixed order")
 
 
 def regions(count: int, random: torch.Generator) -> Tensor:
@@ -29,12 +32,13 @@ def regions(count: int, random: torch.Generator) -> Tensor:
     return torch.cat([corners, corners + sides], dim=1)
 
 
-def seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Return what one call takes: processor time, or on CUDA the device's."""
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return what one call takes."""
     if device.type != "cuda":
-        begin = time.process_time()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        begin = clock()
         work()
-        return time.process_time() - begin
+        return clock() - begin
     begin_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin_event.record()
     work()
@@ -43,23 +47,34 @@ def seconds(work: Callable[[], None], device: torch.device) -> float:
     return float(begin_event.elapsed_time(end_event)) / 1000
 
 
-def measure(device: torch.device, rois: int, repeats: int) -> dict[bool, float]:
-    """Return the median seconds with torchvision's backward pass (False) and in a fixed order (True)."""
+def pooled(way: str, features: Tensor, boxes: Tensor) -> Tensor:
+    """Return the pooled regions ``Tensor[R, C, P, P]``, by torchvision's own op or by altopt's."""
+    if way != TORCHVISION:
+        return roi_pool(features, [boxes], GRID, 1 / STRIDE)
+    inclusive = torch.cat([boxes.new_zeros(len(boxes), 1), boxes - boxes.new_tensor([0, 0, 1, 1])], dim=1)
+    result: Tensor = torchvision.ops.roi_pool(features, inclusive, GRID, 1 / STRIDE)
+    return result
+
+
+def measure(device: torch.device, rois: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """Return for each of ``WAYS`` the median seconds of a forward pass, and of a backward pass."""
     random = torch.Generator().manual_seed(0)
     features = torch.rand(*SHAPE, generator=random).to(device).requires_grad_()
-    boxes = [regions(rois, random).to(device)]
+    boxes = regions(rois, random).to(device)
     gradient = torch.randn(rois, SHAPE[1], GRID, GRID, generator=random).to(device)
-
-    def step() -> None:
-        features.grad = None
-        roi_pool(features, boxes, GRID, 1 / STRIDE).backward(gradient)
-
-    taken: dict[bool, list[float]] = {False: [], True: []}
+    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for _ in range(repeats + 1):
-        for wanted, times in taken.items():
-            with fixed_order(wanted):
-                times.append(seconds(step, device))
-    return {wanted: statistics.median(times[1:]) for wanted, times in taken.items()}  # the first ones warm up
+        for way, times in taken.items():
+            with fixed_order(way == IN_ORDER):
+                results: list[Tensor] = []
+                features.grad = None
+                forward = seconds(lambda: results.append(pooled(way, features, boxes)), device)  # noqa: B023
+                times.append((forward, seconds(lambda: results[0].backward(gradient), device)))  # noqa: B023
+    medians = {}
+    for way, times in taken.items():
+        forward, backward = (statistics.median(column) for column in zip(*times[1:], strict=True))
+        medians[way] = forward, backward  # the first ones warm up
+    return medians
 
 
 def main() -> None:
@@ -71,10 +86,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    print(f"{chosen.rois} RoIs on {' x '.join(map(str, SHAPE[1:]))}, {chosen.device}, {chosen.threads} threads")
     taken = measure(chosen.device, chosen.rois, chosen.repeats)
-    print(f"{chosen.rois} RoIs on {' x '.join(map(str, SHAPE[1:]))}, {chosen.device}, forward and backward: "
-          f"torchvision's {taken[False] * 1000:.1f} ms, in a fixed order {taken[True] * 1000:.1f} ms, "
-          f"ratio {taken[True] / taken[False]:.2f}")
+    for way, (forward, backward) in taken.items():
+        ratio = (forward + backward) / sum(taken[TORCHVISION])
+        print(f"{way}: forward {forward * 1000:.1f} ms, backward {backward * 1000:.1f} ms, together {ratio:.2f} times "
+              "torchvision's")
 
 
 if __name__ == "__main__":
