@@ -7,10 +7,10 @@ On the CPU the kernel works on one thread. Channels have nothing to do with each
 threads gets some of them, and the result is the same bits.
 
 A cell that is the arg-max of several bins gets the sum of their gradients. The kernel's backward pass adds them on CUDA
-atomically, in no certain order; with torch's switch for deterministic algorithms, it is done here in a fixed one.
+atomically, in no certain order; with torch's switch for deterministic algorithms, it is done there in a fixed one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -34,19 +34,22 @@ def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatia
     """
     rois = torch.cat([_with_index(each, b) for b, each in enumerate(boxes)])  # (R, 5)
     inclusive = rois - rois.new_tensor([0, 0, 0, 1, 1])
-    pool = torchvision.ops.roi_pool
-    if torch.are_deterministic_algorithms_enabled():
-        pool = pool_in_order
-    elif features.device.type == "cpu":
-        pool = pool_in_threads
+    pool = _kernel_for(features.device)
     # The kernel knows float and double only, and under autocast features may be bfloat16.
-    pooled: Tensor = pool(
+    pooled = pool(
         features.float() if features.dtype in (torch.bfloat16, torch.float16) else features,
         inclusive.to(features.dtype if features.dtype == torch.float64 else torch.float32),
         output_size,
         spatial_scale,
     )
     return pooled.to(features.dtype)  # (R, C, P, P)
+
+
+def _kernel_for(device: torch.device) -> Callable[[Tensor, Tensor, int, float], Tensor]:
+    if device.type == "cpu":
+        return pool_in_threads  # which always adds in the same order
+    kernel: Callable[[Tensor, Tensor, int, float], Tensor] = torchvision.ops.roi_pool
+    return pool_in_order if torch.are_deterministic_algorithms_enabled() else kernel
 
 
 def pool_in_threads(features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:

@@ -1,8 +1,8 @@
 """What RoI pooling costs, and what adding up in a fixed order adds: ``python -m benchmarks.roi_pool [--device cuda]``.
 
 Times forward and backward passes on VGG16's conv5 map of a picture of 608 x 800: of torchvision's op as it is, of
-``altopt.roi_pool`` (which divides it among threads on the CPU), and of that with the backward pass of
-``--deterministic``; in turns, and prints the medians. On the CPU with one thread (the default) it is processor time,
+``altopt.roi_pool`` (which divides it among threads on the CPU), and of what that does on CUDA with ``--deterministic``;
+in turns, and prints the medians. On the CPU with one thread (the default) it is processor time,
 with several the clock's; on CUDA the time between two events.
 """
 
@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor
 
 from altopt.determinism import fixed_order
-from altopt.roi_pool import roi_pool
+from altopt.roi_pool import pool_in_order, roi_pool
 
 SHAPE = (1, 512, 38, 50)  # conv5 of VGG16
 GRID = 7
@@ -48,11 +48,12 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def pooled(way: str, features: Tensor, boxes: Tensor) -> Tensor:
-    """Return the pooled regions ``Tensor[R, C, P, P]``, by torchvision's own op or by altopt's."""
-    if way != TORCHVISION:
+    """Return the pooled regions ``Tensor[R, C, P, P]``, pooled in one of the ways."""
+    if way == ALTOPT:
         return roi_pool(features, [boxes], GRID, 1 / STRIDE)
     inclusive = torch.cat([boxes.new_zeros(len(boxes), 1), boxes - boxes.new_tensor([0, 0, 1, 1])], dim=1)
-    result: Tensor = torchvision.ops.roi_pool(features, inclusive, GRID, 1 / STRIDE)
+    pool = pool_in_order if way == IN_ORDER else torchvision.ops.roi_pool
+    result: Tensor = pool(features, inclusive, GRID, 1 / STRIDE)
     return result
 
 

@@ -109,7 +109,8 @@ def foreseen(folder: Path, config: Any, root: Path | None) -> dict[str, Any] | N
     existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     decision = decide("auto", needed, shutil.disk_usage(existing).free, config.iterations * config.images_per_batch,
                       entries, reserved_bytes(sizes, *kind))
-    return {"bytes": needed, "used": decision.used, "reason": decision.reason}
+    where = "; on the CPU alone" if decision.used and layers < len(LAYERS[config.network.name]) else ""
+    return {"bytes": needed, "used": decision.used, "reason": decision.reason + where}
 
 
 def store_line(output: str, what: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import torchvision
 
 import altopt.roi_pool
 from altopt.determinism import fixed_order
-from altopt.roi_pool import roi_pool
+from altopt.roi_pool import _kernel_for, pool_in_order, roi_pool
 
 STRIDE = 16
 
@@ -18,12 +18,13 @@ WAYS = {"one thread": (1, False), "three threads": (3, False), "fixed order": (1
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS, autouse=True)
 def each_way(request, monkeypatch):
-    """Every test holds for torchvision's kernel, also divided among threads, and for the one of fixed order."""
+    """Every test holds for torchvision's kernel, also divided among threads, and for the way of fixed order on CUDA."""
     threads, in_order = request.param
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(altopt.roi_pool, "LEAST_CHANNELS", 1)
-    with fixed_order(in_order):
-        yield in_order
+    if in_order:
+        monkeypatch.setattr(altopt.roi_pool, "pool_in_threads", pool_in_order)
+    return in_order
 
 
 def rounded(value: float) -> int:
@@ -204,24 +205,31 @@ def gradient_of(features, boxes, size, weights):
 
 
 @pytest.mark.parametrize("size", [1, 7])
-def test_both_backward_passes_give_the_same_bits_on_the_cpu(size):
+def test_both_backward_passes_give_the_same_bits_on_the_cpu(size, monkeypatch):
     """Many bins share a cell, and weights are no whole numbers: another order of sums would show in the last bits."""
     random = torch.Generator().manual_seed(7)
     features, boxes = torch.randn(2, 3, 7, 9, generator=random), [random_boxes(90, 11), random_boxes(70, 12)]
     weights = torch.randn(160, 3, size, size, generator=random)
-    with fixed_order():
+    default = gradient_of(features, boxes, size, weights)
+    with monkeypatch.context() as patched:
+        patched.setattr(altopt.roi_pool, "pool_in_threads", pool_in_order)
         in_order = gradient_of(features, boxes, size, weights)
-    torch.use_deterministic_algorithms(False)
-    assert torch.equal(gradient_of(features, boxes, size, weights), in_order)
+    assert torch.equal(default, in_order)
     backwards = gradient_of(features, [each.flip(0) for each in boxes], size,
                             torch.cat([weights[:90].flip(0), weights[90:].flip(0)]))
     assert not torch.equal(backwards, in_order)  # so the order matters here
     torch.testing.assert_close(backwards, in_order, rtol=1e-4, atol=1e-6)
 
 
-def test_the_switch_chooses_the_backward_pass(each_way):
-    result = pooled(distinct(1, 2, 7, 9).requires_grad_(), [random_boxes(3, 1)], 2)
-    assert ("InOrder" in type(result.grad_fn).__name__) == each_way
+@pytest.mark.parametrize(("device", "exact", "name"), [
+    ("cpu", False, "pool_in_threads"), ("cpu", True, "pool_in_threads"),
+    ("cuda", False, "roi_pool"), ("cuda", True, "pool_in_order"),
+])
+@pytest.mark.parametrize("each_way", [(1, False)], indirect=True)
+@pytest.mark.usefixtures("each_way")
+def test_device_and_switch_choose_the_kernel(device, exact, name):
+    with fixed_order(exact):
+        assert _kernel_for(torch.device(device)).__name__ == name
 
 
 def test_what_is_not_finite_reaches_its_own_cell_only():
@@ -235,6 +243,11 @@ def test_what_is_not_finite_reaches_its_own_cell_only():
 @pytest.mark.parametrize("each_way", [(1, True)], indirect=True)  # the kernel promises no order
 @pytest.mark.usefixtures("each_way")
 def test_on_cuda_the_fixed_order_repeats_itself():
+    with fixed_order():
+        _repeats_itself()
+
+
+def _repeats_itself():
     random = torch.Generator().manual_seed(7)
     features, boxes = torch.randn(1, 64, 38, 50, generator=random).cuda(), [random_boxes(128, 11).cuda() * 4]
     weights = torch.randn(128, 64, 7, 7, generator=random).cuda()

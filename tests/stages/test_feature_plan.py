@@ -101,6 +101,8 @@ def test_frozen_stages_foresee_their_store_and_others_none(tmp_path):
     assert found["M1"]["bytes"] == found["M2"]["bytes"] == 6 * 32 * 10 * 12 * 4
     assert found["M3"]["bytes"] == found["M4"]["bytes"] == 6 * 128 * 5 * 6 * 4
     assert [found[name]["used"] for name in ("M1", "M2", "M3", "M4")] == [True, True, True, True]
+    assert store_line("M1", found["M1"]) == \
+        "M1: feature store on (0 MB, 1.3 visits of each picture; on the CPU alone)"
     assert store_line("M3", found["M3"]) == "M3: feature store on (0 MB, 2.3 visits of each picture)"
 
 
