@@ -82,27 +82,30 @@ class Canvas:
         """Paint a shape somewhere where it hides not too much of the others; leave it out when there is no room."""
         height, width = mask.shape
         rows, columns = self._owner.shape
+        area = np.count_nonzero(mask)
         for _ in range(_TRIES):
             x, y = self._dice.below(columns - width + 1), self._dice.below(rows - height + 1)
             box = (x, y, x + width, y + height)
+            if any(iou_percent(box, other) > MAX_IOU for other in self.boxes):
+                continue
             hidden = np.bincount(self._owner[y : y + height, x : x + width][mask], minlength=len(self._seen))
-            if self._has_room(box, hidden):
+            if self._recognisable_without(hidden):
                 self.boxes.append(box)
                 self.labels.append(label)
-                self._areas = np.append(self._areas, mask.sum())
-                self._seen = np.append(self._seen - hidden, mask.sum())
-                self._paint(box, mask)
+                self._areas = np.append(self._areas, area)
+                self._seen = np.append(self._seen - hidden, area)
+                self._paint(box, mask, area)
                 return
 
-    def _has_room(self, box: Box, hidden: NDArray[np.int64]) -> bool:
-        """Whether a shape in this box, hiding that many pixels of each other one, leaves all of them recognisable."""
-        recognisable = 100 * (self._seen - hidden) >= MIN_VISIBLE * self._areas
-        return bool(recognisable[1:].all()) and all(iou_percent(box, other) <= MAX_IOU for other in self.boxes)
+    def _recognisable_without(self, hidden: NDArray[np.int64]) -> bool:
+        """Whether hiding that many pixels of each shape leaves all of them recognisable."""
+        return bool((100 * (self._seen - hidden) >= MIN_VISIBLE * self._areas)[1:].all())
 
-    def _paint(self, box: Box, mask: Mask) -> None:
+    def _paint(self, box: Box, mask: Mask, area: int) -> None:
         x1, y1, x2, y2 = box
         beneath = self.planes[:, y1:y2, x1:x2]
-        colour = self._colour(beneath[:, mask].clip(0, 255).sum(1, np.int64) // mask.sum())
+        sums = beneath.clip(0, 255).reshape(3, -1) @ mask.ravel().astype(np.float64)  # exact: whole numbers below 2^53
+        colour = self._colour(sums.astype(np.int64) // area)
         cell, amplitude = TEXTURE
         texture = corner_noise(self._dice, amplitude, 1, (y2 - y1) // cell + 2, (x2 - x1) // cell + 2)
         shade = enlarge(texture, cell)[0, : y2 - y1, : x2 - x1] + self._grain[y1:y2, x1:x2]  # (h, w)
@@ -144,11 +147,11 @@ def interpolate(corners: Planes, factor: int) -> Planes:
     """Put factor - 1 values between neighbours of the last axis, leaving and reaching each with slope 0."""
     rest = np.arange(factor)
     weights = ((rest * rest * (3 * factor - 2 * rest) << _WEIGHT_BITS) // factor**3).astype(np.int16)
-    values = np.repeat(corners[..., 1:] - corners[..., :-1], factor, axis=-1)
-    values *= np.tile(weights, corners.shape[-1] - 1)
+    starts = corners[..., :-1, None]
+    values: Planes = (corners[..., 1:, None] - starts) * weights
     values >>= _WEIGHT_BITS
-    values += np.repeat(corners[..., :-1], factor, axis=-1)
-    return values
+    values += starts
+    return values.reshape(*corners.shape[:-1], -1)
 
 
 def shape_mask(dice: Dice, name: str, shorter_side: int) -> Mask:

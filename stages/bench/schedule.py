@@ -44,13 +44,14 @@ def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
     rpn, stored_rpn = _pair(figures, "train_rpn_frozen_conv", precision)
     detector, stored_detector = _pair(figures, "train_fast_rcnn_frozen_conv", precision)
     building = _times(ENTRIES, figures.map_seconds(precision))
-    joint, detect = (figures.of(name, precision) for name in ("train_approximate_joint", "detect"))
+    joint, stored_joint = _pair(figures, "train_approximate_joint", precision)
+    detect = figures.of("detect", precision)
     plain = _sum(_times(RPN_STEPS, rpn), _times(FAST_RCNN_STEPS, detector))
     stored = _sum(_times(RPN_STEPS, stored_rpn), _times(FAST_RCNN_STEPS, stored_detector), building)
     found = {
         "front_rpn_step": _ratio(*_pair(figures, "train_rpn", precision)),
         "front_fast_rcnn_step": _ratio(*_pair(figures, "train_fast_rcnn", precision)),
-        "front_joint_step": _ratio(*_pair(figures, "train_approximate_joint", precision)),
+        "front_joint_step": _ratio(joint, stored_joint),
         "store_rpn_step": _ratio(rpn, stored_rpn),
         "store_fast_rcnn_step": _ratio(detector, stored_detector),
         "store_rpn_stage_with_building": _ratio(_times(RPN_STEPS, rpn), _sum(_times(RPN_STEPS, stored_rpn), building)),
@@ -59,6 +60,7 @@ def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
     }
     for form, other in (("default", "float32"), ("autocast", "bfloat16")):
         found[f"torchvision_{form}_joint_step"] = _ratio(figures.of("torchvision_training", other), joint)
+        found[f"torchvision_{form}_stored_joint_step"] = _ratio(figures.of("torchvision_training", other), stored_joint)
         found[f"torchvision_{form}_detection"] = _ratio(figures.of("torchvision_detection", other), detect)
     return found
 

@@ -20,9 +20,11 @@ RATIOS = {
     "store_rpn_stage_with_building": "stage 4 as a whole, building the store included",
     "store_both_stages_with_building": "stages 4 and 6, building included",
     "torchvision_default_joint_step": "joint training step against torchvision's",
-    "torchvision_autocast_joint_step": "the same, torchvision under bfloat16 autocast",
+    "torchvision_default_stored_joint_step": "joint training step, store, against torchvision's",
+    "torchvision_autocast_joint_step": "joint training step against torchvision's under autocast",
+    "torchvision_autocast_stored_joint_step": "joint training step, store, against torchvision's under autocast",
     "torchvision_default_detection": "detection against torchvision's",
-    "torchvision_autocast_detection": "the same, torchvision under bfloat16 autocast",
+    "torchvision_autocast_detection": "detection against torchvision's under autocast",
     "compiled_joint_step": "joint training step, conv layers through torch.compile against not",
 }
 SCHEDULE = {

@@ -54,7 +54,9 @@ def test_ratios_by_hand():
     both = (80_000 * 0.8 + 40_000 * 1.2) / (80_000 * 0.1 + 40_000 * 0.4 + building)
     assert result["store_both_stages_with_building"] == pytest.approx(both)
     assert result["torchvision_default_joint_step"] == pytest.approx(2)
+    assert result["torchvision_default_stored_joint_step"] == pytest.approx(2.4)
     assert result["torchvision_autocast_joint_step"] == pytest.approx(4)
+    assert result["torchvision_autocast_stored_joint_step"] == pytest.approx(4.8)
     assert result["torchvision_default_detection"] is None
 
 
