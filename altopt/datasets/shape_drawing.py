@@ -82,7 +82,7 @@ class Canvas:
         """Paint a shape somewhere where it hides not too much of the others; leave it out when there is no room."""
         height, width = mask.shape
         rows, columns = self._owner.shape
-        area = np.count_nonzero(mask)
+        area = int(np.count_nonzero(mask))
         for _ in range(_TRIES):
             x, y = self._dice.below(columns - width + 1), self._dice.below(rows - height + 1)
             box = (x, y, x + width, y + height)
