@@ -86,6 +86,12 @@ def stored_layers(config: Any) -> int:
     return frozen_layers(config.network.name, getattr(config, "freeze", ("*",)))
 
 
+def extent(network: str, layers: int) -> str:
+    """Return the blocks that the first layers of a network are, as people say it: conv1 to conv2."""
+    last = [layer.name.split(".")[0] for layer in LAYERS[network][:layers] if layer.weights][-1]
+    return last if last == "conv1" else f"conv1 to {last}"
+
+
 def reserved_bytes(sizes: Sizes, network: NetworkConfig, flips: bool, precision: str, layers: int) -> int:
     """Return what a store of maps behind some layers leaves for that of all layers, which saves more than it does."""
     return maps_bytes(sizes, network, flips, precision) if layers < len(LAYERS[network.name]) else 0
@@ -110,12 +116,13 @@ def foreseen(folder: Path, config: Any, root: Path | None) -> dict[str, Any] | N
     decision = decide("auto", needed, shutil.disk_usage(existing).free, config.iterations * config.images_per_batch,
                       entries, reserved_bytes(sizes, *kind))
     where = "; on the CPU alone" if decision.used and layers < len(LAYERS[config.network.name]) else ""
-    return {"bytes": needed, "used": decision.used, "reason": decision.reason + where}
+    return {"maps": extent(config.network.name, layers), "bytes": needed, "used": decision.used,
+            "reason": decision.reason + where}
 
 
 def store_line(output: str, what: dict[str, Any]) -> str:
     """Return what ``foreseen`` says as a line of the plan."""
-    return f"{output}: feature store {'on' if what['used'] else 'off'} ({what['reason']})"
+    return f"{output}: feature store {'on' if what['used'] else 'off'}, {what['maps']} ({what['reason']})"
 
 
 def _sizes_path(folder: Path) -> Path:

@@ -34,7 +34,7 @@ from cache.features import FeatureMapFile, FeatureMapWriter, MapKey, Precision
 from cache.files import canonical_json, sha256_text
 from cache.preallocated import growing_path
 from stages.feature_maps import map_shapes, write_maps
-from stages.feature_plan import FOLDER, Decision, decide, gigabytes, reserved_bytes, sizes_of
+from stages.feature_plan import FOLDER, Decision, decide, extent, gigabytes, reserved_bytes, sizes_of
 from stages.step import Runtime
 
 DIGITS = 16  # of a digest in a file's name
@@ -152,9 +152,7 @@ class FeatureStore:
         return self._digests[layers]
 
     def _extent(self, layers: int) -> str:
-        """Return the blocks that so many layers end in, as people say it: conv1 to conv2."""
-        weighted = [layer.name.split(".")[0] for layer in LAYERS[self.network.name][:layers] if layer.weights]
-        return "conv1" if weighted[-1] == "conv1" else f"conv1 to {weighted[-1]}"
+        return extent(self.network.name, layers)
 
     def _attributes(self, layers: int, flips: bool) -> dict[str, Any]:
         frame = {"network": self.network.name, "short_side": self.network.short_side, "max_side": self.network.max_side}

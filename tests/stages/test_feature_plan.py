@@ -9,6 +9,7 @@ from altopt.datasets.opening import open_dataset
 from altopt.extents import maps_bytes
 from stages.feature_plan import (
     decide,
+    extent,
     foreseen,
     gigabytes,
     known_sizes,
@@ -51,6 +52,11 @@ def test_room_is_kept_for_a_store_that_is_worth_more():
     sizes = [(800, 600, 10)]
     assert reserved_bytes(sizes, network, True, "float32", 10) == maps_bytes(sizes, network, True, "float32")
     assert reserved_bytes(sizes, network, True, "float32", 30) == 0
+
+
+@pytest.mark.parametrize(("layers", "text"), [(2, "conv1"), (5, "conv1 to conv2"), (21, "conv1 to conv5")])
+def test_layers_in_words(layers, text):
+    assert extent("small", layers) == text
 
 
 @pytest.mark.parametrize(("sets", "layers"), [
@@ -102,14 +108,15 @@ def test_frozen_stages_foresee_their_store_and_others_none(tmp_path):
     assert found["M3"]["bytes"] == found["M4"]["bytes"] == 6 * 128 * 5 * 6 * 4
     assert [found[name]["used"] for name in ("M1", "M2", "M3", "M4")] == [True, True, True, True]
     assert store_line("M1", found["M1"]) == \
-        "M1: feature store on (0 MB, 1.3 visits of each picture; on the CPU alone)"
-    assert store_line("M3", found["M3"]) == "M3: feature store on (0 MB, 2.3 visits of each picture)"
+        "M1: feature store on, conv1 to conv2 (0 MB, 1.3 visits of each picture; on the CPU alone)"
+    assert store_line("M3", found["M3"]) == "M3: feature store on, conv1 to conv5 (0 MB, 2.3 visits of each picture)"
 
 
 def test_plan_and_status_say_so(altopt, workplace):
     command = ["plan", "--recipe", "tiny.toml"]
-    assert "M3: feature store off (8 visits of 12 pictures: some are never seen)" in altopt(*command).out
+    said = altopt(*command).out
+    assert "M3: feature store off, conv1 to conv5 (8 visits of 12 pictures: some are never seen)" in said
     steps = json.loads(altopt(*command, "--json", "--set", "all.iterations=7").out)["steps"]
     assert [each["output"] for each in steps if each["feature_store"]] == ["M1", "M2", "M3", "M4"]
-    assert steps[4]["feature_store"] == {"bytes": 12 * 128 * 5 * 6 * 4, "used": True,
+    assert steps[4]["feature_store"] == {"maps": "conv1 to conv5", "bytes": 12 * 128 * 5 * 6 * 4, "used": True,
                                          "reason": "0 MB, 1.2 visits of each picture"}
