@@ -114,7 +114,8 @@ def regions(ranks, folder, scheme):
 @pytest.mark.parametrize("scheme", ["spp_net", "rcnn", "fast_rcnn_svm"])
 def test_region_schemes_too(tmp_path, scheme):
     pytest.importorskip("sklearn")
-    region_runs.make_all(tmp_path, scheme)
+    with as_many_threads_as_ranks_have():
+        region_runs.make_all(tmp_path, scheme)
     before = region_runs.hashes(tmp_path, scheme)
     alone = tmp_path / "alone"
     shutil.copytree(tmp_path, alone, ignore=shutil.ignore_patterns("alone"))
