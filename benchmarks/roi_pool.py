@@ -10,6 +10,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torchvision
@@ -21,6 +23,7 @@ from altopt.roi_pool import pool_in_order, roi_pool
 SHAPE = (1, 512, 38, 50)  # conv5 of VGG16
 GRID = 7
 STRIDE = 16
+Result = TypeVar("Result")
 TORCHVISION, ALTOPT, IN_ORDER = WAYS = ("torchvision", "altopt", "altopt, in a fixed order")
 
 
@@ -32,19 +35,19 @@ def regions(count: int, random: torch.Generator) -> Tensor:
     return torch.cat([corners, corners + sides], dim=1)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return what one call takes."""
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Return the seconds that a call takes, and what it returns."""
     if device.type != "cuda":
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         begin = clock()
-        work()
-        return clock() - begin
+        result = work()
+        return clock() - begin, result
     begin_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin_event.record()
-    work()
+    result = work()
     end_event.record()
     torch.cuda.synchronize()
-    return float(begin_event.elapsed_time(end_event)) / 1000
+    return float(begin_event.elapsed_time(end_event)) / 1000, result
 
 
 def pooled(way: str, features: Tensor, boxes: Tensor) -> Tensor:
@@ -67,10 +70,10 @@ def measure(device: torch.device, rois: int, repeats: int) -> dict[str, tuple[fl
     for _ in range(repeats + 1):
         for way, times in taken.items():
             with fixed_order(way == IN_ORDER):
-                results: list[Tensor] = []
                 features.grad = None
-                forward = seconds(lambda: results.append(pooled(way, features, boxes)), device)  # noqa: B023
-                times.append((forward, seconds(lambda: results[0].backward(gradient), device)))  # noqa: B023
+                forward, result = timed(partial(pooled, way, features, boxes), device)
+                backward, _ = timed(partial(result.backward, gradient), device)
+                times.append((forward, backward))
     medians = {}
     for way, times in taken.items():
         forward, backward = (statistics.median(column) for column in zip(*times[1:], strict=True))

@@ -198,6 +198,17 @@ def test_threads_change_no_bit(monkeypatch):
     assert torch.equal(gradient_of(features, boxes, 6, weights), own.grad)
 
 
+@pytest.mark.parametrize("each_way", [(3, False)], indirect=True)
+@pytest.mark.usefixtures("each_way")
+def test_torchs_switch_for_deterministic_algorithms_changes_no_bit_on_the_cpu():
+    random = torch.Generator().manual_seed(5)
+    features, boxes = torch.randn(2, 37, 7, 9, generator=random), [random_boxes(30, 11), random_boxes(20, 12)]
+    weights = torch.randn(50, 37, 6, 6, generator=random)
+    default = gradient_of(features, boxes, 6, weights)
+    with fixed_order():
+        assert torch.equal(gradient_of(features, boxes, 6, weights), default)
+
+
 def gradient_of(features, boxes, size, weights):
     features = features.clone().requires_grad_()
     (pooled(features, boxes, size) * weights).sum().backward()
