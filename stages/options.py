@@ -49,7 +49,7 @@ WORK_OPTIONS = [
     option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, help="Between snapshots inside a stage."),
     option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),
     option("--feature-store", type=click.Choice(["auto", "on", "off"]), default="auto",
-           help="Stages 4 to 6 keep frozen conv features on disk; auto: where it pays and fits."),
+           help="Keep on disk what frozen conv layers make of the pictures; auto: where it pays and fits."),
     option("--processes", type=click.IntRange(1), default=1, callback=start_processes,
            help="Work as so many processes, on the CPU or with a GPU each; the same as starting with torchrun."),
     option("--deterministic", is_flag=True,
