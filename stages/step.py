@@ -79,7 +79,7 @@ class Runtime:
     data_root: Path | None = None
     snapshot_seconds: float = 30.0
     report_every: int = 20
-    feature_store: str = "auto"  # or "on", "off": whether stages store what frozen layers make (stages/feature_store.py)
+    feature_store: str = "auto"  # or "on", "off": whether maps of frozen layers are stored (stages/feature_store.py)
     deterministic: bool = False  # sums in a fixed order on CUDA too (altopt/determinism.py)
     inputs_key: str = ""  # hashes of the inputs: a snapshot made from others is not resumed
     data_digest: str = ""  # of the split that the stage reads, for what it writes down
