@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torchvision
 from torch import Tensor, nn
 
+from altopt.dropout import PictureDropout
+
 STRIDE = 16  # pixels of the input for one cell of the last feature map; the same for every network here
 
 
@@ -99,8 +101,8 @@ def build(name: str) -> Backbone:
 def fully_connected(inputs: int, features: int) -> nn.Sequential:
     """Return fc6 and fc7, from ``inputs`` pooled features to ``features``."""
     return nn.Sequential(OrderedDict([
-        ("fc6", nn.Linear(inputs, features)), ("relu6", nn.ReLU(inplace=True)), ("drop6", nn.Dropout(0.5)),
-        ("fc7", nn.Linear(features, features)), ("relu7", nn.ReLU(inplace=True)), ("drop7", nn.Dropout(0.5)),
+        ("fc6", nn.Linear(inputs, features)), ("relu6", nn.ReLU(inplace=True)), ("drop6", PictureDropout(0.5)),
+        ("fc7", nn.Linear(features, features)), ("relu7", nn.ReLU(inplace=True)), ("drop7", PictureDropout(0.5)),
     ]))
 
 

@@ -23,9 +23,13 @@ def input_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 def map_shape(network: NetworkConfig, size: tuple[int, int], layers: int | None = None) -> tuple[int, int, int]:
     """Return (channels, height, width) of the map of a picture of (width, height) behind so many layers, or all."""
-    width, height = input_size(size, scale_of(size, network.short_side, network.max_side))
-    channels = 3
-    for layer in LAYERS[network.name][:layers]:
+    return shape_behind(network.name, input_size(size, scale_of(size, network.short_side, network.max_side)), layers)
+
+
+def shape_behind(name: str, size: tuple[int, int], layers: int | None = None) -> tuple[int, int, int]:
+    """Return what ``map_shape`` does, for the network of that name and (width, height) in the input frame."""
+    (width, height), channels = size, 3
+    for layer in LAYERS[name][:layers]:
         channels = layer.channels or channels
         if layer.window:
             width, height = _after(layer.window, width), _after(layer.window, height)

@@ -4,7 +4,7 @@ Letters: B pictures, R RoIs, K classes without background, P the RoI-pool grid.
 Source: Fast R-CNN, section 2; numbers from py-faster-rcnn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torchvision
@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from altopt import boxes as bx
 from altopt.backbones import STRIDE
 from altopt.config import DetectionRule
+from altopt.dropout import seed_dropout
 from altopt.frozen import conv_features
-from altopt.pictures import Batch
+from altopt.pictures import Batch, Sample
 from altopt.roi_pool import roi_pool
 from altopt.rpn import at_least_float, smooth_l1
-from altopt.sampling import RoISample, RoISampling
+from altopt.sampling import RoISampling
+from altopt.targets import RoISample
 
 
 class FastRCNNHead(nn.Module):
@@ -85,34 +87,39 @@ class FastRCNNTraining(nn.Module):
 
         Both are divided by the number of RoIs of the batch, and multiplied by their weights.
         """
-        samples = self.rois.of_batch(batch, *self.key, iteration)
-        features = conv_features(self.conv, batch)
-        pooled = roi_pool(features, [sample.rois for sample in samples], self.roi_size, 1 / STRIDE)
-        logits, normalised = self.head(self.fc(pooled.flatten(1)))
-        losses = sampled_losses(self.head, logits, normalised, samples, self.box_weight)
-        return batch.parts(losses | {"cls": self.cls_weight * losses["cls"]}, len(logits))
+        chosen = self.rois.of_batch(batch, *self.key, iteration)
+        losses = []
+        for group, features in conv_features(self.conv, batch):
+            rois = [chosen[b] for b in group]
+            pooled = roi_pool(features, [each.rois for each in rois], self.roi_size, 1 / STRIDE)
+            seed_dropout(self.fc, rois, [batch.samples[b] for b in group], *self.key, iteration)
+            for found in fast_rcnn_losses(self.head, self.fc(pooled.flatten(1)), rois):
+                losses.append({"cls": self.cls_weight * found["cls"], "box": self.box_weight * found["box"]})
+        return batch.parts(losses, sum(len(each.labels) for each in chosen))
+
+    def prepare(self, sample: Sample, iteration: int) -> Sample:
+        """Return the sample with the RoIs to train on in an iteration; may be called from any thread."""
+        return self.rois.prepared(sample, *self.key, iteration)
 
 
-def sampled_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, samples: Sequence[RoISample],
-                   box_weight: float) -> dict[str, Tensor]:
-    """Return ``fast_rcnn_losses`` of outputs for the RoIs of all samples, in their order."""
-    labels = torch.cat([sample.labels for sample in samples])
-    deltas = torch.cat([sample.deltas for sample in samples])
-    return fast_rcnn_losses(head, logits, normalised, labels, deltas, box_weight)
+def fast_rcnn_losses(head: FastRCNNHead, hidden: Tensor, chosen: Sequence[RoISample]) -> Iterator[dict[str, Tensor]]:
+    """Yield ``roi_losses`` of each picture, from fc7's output for the RoIs of all, ``Tensor[R, D]``."""
+    counts = [len(each.labels) for each in chosen]
+    outputs = (each.split(counts) for each in head(hidden))
+    for rois, logits, normalised in zip(chosen, *outputs, strict=True):
+        yield roi_losses(head, logits, normalised, rois)
 
 
-def fast_rcnn_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, labels: Tensor, deltas: Tensor,
-                     box_weight: float) -> dict[str, Tensor]:
-    """Return the two losses of ``Tensor[R, K + 1]`` logits and ``Tensor[R, K + 1, 4]`` normalised deltas.
+def roi_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, chosen: RoISample) -> dict[str, Tensor]:
+    """Return the two losses of one picture's RoIs, each summed over them.
 
-    ``labels`` is int64 ``Tensor[R]``, 0 background; ``deltas`` ``Tensor[R, 4]`` in plain units.
+    ``logits`` is ``Tensor[R, K + 1]``, ``normalised`` the deltas as the head has them, ``Tensor[R, K + 1, 4]``.
     """
-    fg = torch.nonzero(labels > 0)[:, 0]
-    targets = (deltas[fg] - head.bbox_means[labels[fg]]) / head.bbox_stds[labels[fg]]
-    count = max(len(labels), 1)
-    classification = F.cross_entropy(logits, labels, reduction="sum") / count
-    box = smooth_l1(normalised[fg, labels[fg]], targets, sigma=1.0) / count
-    return {"cls": classification, "box": box_weight * box}
+    fg = chosen.foreground
+    labels = chosen.labels[:fg]
+    targets = (chosen.deltas[:fg] - head.bbox_means[labels]) / head.bbox_stds[labels]
+    own = normalised[torch.arange(fg, device=labels.device), labels]
+    return {"cls": F.cross_entropy(logits, chosen.labels, reduction="sum"), "box": smooth_l1(own, targets, sigma=1.0)}
 
 
 def detections_of(logits: Tensor, deltas: Tensor, rois: Tensor, size: tuple[int, int],

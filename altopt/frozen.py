@@ -4,9 +4,11 @@ For that it must not depend on the pictures that share a batch. It does where th
 smaller ones are padded, and near the padding other values arise; and convolutions of several pictures sum in another
 order than those of one, which changes last bits. So each picture goes through frozen layers by itself, in its own size.
 
-That holds for all of a network's layers, and for the first ones where the others learn. Layers are counted as the
+What is frozen may be all of a network's layers, or the first ones where the others learn. Layers are counted as the
 blocks hold them, those without weights too.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +28,15 @@ def frozen_depth(conv: nn.Module) -> int:
     return leading([not any(each.requires_grad for each in layer.parameters()) for layer in layers_of(conv)])
 
 
-def conv_features(conv: nn.Module, batch: Batch) -> Tensor:
-    """Return the maps of a batch, ``Tensor[B, C, h, w]``: each picture by itself up to the first layer that learns.
+def conv_features(conv: nn.Module, batch: Batch) -> list[tuple[range, Tensor]]:
+    """Return the batch's groups, each with its maps, ``Tensor[B, C, h, w]``: ``Batch.groups`` says what they are.
 
-    From there on all pictures go together, zero-padded at the end as the whole batch's are, where this is a slice.
+    With autograd from the first layer that learns.
     """
-    layers = layers_of(conv)
     depth = frozen_depth(conv)
-    if depth == 0:
-        features: Tensor = conv(batch.images)
-        return features
+    learning = layers_of(conv)[depth:]
     maps = picture_maps(conv, batch, depth)
-    learning = layers[depth:]
-    if learning and batch.greatest:
-        height, width = (max(each.shape[k] for each in maps) for k in (1, 2))
-        return _through(learning, stacked_maps(maps, (batch.greatest(height), batch.greatest(width))))
-    return _through(learning, stacked_maps(maps))
+    return [(group, _through(learning, _together([maps[b] for b in group]))) for group in batch.groups()]
 
 
 def frozen_features(conv: nn.Module, batch: Batch) -> Tensor:
@@ -55,18 +50,18 @@ def frozen_features(conv: nn.Module, batch: Batch) -> Tensor:
 
 
 def picture_maps(conv: nn.Module, batch: Batch, depth: int | None = None) -> list[Tensor]:
-    """Return each picture's map behind so many layers, or all, in its own size: ``Tensor[C, h, w]`` each, in float32.
+    """Return each picture's map behind so many layers, or all, in its own size: ``Tensor[C, h, w]`` each.
 
-    Without autograd. What is stored of it is not made again.
+    Without autograd, in the precision that it is computed in. What is stored of it is not made again.
     """
     if batch.maps is None:
         images = [image[:, : sample.size[1], : sample.size[0]]
                   for image, sample in zip(batch.images, batch.samples, strict=True)]
-        return [picture_map(conv, image, 0, depth).float() for image in images]
+        return [picture_map(conv, image, 0, depth) for image in images]
     count = len(layers_of(conv))
     begin, end = (count if each is None else each for each in (batch.layers, depth))
     assert begin <= end, "the stored maps went through layers that learn"
-    return list(batch.maps) if begin == end else [picture_map(conv, each, begin, end).float() for each in batch.maps]
+    return list(batch.maps) if begin == end else [picture_map(conv, each, begin, end) for each in batch.maps]
 
 
 @torch.no_grad()
@@ -75,8 +70,17 @@ def picture_map(conv: nn.Module, image: Tensor, begin: int = 0, end: int | None 
 
     ``image`` is the normalised picture ``Tensor[3, H, W]``, or its map behind the layers before.
     """
-    features = _through(layers_of(conv)[begin:end], image[None].contiguous(memory_format=torch.channels_last))
-    return features[0]
+    return _through(layers_of(conv)[begin:end], _together([image]))[0]
+
+
+def _together(images: Sequence[Tensor]) -> Tensor:
+    """Return pictures or maps of one size, ``Tensor[C, h, w]`` each, as ``Tensor[B, C, h, w]`` in channels_last layout.
+
+    Down to the stride of a batch of one: by that too oneDNN decides how it computes.
+    """
+    rows = [image.permute(1, 2, 0) for image in images]
+    stacked = rows[0].contiguous()[None] if len(rows) == 1 else torch.stack(rows)
+    return stacked.permute(0, 3, 1, 2)  # (B, C, h, w)
 
 
 def _through(layers: list[nn.Module], features: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ learns from its own loss in both.
 Source: Faster R-CNN, section 3.2; Girshick, "Training R-CNNs of various velocities".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,14 @@ from altopt import boxes as bx
 from altopt.backbones import STRIDE
 from altopt.config import ProposalRule
 from altopt.detector import FasterRCNN
-from altopt.fast_rcnn import sampled_losses
+from altopt.dropout import seed_dropout
+from altopt.fast_rcnn import fast_rcnn_losses
 from altopt.frozen import conv_features
 from altopt.pictures import Batch, Sample
 from altopt.roi_sample import pool_rois
-from altopt.rpn import RPNRule, kept_boxes, rpn_losses, scored_boxes
-from altopt.sampling import RoISample, RoISampling
+from altopt.rpn import RPNRule, draw_anchors, kept_boxes, rpn_losses, scored_boxes
+from altopt.sampling import RoISampling
+from altopt.targets import RoISample
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,26 @@ class JointTraining(nn.Module):
 
     def losses(self, batch: Batch, iteration: int, share: float) -> dict[str, Tensor]:
         """Return what ``forward`` does, with this share of the gradient through the proposals' coordinates."""
-        features = conv_features(self.conv, batch)
-        logits, deltas = self.rpn(features)
-        anchors = self.rpn.anchors_for(features)
-        losses = rpn_losses(logits, deltas, anchors, batch.samples, self.anchors, (*self.key, "anchors", iteration))
-        samples = [
-            self._sample(sample, self._proposals(logits[b], deltas[b], anchors, sample, share), iteration)
-            for b, sample in enumerate(batch.samples)
-        ]
-        losses = batch.parts(losses, len(batch.samples))
-        losses |= batch.parts(self._detector_losses(features, samples), sum(len(each.rois) for each in samples))
+        of_rpn: list[dict[str, Tensor]] = []
+        of_detector: list[dict[str, Tensor]] = []
+        count = 0
+        for group, features in conv_features(self.conv, batch):
+            anchors = self.rpn.anchors_for(features)
+            samples, rois = [batch.samples[b] for b in group], []
+            for sample, logits, deltas in zip(samples, *self.rpn(features), strict=True):
+                chosen = sample.anchors or draw_anchors(sample, anchors, self.anchors, *self.key, "anchors", iteration)
+                of_rpn.append(rpn_losses(logits, deltas, chosen, self.anchors))
+                rois.append(self._sample(sample, self._proposals(logits, deltas, anchors, sample, share), iteration))
+            pooled = pool_rois(features, [each.rois for each in rois], self.roi_size, 1 / STRIDE, self.samples_per_bin)
+            seed_dropout(self.fc, rois, samples, *self.key, iteration)
+            of_detector += fast_rcnn_losses(self.head, self.fc(pooled.flatten(1)), rois)
+            count += sum(len(each.labels) for each in rois)
+        losses = batch.parts(of_rpn, len(batch.samples)) | batch.parts(of_detector, count)
         return {name: self.weights[name] * loss for name, loss in losses.items()}
+
+    def prepare(self, sample: Sample, iteration: int) -> Sample:
+        """Return the sample with the anchors to train on in an iteration; may be called from any thread."""
+        return self.rpn.with_anchors(sample, self.anchors, *self.key, "anchors", iteration)
 
     def _proposals(self, logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample, share: float) -> Tensor:
         """Return a picture's proposals, ``Tensor[K, 4]`` in the input frame; with a share, they carry a gradient."""
@@ -105,8 +116,3 @@ class JointTraining(nn.Module):
         """
         return self.rois.of_picture(sample, proposals, *self.key, "rois", iteration)
 
-    def _detector_losses(self, features: Tensor, samples: Sequence[RoISample]) -> dict[str, Tensor]:
-        rois = [sample.rois for sample in samples]
-        pooled = pool_rois(features, rois, self.roi_size, 1 / STRIDE, self.samples_per_bin)
-        logits, normalised = self.head(self.fc(pooled.flatten(1)))
-        return sampled_losses(self.head, logits, normalised, samples, box_weight=1.0)

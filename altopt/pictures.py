@@ -5,8 +5,9 @@ Two frames: a picture's *original* pixels, in which data sets, proposal files an
 module is the only place that multiplies by it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from altopt import boxes as bx
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Dataset
 from altopt.extents import input_size, scale_of
+from altopt.targets import AnchorSample, RoISample
 
 # The statistics that torchvision's ImageNet weights were trained with, RGB in 0..1.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -31,6 +33,7 @@ class Sample:
     ``proposals`` ``Tensor[K, 4]`` or None; ``scale`` is input pixels for one original pixel.
     A sample with ``features``, the stored map ``Tensor[C, h, w]`` behind the first ``layers`` conv layers (None: all of
     them), has no picture: its pixels are one zero, repeated without memory, and only their size means something.
+    ``anchors`` and ``rois`` are what the losses are taken on, where that was drawn already.
     """
 
     id: str
@@ -42,11 +45,33 @@ class Sample:
     proposals: Tensor | None = None
     features: Tensor | None = None
     layers: int | None = None
+    anchors: AnchorSample | None = None
+    rois: RoISample | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height in the input frame."""
         return self.pixels.shape[2], self.pixels.shape[1]
+
+    def pinned(self) -> "Sample":
+        """Return the sample in memory that a GPU copies from while the processor goes on."""
+        pixels, features = self.pixels, self.features
+        if features is None:
+            return replace(self._mapped(Tensor.pin_memory), pixels=pixels.pin_memory())
+        return replace(self._mapped(Tensor.pin_memory), features=features.pin_memory())
+
+    def moved(self, pixels: Tensor, device: torch.device) -> "Sample":
+        """Return the sample on a device, with these pixels and without stored map."""
+        return replace(self._mapped(lambda tensor: tensor.to(device, non_blocking=True)), pixels=pixels, features=None)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Sample":
+        """Return the sample with everything changed that is not a picture."""
+        return replace(
+            self, objects=change(self.objects), classes=change(self.classes),
+            proposals=None if self.proposals is None else change(self.proposals),
+            anchors=None if self.anchors is None else self.anchors.mapped(change),
+            rois=None if self.rois is None else self.rois.mapped(change),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,23 +81,41 @@ class Batch:
     Where the samples carry stored maps, ``maps`` are these, ``Tensor[C, h, w]`` each, and stand in place of what the
     first ``layers`` conv layers (None: all) make of ``images``, which are then blank.
 
-    Where the batch is one rank's slice of a larger one, ``share`` says what part of the whole a count of pictures or
-    RoIs is, and ``greatest`` returns the greatest of all ranks' numbers (altopt/slices.py).
+    Where the batch is one rank's slice of a larger one, ``weight`` returns what each of a count of pictures or RoIs has
+    in the whole batch's mean, and ``middle`` is where that one's second half begins, counted in the slice
+    (altopt/slices.py).
     """
 
     samples: list[Sample]
     images: Tensor
     maps: Sequence[Tensor] | None = None
     layers: int | None = None
-    share: Callable[[int], float] | None = None
-    greatest: Callable[[int], int] | None = None
+    weight: Callable[[int], float] | None = None
+    middle: int | None = None
 
-    def parts(self, means: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        """Return losses that are means over ``count`` pictures or RoIs as their parts of the whole batch's means."""
-        if self.share is None:
-            return means
-        share = self.share(count)
-        return {name: share * mean for name, mean in means.items()}
+    def groups(self) -> Iterator[range]:
+        """Yield which samples go through layers that learn together: neighbours of one size, of one half of the batch.
+
+        Of one size, so that none is padded, and no picture sees another. A gradient is the sum of those of two halves,
+        and a sum of two has no order: so one process and two, each with a half, compute the same bits.
+        """
+        for half in self.halves():
+            begin = half.start
+            for end in range(half.start + 1, half.stop + 1):
+                if end == half.stop or self.samples[end].size != self.samples[begin].size:
+                    yield range(begin, end)
+                    begin = end
+
+    def halves(self) -> list[range]:
+        """Return which samples belong to each half of the batch; a slice may lie in one half alone."""
+        count = len(self.samples)
+        middle = min(max(count // 2 if self.middle is None else self.middle, 0), count)
+        return [half for half in (range(middle), range(middle, count)) if half]
+
+    def parts(self, losses: Sequence[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
+        """Return losses, summed over the batch's pictures, as parts of means over ``count`` pictures or RoIs."""
+        weight = 1 / max(count, 1) if self.weight is None else self.weight(count)
+        return {name: weight * torch.stack([each[name] for each in losses]).sum() for name in losses[0]}
 
 
 def resized(image: np.ndarray, scale: float) -> np.ndarray:
@@ -134,29 +177,33 @@ def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
 def make_batch(samples: list[Sample], device: torch.device) -> Batch:
     """Move the samples to the device and stack their pixels, smaller pictures padded with the mean colour.
 
-    Samples with stored maps bring those instead, in float32.
+    Samples with stored maps bring those instead.
     """
     if samples[0].features is not None:
         return _stored_batch(samples, device)
     height = max(sample.pixels.shape[1] for sample in samples)
     width = max(sample.pixels.shape[2] for sample in samples)
     images = torch.zeros(len(samples), 3, height, width, device=device).to(memory_format=torch.channels_last)
-    mean = torch.tensor(PIXEL_MEAN, device=device).mul(255)[:, None, None]
-    std = torch.tensor(PIXEL_STD, device=device).mul(255)[:, None, None]
+    mean, std = _pixel_statistics(device)
     moved = []
     for image, sample in zip(images, samples, strict=True):
         pixels = sample.pixels.to(device, non_blocking=True)
         image[:, : pixels.shape[1], : pixels.shape[2]] = (pixels - mean) / std
-        moved.append(_moved(sample, pixels, device))
+        moved.append(sample.moved(pixels, device))
     return Batch(moved, images)
 
 
-def stacked_maps(maps: Sequence[Tensor], least: tuple[int, int] = (0, 0)) -> Tensor:
-    """Return maps ``Tensor[C, h, w]`` of any sizes as one float32 ``Tensor[B, C, h, w]``, zero-padded at the end.
+@cache
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of pixels in 0..255, ``Tensor[3, 1, 1]`` each; made once, as copies to a GPU wait."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(each).mul(255)[:, None, None].to(device) for each in (PIXEL_MEAN, PIXEL_STD))
+    return mean, std
 
-    Its height and width are those of the largest map, or of ``least``.
-    """
-    height, width = (max(side, *(each.shape[k + 1] for each in maps)) for k, side in enumerate(least))
+
+def stacked_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Return maps ``Tensor[C, h, w]`` of any sizes as one float32 ``Tensor[B, C, h, w]``, zero-padded at the end."""
+    height, width = (max(each.shape[k] for each in maps) for k in (1, 2))
     features = torch.zeros(len(maps), maps[0].shape[0], height, width, device=maps[0].device)
     for place, each in zip(features, maps, strict=True):
         place[:, : each.shape[1], : each.shape[2]] = each
@@ -164,13 +211,6 @@ def stacked_maps(maps: Sequence[Tensor], least: tuple[int, int] = (0, 0)) -> Ten
 
 
 def _stored_batch(samples: list[Sample], device: torch.device) -> Batch:
-    maps = [sample.features.to(device, non_blocking=True).float() for sample in samples if sample.features is not None]
+    maps = [sample.features.to(device, non_blocking=True) for sample in samples if sample.features is not None]
     blank = torch.zeros(1, 1, 1, 1, device=device).expand(len(samples), 3, 1, 1)
-    return Batch([_moved(sample, sample.pixels, device) for sample in samples], blank, maps, samples[0].layers)
-
-
-def _moved(sample: Sample, pixels: Tensor, device: torch.device) -> Sample:
-    return Sample(
-        sample.id, sample.flipped, pixels, sample.scale, sample.objects.to(device), sample.classes.to(device),
-        None if sample.proposals is None else sample.proposals.to(device),
-    )
+    return Batch([sample.moved(sample.pixels, device) for sample in samples], blank, maps, samples[0].layers)

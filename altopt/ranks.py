@@ -64,8 +64,8 @@ class Ranks:
         """Return every rank's value, by rank."""
         return [value]
 
-    def total(self, values: list[float]) -> list[float]:
-        """Return the sums of numbers over the ranks."""
+    def total(self, values: "Tensor") -> "Tensor":
+        """Return the sums of a tensor over the ranks, on its device."""
         return values
 
     def greatest(self, value: int) -> int:
@@ -135,12 +135,9 @@ class Company(Ranks):
             dist.all_gather_object(values, value)
         return values
 
-    def total(self, values: list[float]) -> list[float]:
-        """Return the sums of numbers over the ranks."""
-        import torch
-
-        summed: list[float] = self._reduced(torch.tensor(values, dtype=torch.float64), "SUM").tolist()
-        return summed
+    def total(self, values: "Tensor") -> "Tensor":
+        """Return the sums of a tensor over the ranks, on its device."""
+        return self._reduced(values.clone(), "SUM")
 
     def greatest(self, value: int) -> int:
         """Return the greatest of the ranks' values."""

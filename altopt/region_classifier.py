@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from altopt import backbones
 from altopt.backbones import STRIDE
 from altopt.config import NetworkConfig
+from altopt.dropout import seed_dropout
 from altopt.network_parts import NetworkOfParts
-from altopt.pictures import Batch, stacked_maps
+from altopt.pictures import Batch, Sample
 from altopt.pyramid import bins, pyramid_pool
 from altopt.roi_pool import roi_pool
-from altopt.sampling import RoISample, RoISampling
+from altopt.sampling import RoISampling
+from altopt.targets import RoISample
 from altopt.warped_crops import warp
 
 
@@ -86,9 +88,19 @@ class PyramidTraining(nn.Module):
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return ``cls``, the mean softmax loss over the sampled regions."""
         assert batch.maps is not None
-        samples = self.regions.of_batch(batch, *self.key, iteration)
-        pooled = pyramid_pool(stacked_maps(batch.maps), [sample.rois for sample in samples], self.levels, 1 / STRIDE)
-        return batch.parts(_softmax_loss(self.head(self.fc(pooled)), samples), len(pooled))
+        chosen = self.regions.of_batch(batch, *self.key, iteration)
+        losses = []
+        for group in batch.groups():
+            regions = [chosen[b] for b in group]
+            features = torch.stack([batch.maps[b] for b in group]).float()
+            pooled = pyramid_pool(features, [each.rois for each in regions], self.levels, 1 / STRIDE)
+            seed_dropout(self.fc, regions, [batch.samples[b] for b in group], *self.key, iteration)
+            losses.append(_softmax_loss(self.head(self.fc(pooled)), regions))
+        return batch.parts(losses, sum(len(each.labels) for each in chosen))
+
+    def prepare(self, sample: Sample, iteration: int) -> Sample:
+        """Return the sample with the regions to train on in an iteration; may be called from any thread."""
+        return self.regions.prepared(sample, *self.key, iteration)
 
 
 class WarpedTraining(nn.Module):
@@ -100,18 +112,27 @@ class WarpedTraining(nn.Module):
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return ``cls``, the mean softmax loss over the sampled regions."""
-        samples = self.regions.of_batch(batch, *self.key, iteration)
-        crops = torch.cat([
-            warp(image[:, : each.size[1], : each.size[0]], sample.rois, self.side)
-            for image, each, sample in zip(batch.images, batch.samples, samples, strict=True)
-        ])
-        hidden = self.network.fc(self.network.pool_crops(crops))
-        return batch.parts(_softmax_loss(self.network.head(hidden), samples), len(crops))
+        chosen = self.regions.of_batch(batch, *self.key, iteration)
+        losses = []
+        for group in batch.halves():
+            regions, samples = [chosen[b] for b in group], [batch.samples[b] for b in group]
+            crops = torch.cat([
+                warp(batch.images[b, :, : sample.size[1], : sample.size[0]], each.rois, self.side)
+                for b, sample, each in zip(group, samples, regions, strict=True)
+            ])
+            pooled = self.network.pool_crops(crops)
+            seed_dropout(self.network.fc, regions, samples, *self.key, iteration)
+            losses.append(_softmax_loss(self.network.head(self.network.fc(pooled)), regions))
+        return batch.parts(losses, sum(len(each.labels) for each in chosen))
+
+    def prepare(self, sample: Sample, iteration: int) -> Sample:
+        """Return the sample with the regions to train on in an iteration; may be called from any thread."""
+        return self.regions.prepared(sample, *self.key, iteration)
 
 
-def _softmax_loss(logits: Tensor, samples: Sequence[RoISample]) -> dict[str, Tensor]:
-    labels = torch.cat([sample.labels for sample in samples])
-    return {"cls": F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)}
+def _softmax_loss(logits: Tensor, regions: Sequence[RoISample]) -> dict[str, Tensor]:
+    labels = torch.cat([each.labels for each in regions])
+    return {"cls": F.cross_entropy(logits.float(), labels, reduction="sum")}
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatia
 
     The kernel rounds inclusive pixels, so the last pixel of a box is its edge less one.
     """
-    rois = torch.cat([_with_index(each, b) for b, each in enumerate(boxes)])  # (R, 5)
-    inclusive = rois - rois.new_tensor([0, 0, 0, 1, 1])
+    inclusive = torch.cat([_with_index(each.detach(), b) for b, each in enumerate(boxes)])  # (R, 5)
+    inclusive[:, 3:] -= 1
     pool = _kernel_for(features.device)
     # The kernel knows float and double only, and under autocast features may be bfloat16.
     pooled = pool(

@@ -4,8 +4,8 @@ Letters: B pictures, H and W of the feature map, A anchors at a position, N = H 
 Source: Faster R-CNN, section 3.1; numbers from py-faster-rcnn.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torchvision
@@ -16,10 +16,12 @@ from altopt import boxes as bx
 from altopt.anchors import reference_anchors, shifted_anchors
 from altopt.backbones import STRIDE
 from altopt.config import NetworkConfig, ProposalRule
+from altopt.extents import shape_behind
 from altopt.frozen import conv_features
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
 from altopt.sampling import label_anchors, sample_anchors
+from altopt.targets import AnchorSample
 
 FIRST = 8  # boxes for each one wanted: among so many, suppression mostly leaves enough
 
@@ -53,9 +55,24 @@ class RPNHead(nn.Module):
 
     def anchors_for(self, features: Tensor) -> Tensor:
         """Return all anchors of a feature map, ``Tensor[N, 4]`` in the input frame."""
-        network = self.network
+        return all_anchors(self.network, features.shape[2], features.shape[3], features.device)
+
+    def with_anchors(self, sample: Sample, rule: "RPNRule", *key: object) -> Sample:
+        """Return the sample with the anchors to train on, drawn where it lies, before any network has seen it."""
+        _, height, width = shape_behind(self.network.name, sample.size)
+        anchors = all_anchors(self.network, height, width, sample.objects.device)
+        return replace(sample, anchors=draw_anchors(sample, anchors, rule, *key))
+
+
+@lru_cache(maxsize=64)
+def all_anchors(network: NetworkConfig, height: int, width: int, device: torch.device) -> Tensor:
+    """Return all anchors of a map of that size, ``Tensor[N, 4]`` in the input frame, which nobody may change.
+
+    Those of the last sizes are kept: to make them on a GPU, it would have to wait for numbers from the processor.
+    """
+    with torch.inference_mode(False):
         reference = reference_anchors(network.anchor_base, network.anchor_ratios, network.anchor_scales)
-        return shifted_anchors(reference.to(features.device), features.shape[2], features.shape[3], STRIDE)
+        return shifted_anchors(reference.to(device), height, width, STRIDE)
 
 
 @dataclass(frozen=True)
@@ -82,39 +99,37 @@ class RPNTraining(nn.Module):
 
         Both are divided by the number of sampled anchors of a picture, and averaged over the pictures.
         """
-        features = conv_features(self.conv, batch)
-        logits, deltas = self.rpn(features)
-        anchors = self.rpn.anchors_for(features)
-        losses = rpn_losses(logits, deltas, anchors, batch.samples, self.rule, (*self.key, iteration))
+        losses = []
+        for group, features in conv_features(self.conv, batch):
+            for b, logits, deltas in zip(group, *self.rpn(features), strict=True):
+                sample = batch.samples[b]
+                chosen = sample.anchors or draw_anchors(sample, self.rpn.anchors_for(features), self.rule, *self.key,
+                                                        iteration)
+                losses.append(rpn_losses(logits, deltas, chosen, self.rule))
         return batch.parts(losses, len(batch.samples))
 
-
-def rpn_losses(logits: Tensor, deltas: Tensor, anchors: Tensor, samples: Sequence[Sample], rule: RPNRule,
-               key: tuple[object, ...]) -> dict[str, Tensor]:
-    """Return the RPN's two losses of ``Tensor[B, N, 2]`` logits and ``Tensor[B, N, 4]`` deltas, as RPNTraining does.
-
-    ``key`` and the picture's id decide which anchors are sampled.
-    """
-    losses = [
-        _picture_losses(sample, anchors, logits[b], deltas[b], rule, generator(*key, sample.id, sample.flipped))
-        for b, sample in enumerate(samples)
-    ]
-    classification, box = (torch.stack(each).mean() for each in zip(*losses, strict=True))
-    return {"rpn_cls": classification, "rpn_box": rule.box_weight * box}
+    def prepare(self, sample: Sample, iteration: int) -> Sample:
+        """Return the sample with the anchors to train on in an iteration; may be called from any thread."""
+        return self.rpn.with_anchors(sample, self.rule, *self.key, iteration)
 
 
-def _picture_losses(sample: Sample, anchors: Tensor, logits: Tensor, deltas: Tensor, rule: RPNRule,
-                    random: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_anchors(sample: Sample, anchors: Tensor, rule: RPNRule, *key: object) -> AnchorSample:
+    """Return which of ``anchors``, ``Tensor[N, 4]``, a picture trains on, as key and picture decide."""
     labels, matched = label_anchors(anchors, sample.objects, sample.size, rule.positive, rule.negative)
-    labels = sample_anchors(labels, rule.anchors_per_image, rule.positive_fraction, random)
+    labels = sample_anchors(labels, rule.anchors_per_image, rule.positive_fraction,
+                            generator(*key, sample.id, sample.flipped))
     used = torch.nonzero(labels >= 0)[:, 0]
     positive = torch.nonzero(labels == 1)[:, 0]
-    count = max(len(used), 1)
-    classification = F.cross_entropy(logits[used], labels[used], reduction="sum") / count
-    if len(positive) == 0:
-        return classification, deltas.sum() * 0
-    targets = bx.encode(sample.objects[matched[positive]], anchors[positive])
-    return classification, smooth_l1(deltas[positive], targets, rule.sigma) / count
+    deltas = bx.encode(sample.objects[matched[positive]], anchors[positive])
+    return AnchorSample(used, labels[used], positive, deltas)
+
+
+def rpn_losses(logits: Tensor, deltas: Tensor, chosen: AnchorSample, rule: RPNRule) -> dict[str, Tensor]:
+    """Return the RPN's two losses of one picture, ``Tensor[N, 2]`` logits and ``Tensor[N, 4]`` deltas."""
+    count = max(len(chosen.used), 1)
+    classification = F.cross_entropy(logits[chosen.used], chosen.labels, reduction="sum") / count
+    box = smooth_l1(deltas[chosen.positive], chosen.deltas, rule.sigma) / count
+    return {"rpn_cls": classification, "rpn_box": rule.box_weight * box}
 
 
 def at_least_float(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Letters: A anchors, R RoIs, G objects.
 Labels: 1 and above an object (for anchors just 1), 0 background, -1 ignored.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,17 +13,7 @@ from torch import Tensor
 from altopt import boxes as bx
 from altopt import randomness
 from altopt.pictures import Batch, Sample
-
-
-@dataclass(frozen=True)
-class AnchorTargets:
-    """What the RPN learns from one picture.
-
-    ``labels``: int64 ``Tensor[A]`` in {-1, 0, 1}; ``deltas``: ``Tensor[A, 4]``, meaningful where the label is 1.
-    """
-
-    labels: Tensor
-    deltas: Tensor
+from altopt.targets import RoISample
 
 
 def label_anchors(anchors: Tensor, objects: Tensor, size: tuple[float, float], positive: float, negative: float,
@@ -71,19 +61,6 @@ def sample_anchors(labels: Tensor, count: int, positive_fraction: float, generat
     return sampled
 
 
-@dataclass(frozen=True)
-class RoISample:
-    """The RoIs of one picture that a Fast R-CNN step trains on.
-
-    ``rois``: ``Tensor[R, 4]``; ``labels``: int64 ``Tensor[R]``, 0 background, class + 1 otherwise;
-    ``deltas``: ``Tensor[R, 4]``, not normalised, meaningful where the label is above 0.
-    """
-
-    rois: Tensor
-    labels: Tensor
-    deltas: Tensor
-
-
 def match_rois(rois: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     """Return each RoI's best IoU, ``Tensor[R]``, and the object that has it, int64 ``Tensor[R]``."""
     if len(objects) == 0:
@@ -123,7 +100,7 @@ def sample_rois(proposals: Tensor, objects: Tensor, classes: Tensor, *, count: i
     if len(fg):
         labels[: len(fg)] = classes[matched[fg]] + 1
         deltas[: len(fg)] = bx.encode(objects[matched[fg]], rois[fg])
-    return RoISample(rois[kept], labels, deltas)
+    return RoISample(rois[kept], labels, deltas, len(fg))
 
 
 def has_samples(proposals: Tensor, objects: Tensor, rule: RoIRule) -> bool:
@@ -153,10 +130,14 @@ class RoISampling:
             rule=self.rule, generator=randomness.generator(*key, picture.id, picture.flipped),
         )
 
+    def prepared(self, picture: Sample, *key: object) -> Sample:
+        """Return the picture with its RoIs drawn, in the place of its proposals."""
+        return replace(picture, rois=self._drawn(picture, *key), proposals=None)
+
     def of_batch(self, batch: Batch, *key: object) -> list[RoISample]:
-        """Return the RoIs of each picture of a batch, from the proposals that it was read with."""
-        samples = []
-        for picture in batch.samples:
-            assert picture.proposals is not None
-            samples.append(self.of_picture(picture, picture.proposals, *key))
-        return samples
+        """Return the RoIs of each picture of a batch: as prepared, or drawn now from the proposals it was read with."""
+        return [self._drawn(each, *key) if each.rois is None else each.rois for each in batch.samples]
+
+    def _drawn(self, picture: Sample, *key: object) -> RoISample:
+        assert picture.proposals is not None
+        return self.of_picture(picture, picture.proposals, *key)

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from altopt.randomness import seed_of
 from altopt.ranks import Ranks
 from altopt.slices import Slices
 
+LAG = {"cuda": 1}  # by kind of device
 CONV = ("conv.", "network.conv.")  # where the modules that are trained hold the network's conv layers
 
 
@@ -32,6 +34,14 @@ class Snapshots(Protocol):
 
     def save(self, iteration: int, tensors: dict[str, Tensor], seconds: float) -> None:
         """Keep the state after ``iteration`` iterations."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A module that draws what it trains on before it sees the picture."""
+
+    def prepare(self, sample: Sample, iteration: int) -> Sample:
+        """Return the sample with what was drawn; may be called from any thread."""
 
 
 @dataclass(frozen=True)
@@ -80,50 +90,96 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
     threads. ``key`` (with the seed in it) makes the randomness of the whole run. Raises ``DivergedError`` at the first
     loss that is not finite, after ``diverged(batch, iteration)`` had the chance to keep the batch and say where.
     With ``slices``, ``read`` returns this rank's samples, and the losses are its parts of the whole batch's.
+
+    Losses are looked at ``LAG`` steps late, so that a GPU always has the next step to work on.
     """
     ranks = slices.ranks if slices else Ranks()
-    if slices:
-        slices.slice_dropout(module)
     module.to(device).to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(module, config)
     start, spent = _resume(module, optimizer, snapshots)
     meter = _Meter(config, start, spent)
-    with Ahead(read, range(start, config.iterations), workers) as ahead:
+    taken: deque[Taken] = deque()
+
+    def read_prepared(iteration: int) -> list[Sample]:
+        return prepared(module, read(iteration), iteration, device)
+
+    def settle(left: int) -> None:
+        """Look at the losses of all steps but the ``left`` last ones."""
+        while len(taken) > left:
+            step = taken.popleft()
+            own, losses = step.losses()
+            if not math.isfinite(sum(losses.values())):
+                raise DivergedError(_divergence(own, step.batch, step.iteration, config, diverged, ranks))
+            meter.add(losses, slices.pictures(step.iteration) if slices else len(step.batch.samples), ahead.waited)
+
+    with Ahead(read_prepared, range(start, config.iterations), workers) as ahead:
         for iteration in range(start, config.iterations):
             batch = make_batch(next(ahead), device)
             if slices:
                 batch = slices.begin(batch, iteration)
-            own, losses = take_step(module, optimizer, batch, config, iteration, key, ranks)
-            if not math.isfinite(sum(losses.values())):
-                raise DivergedError(_divergence(own, batch, iteration, config, diverged, ranks))
-            meter.add(losses, slices.pictures(iteration) if slices else len(batch.samples), ahead.waited)
+            taken.append(take_step(module, optimizer, batch, config, iteration, key, ranks))
             done = iteration + 1
-            if report and (done % report_every == 0 or done == config.iterations):
+            reporting = done % report_every == 0 or done == config.iterations
+            settle(0 if reporting else LAG.get(device.type, 0))
+            if report and reporting:
                 report(meter.progress(done))
             if snapshots and done < config.iterations and snapshots.due():
+                settle(0)
                 snapshots.save(done, state_of(module, optimizer), meter.seconds())
     return meter.seconds()
 
 
+def prepared(module: nn.Module, samples: Sequence[Sample], iteration: int, device: torch.device) -> list[Sample]:
+    """Return the samples with what the module trains on already drawn, in memory that the device copies from best."""
+    ready = [module.prepare(sample, iteration) if isinstance(module, Prepares) else sample for sample in samples]
+    return [sample.pinned() for sample in ready] if device.type == "cuda" else ready
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """A step that was taken; its losses are on their way from the device until somebody looks at them."""
+
+    iteration: int
+    batch: Batch
+    names: tuple[str, ...]
+    values: Tensor  # (2, L) on the CPU: this rank's parts of the losses, and the losses
+    arrived: torch.cuda.Event | None
+
+    def losses(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return this rank's parts of the losses, and the losses, by name; waits for the step, not for later ones."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        own, whole = (dict(zip(self.names, each, strict=True)) for each in self.values.tolist())
+        return own, whole
+
+
 def take_step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig, iteration: int,
-              key: tuple[object, ...], ranks: Ranks) -> tuple[dict[str, float], dict[str, float]]:
-    """Take a step, unless the losses are not finite; return this rank's parts of the losses, and the losses."""
+              key: tuple[object, ...], ranks: Ranks) -> Taken:
+    """Take a step, unless its losses or those of an earlier step are not finite; nothing here waits for the device.
+
+    The optimizer asks ``found_inf`` on the device, as it does for a gradient scaler.
+    """
     lr = learning_rate(config, iteration)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["rate"]
     torch.manual_seed(seed_of(*key, "dropout", iteration))  # dropout alone reads torch's own generator
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    device = batch.images.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         losses: dict[str, Tensor] = module(batch, iteration)
     optimizer.zero_grad(set_to_none=True)
-    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    parts = torch.stack(list(losses.values()))
+    parts.sum().backward()  # type: ignore[no-untyped-call]
     ranks.add_gradients(module)
     if config.clip_gradient:
         nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.clip_gradient)
-    own = torch.stack([loss.detach() for loss in losses.values()]).tolist()
-    values = ranks.total(own)
-    if math.isfinite(sum(values)):
-        optimizer.step()
-    return dict(zip(losses, own, strict=True)), dict(zip(losses, values, strict=True))
+    own = parts.detach().double()
+    whole = ranks.total(own)
+    broken = (~whole.sum().isfinite()).float()
+    optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", broken), broken)  # type: ignore[attr-defined]
+    optimizer.step()
+    values = torch.stack([own, whole]).to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    return Taken(iteration, batch, tuple(losses), values, arrived)
 
 
 def _divergence(losses: dict[str, float], batch: Batch, iteration: int, config: TrainingConfig,

@@ -26,7 +26,7 @@ class JointConfig(TrainingConfig, ProposalRule, OnTrainSplit):
     Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
     """
 
-    version: ClassVar[int] = 2  # frozen layers see each picture by itself
+    version: ClassVar[int] = 3  # each picture by itself
     stores_maps: ClassVar[bool] = True
     iterations: int = sourced(70_000, SOLVER)
     images_per_batch: int = sourced(1, "pfr end2end (Caffe's iter_size 2 sums the gradients of two such batches)")

@@ -34,7 +34,7 @@ class RPNConfig(TrainingConfig, OnTrainSplit):
 class TrainRPN(RPNConfig):
     """Stage 1, where the later conv blocks learn too."""
 
-    version: ClassVar[int] = 2  # frozen layers see each picture by itself
+    version: ClassVar[int] = 3  # each picture by itself
     freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "pfr stage1_rpn_train.pt: conv1_1 to conv2_2 at rate 0")
 
 
@@ -42,7 +42,7 @@ class TrainRPN(RPNConfig):
 class TrainRPNFrozenConv(RPNConfig):
     """Stage 4, where all conv layers stay as they are."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # each picture by itself
 
 
 def train_rpn(init: Path, *, out: Path, config: TrainRPN, runtime: Runtime) -> dict[str, Any]:

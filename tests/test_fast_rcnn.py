@@ -9,10 +9,11 @@ from torch import nn
 
 from altopt import boxes as bx
 from altopt.config import DetectionRule
-from altopt.fast_rcnn import FastRCNNHead, FastRCNNTraining, detections_of, fast_rcnn_losses
+from altopt.fast_rcnn import FastRCNNHead, FastRCNNTraining, detections_of, roi_losses
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
 from altopt.sampling import RoIRule, RoISampling
+from altopt.targets import RoISample
 
 CLASSES = 3
 SIZE = (128, 96)
@@ -115,7 +116,7 @@ def test_losses_against_the_loop():
     normalised = torch.randn(12, CLASSES + 1, 4, generator=random)
     deltas = torch.randn(12, 4, generator=random) * 0.3
     labels = torch.tensor([1, 3, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0])
-    losses = fast_rcnn_losses(head, logits, normalised, labels, deltas, box_weight=2.0)
+    losses = roi_losses(head, logits, normalised, RoISample(torch.zeros(12, 4), labels, deltas, 4))
     classification = box = 0.0
     means, stds = head.bbox_means.double().numpy(), head.bbox_stds.double().numpy()
     for r, label in enumerate(labels.tolist()):
@@ -125,24 +126,27 @@ def test_losses_against_the_loop():
             target = (deltas[r].double().numpy() - means[label]) / stds[label]
             for d in np.abs(normalised[r, label].double().numpy() - target):
                 box += 0.5 * d * d if d < 1 else d - 0.5
-    assert losses["cls"].item() == pytest.approx(classification / 12, rel=1e-5)
-    assert losses["box"].item() == pytest.approx(2 * box / 12, rel=1e-5)
+    assert losses["cls"].item() == pytest.approx(classification, rel=1e-5)
+    assert losses["box"].item() == pytest.approx(box, rel=1e-5)
 
 
 def test_only_the_labelled_class_of_foreground_learns_boxes():
     head = head_of()
     normalised = torch.randn(4, CLASSES + 1, 4, generator=generator(6)).requires_grad_()
-    losses = fast_rcnn_losses(head, torch.zeros(4, CLASSES + 1), normalised, torch.tensor([2, 0, 1, 0]),
-                              torch.zeros(4, 4), 1.0)
-    losses["box"].backward()
+    chosen = RoISample(torch.zeros(4, 4), torch.tensor([2, 1, 0, 0]), torch.zeros(4, 4), 2)
+    roi_losses(head, torch.zeros(4, CLASSES + 1), normalised, chosen)["box"].backward()
     touched = normalised.grad.abs().sum(dim=2) > 0
-    assert torch.nonzero(touched).tolist() == [[0, 2], [2, 1]]
+    assert torch.nonzero(touched).tolist() == [[0, 2], [1, 1]]
+
+
+def background(count: int) -> RoISample:
+    return RoISample(torch.zeros(count, 4), torch.zeros(count, dtype=torch.int64), torch.zeros(count, 4), 0)
 
 
 def test_background_alone_has_a_zero_box_loss_with_a_gradient():
     head = head_of()
     logits, normalised = head(torch.randn(5, 6, generator=generator(7)))
-    losses = fast_rcnn_losses(head, logits, normalised, torch.zeros(5, dtype=torch.int64), torch.zeros(5, 4), 1.0)
+    losses = roi_losses(head, logits, normalised, background(5))
     assert losses["box"].item() == 0
     sum(losses.values()).backward()
     assert head.bbox_pred.weight.grad.eq(0).all()
@@ -152,7 +156,7 @@ def test_background_alone_has_a_zero_box_loss_with_a_gradient():
 def test_no_rois_give_zero_not_nan():
     head = head_of()
     logits, normalised = head(torch.zeros(0, 6))
-    losses = fast_rcnn_losses(head, logits, normalised, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 1.0)
+    losses = roi_losses(head, logits, normalised, background(0))
     assert [losses["cls"].item(), losses["box"].item()] == [0, 0]
     sum(losses.values()).backward()
     assert head.cls_score.weight.grad.eq(0).all()

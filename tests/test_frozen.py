@@ -1,6 +1,4 @@
-"""Frozen conv layers: a picture's map depends on no other picture, and the layers above do not see the padding."""
-
-from dataclasses import replace
+"""Conv layers: a picture's map depends on no other picture, whether it is frozen or learns, stored or fresh."""
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from altopt.config import NetworkConfig
 from altopt.detector import initialise
 from altopt.fast_rcnn import FastRCNNHead, FastRCNNTraining
 from altopt.frozen import conv_features, frozen_depth, frozen_features, layers_of, picture_map, picture_maps
-from altopt.pictures import Sample, make_batch, stacked_maps
+from altopt.pictures import Sample, make_batch
 from altopt.randomness import generator
 from altopt.rpn import RPNHead, RPNRule, RPNTraining
 from altopt.sampling import RoIRule, RoISampling
@@ -84,19 +82,29 @@ def test_stored_and_fresh_maps_make_equal_features(conv, samples):
     assert [each.size for each in read.samples] == [each.size for each in fresh.samples]
 
 
-def test_layers_that_learn_see_all_pictures_at_once(learning, samples):
-    batch = make_batch(samples, CPU)
-    features = conv_features(learning, batch)
-    assert features.requires_grad
-    fronts = stacked_maps([picture_map(learning, make_batch([each], CPU).images[0], 0, DEPTH) for each in samples])
-    assert torch.equal(features, torch.nn.Sequential(*layers_of(learning)[DEPTH:])(fronts))
+@pytest.mark.parametrize("frozen", [True, False])
+def test_layers_that_learn_see_each_picture_by_itself(learning, samples, frozen):
+    learning.get_submodule("conv1").requires_grad_(not frozen)
+    assert frozen_depth(learning) == (DEPTH if frozen else 0)
+    together = conv_features(learning, make_batch(samples, CPU))
+    assert [group for group, _ in together] == [range(1), range(1, 2), range(2, 3)]
+    for sample, (_, features) in zip(samples, together, strict=True):
+        batch = make_batch([sample], CPU)
+        assert features.requires_grad
+        assert torch.equal(features, conv_features(learning, batch)[0][1])
+        assert torch.equal(features, learning(batch.images))
+        assert features.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_where_no_layer_is_frozen_all_see_the_padded_pictures(learning, samples):
-    batch = make_batch(samples, CPU)
-    learning.requires_grad_(True)
-    assert frozen_depth(learning) == 0
-    assert torch.equal(conv_features(learning, batch), learning(batch.images))
+def test_neighbours_of_one_size_go_together(learning):
+    alike = [sample_of(f"alike {k}", *SIZES[0]) for k in range(4)]
+    together = conv_features(learning, make_batch(alike, CPU))
+    assert [group for group, _ in together] == [range(2), range(2, 4)]
+    for group, features in together:
+        assert features.is_contiguous(memory_format=torch.channels_last)
+        for b, of_one in zip(group, features, strict=True):
+            alone = conv_features(learning, make_batch([alike[b]], CPU))[0][1]
+            torch.testing.assert_close(of_one[None], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_how_deep_layers_are_frozen(learning):
@@ -109,16 +117,6 @@ def test_how_deep_layers_are_frozen(learning):
     assert frozen_depth(learning) == 0
     assert frozen_depth(learning.requires_grad_(False)) == len(layers_of(learning)) == 21
     assert frozen_depth(torch.nn.Conv2d(1, 1, 1)) == 0  # not made of blocks
-
-
-def test_a_slice_of_a_batch_is_padded_as_the_whole(learning, samples):
-    """Layers that learn see the padding, so its size counts."""
-    whole = conv_features(learning, make_batch(samples, CPU))
-    alone = make_batch(samples[:1], CPU)
-    greatest = {10: 14, 12: 12}  # rows and columns of maps at stride 8
-    padded = conv_features(learning, replace(alone, greatest=greatest.get))
-    torch.testing.assert_close(padded, whole[:1], rtol=1e-4, atol=1e-5)
-    assert conv_features(learning, alone).shape != padded.shape
 
 
 def test_maps_stored_on_the_way_are_gone_on_from(conv, samples):

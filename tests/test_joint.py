@@ -1,5 +1,6 @@
 """Joint training: what has a gradient and what has not, against compositions by hand and numerical derivatives."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
 from altopt.roi_sample import roi_sample
-from altopt.rpn import RPNHead, RPNRule, proposals_of, rpn_losses
+from altopt.rpn import RPNHead, RPNRule, draw_anchors, proposals_of, rpn_losses
 from altopt.sampling import RoIRule, RoISampling, sample_rois
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(2.0, 4.0), anchor_ratios=(0.5, 1.0, 2.0), rpn_channels=8)
@@ -73,21 +74,22 @@ def by_hand(training: JointTraining, batch: Batch, iteration: int, samples_per_b
     features = training.conv(batch.images)
     logits, deltas = training.rpn(features)
     anchors = training.rpn.anchors_for(features)
-    rois, labels, targets = [], [], []
+    rois, of_rpn = [], []
     for b, sample in enumerate(batch.samples):
         boxes, _ = proposals_of(logits[b].detach(), deltas[b].detach(), anchors, sample, PROPOSALS)
         chosen = sample_rois(boxes, sample.objects, sample.classes, count=24, fg_fraction=0.25, rule=ROIS.rule,
                              generator=generator(*KEY, "rois", iteration, sample.id, sample.flipped))
-        rois.append(chosen.rois)
-        labels.append(chosen.labels)
-        targets.append(chosen.deltas)
+        rois.append(chosen)
+        drawn = draw_anchors(sample, anchors, ANCHORS, *KEY, "anchors", iteration)
+        of_rpn.append(rpn_losses(logits[b], deltas[b], drawn, ANCHORS))
+    boxes = [chosen.rois for chosen in rois]
     if samples_per_bin:
-        pooled = roi_sample(features, rois, 3, 1 / 16, samples_per_bin)
+        pooled = roi_sample(features, boxes, 3, 1 / 16, samples_per_bin)
     else:
-        pooled = roi_pool(features, rois, 3, 1 / 16)
-    scores, normalised = training.head(training.fc(pooled.flatten(1)))
-    return rpn_losses(logits, deltas, anchors, batch.samples, ANCHORS, (*KEY, "anchors", iteration)) | fast_rcnn_losses(
-        training.head, scores, normalised, torch.cat(labels), torch.cat(targets), 1.0)
+        pooled = roi_pool(features, boxes, 3, 1 / 16)
+    of_detector = list(fast_rcnn_losses(training.head, training.fc(pooled.flatten(1)), rois))
+    return {name: sum(each[name] for each in losses) / count
+            for losses, count in ((of_rpn, len(rois)), (of_detector, sum(map(len, boxes)))) for name in losses[0]}
 
 
 def gradients(training: JointTraining, losses: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
@@ -219,11 +221,11 @@ def test_the_limit_holds_for_each_picture():
     assert cut.norm() < free.norm() / 10
 
 
-def test_the_convolutional_layers_run_once():
+def test_the_convolutional_layers_run_once_for_each_picture():
     training, calls = exact_of(), []
-    training.conv.register_forward_hook(lambda *_: calls.append(1))
+    training.conv[0].register_forward_hook(lambda layer, images, features: calls.append(len(features)))
     training(BATCH, 0)
-    assert calls == [1]
+    assert calls == [1, 1]
 
 
 def test_each_loss_has_its_weight():
@@ -253,14 +255,12 @@ def test_proposals_follow_the_rpn_of_the_moment():
 
 @pytest.mark.parametrize("make", [training_of, exact_of], ids=["approximate", "exact"])
 @pytest.mark.parametrize("samples", [
-    [sample_of(NONE)], [sample_of(NONE), sample_of(id="two")], [sample_of(NONE, width=6, height=7)],
-    [sample_of(torch.tensor([[2.0, 2, 6, 7]]), width=6, height=7)], [sample_of(torch.tensor([[50.0, 50, 51, 51]]))],
+    [sample_of(NONE)], [sample_of(NONE), sample_of(id="two")], [sample_of(NONE, width=17, height=16)],
+    [sample_of(torch.tensor([[2.0, 2, 6, 7]]), width=17, height=16)], [sample_of(torch.tensor([[50.0, 50, 51, 51]]))],
 ], ids=["no objects", "objects in one only", "neither objects nor proposals", "no proposals", "one pixel"])
 def test_pictures_without_objects_or_proposals(make, samples):
-    training = make()
-    batch = batch_of(*samples)
-    images = nn.functional.pad(batch.images, (0, 10, 0, 10)) if batch.images.shape[2] < 16 else batch.images
-    losses = training(Batch(batch.samples, images), 0)
+    training = make(proposals=replace(PROPOSALS, min_side=18))
+    losses = training(batch_of(*samples), 0)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in training.parameters())

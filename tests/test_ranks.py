@@ -8,7 +8,7 @@ from torch import nn
 from altopt.errors import DataError
 from altopt.pictures import Batch
 from altopt.ranks import OtherRankError, Ranks, company
-from altopt.slices import SlicedDropout, Slices
+from altopt.slices import Slices
 
 BATCH = Batch([], torch.zeros(0, 3, 8, 8))
 
@@ -20,11 +20,11 @@ def exchanged(ranks):
         module.bias.grad = torch.ones(1)
     ranks.add_gradients(module)
     return {"same": ranks.same(("rank", ranks.rank)), "gathered": ranks.gather(ranks.rank),
-            "total": ranks.total([1.0, float(ranks.rank)]), "greatest": ranks.greatest(ranks.rank % 2),
+            "total": ranks.total(torch.tensor([1.0, ranks.rank])).tolist(), "greatest": ranks.greatest(ranks.rank % 2),
             "weight": module.weight.grad.tolist(), "bias": module.bias.grad.tolist(),
             "spread": [list(ranks.spread(list(range(count)), squares)) for count in (0, 1, 3, 7)],
             "left early": left_early(ranks), "still together": ranks.gather(ranks.rank),
-            "slices": slices(ranks), "dropped": dropped(ranks)}
+            "slices": slices(ranks)}
 
 
 def squares(items):
@@ -40,24 +40,12 @@ def left_early(ranks):
 
 
 def slices(ranks):
-    """What a rank works on, and its share of a count of two for each entry, for batches of 1 to 5 entries."""
+    """What a rank works on, and the weight of two RoIs for each entry, for batches of 1 to 5 entries."""
     divided = Slices(ranks, [list("abcde"[:count]) for count in range(1, 6)])
     found = []
     for iteration in range(5):
         divided.begin(BATCH, iteration)
-        found.append(("".join(divided[iteration]), divided.share(2 * len(divided[iteration]))))
-    return found
-
-
-def dropped(ranks):
-    divided = Slices(ranks, [list("ab"), list("abcdefg")])
-    rows = torch.arange(1.0, 8)[:, None].expand(7, 5)
-    found = []
-    for iteration in range(2):
-        divided.begin(BATCH, iteration)
-        torch.manual_seed(iteration)
-        own = ["abcdefg".index(each) for each in divided[iteration]]
-        found.append((divided.share(len(own)) > 0, own, SlicedDropout(0.5, divided)(rows[own]).tolist()))
+        found.append(("".join(divided[iteration]), divided.weight(2 * len(divided[iteration]))))
     return found
 
 
@@ -94,19 +82,10 @@ def test_rank_0_gets_what_all_make_in_order(three):
 
 def test_batches_are_cut_evenly_and_a_rank_without_entries_counts_nothing(three):
     assert [each["slices"] for each in three] == [
-        [("a", 0), ("a", 0), ("a", 1 / 3), ("a", 1 / 4), ("a", 1 / 5)],
-        [("a", 0), ("a", 1 / 2), ("b", 1 / 3), ("b", 1 / 4), ("bc", 2 / 5)],
-        [("a", 1), ("b", 1 / 2), ("c", 1 / 3), ("cd", 1 / 2), ("de", 2 / 5)],
+        [("a", 0), ("a", 0), ("a", 1 / 6), ("a", 1 / 8), ("a", 1 / 10)],
+        [("a", 0), ("a", 1 / 4), ("b", 1 / 6), ("b", 1 / 8), ("bc", 1 / 10)],
+        [("a", 1 / 2), ("b", 1 / 4), ("c", 1 / 6), ("cd", 1 / 8), ("de", 1 / 10)],
     ]
-
-
-def test_dropout_masks_are_those_of_the_whole_batch(three):
-    for iteration, count in enumerate((2, 7)):
-        torch.manual_seed(iteration)
-        whole = nn.Dropout(0.5)(torch.arange(1.0, count + 1)[:, None].expand(count, 5))
-        own = [each["dropped"][iteration] for each in three]
-        assert [row for counts, _, values in own if counts for row in values] == whole.tolist()
-        assert [row for counts, rows, _ in own if counts for row in rows] == list(range(count))
 
 
 def test_the_reason_of_one_is_the_end_of_all():

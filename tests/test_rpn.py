@@ -220,20 +220,21 @@ def test_one_pixel_objects_give_finite_losses():
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_padding_holds_no_anchors_to_learn():
-    """The sample is 64 px wide in a batch of 128: anchors beyond its own edge are ignored."""
+def test_a_picture_does_not_see_those_that_share_its_batch():
+    """One is 64 px wide and one 128: losses are what they are alone, and all anchors of the first lie within it."""
     training = training_of()
     narrow, wide = sample_of(torch.zeros(0, 4), "narrow", width=64), sample_of(OBJECTS)
     batch = batch_of(narrow, wide)
-    batch.images.requires_grad_()
-    alone = Batch([narrow], batch.images[:1])
-    training(alone, 0)["rpn_cls"].backward()
-    anchors = training.rpn.anchors_for(training.conv(alone.images))
+    alone = [Batch([narrow], batch.images[:1, :, :, :64]), Batch([wide], batch.images[1:])]
+    losses = [training(each, 0)["rpn_cls"] for each in alone]
+    torch.testing.assert_close(training(batch, 0)["rpn_cls"], sum(losses) / 2)
+    features = training.conv(alone[0].images)
+    anchors = training.rpn.anchors_for(features)
     inside = (anchors[:, 2] <= 64) & (anchors[:, 0] >= 0) & (anchors[:, 1] >= 0) & (anchors[:, 3] <= 96)
     assert 0 < inside.sum() < len(anchors)
-    logits = training.rpn(training.conv(alone.images))[0][0]
+    logits = training.rpn(features)[0][0]
     expected = nn.functional.cross_entropy(logits[inside], torch.zeros(int(inside.sum()), dtype=torch.int64))
-    torch.testing.assert_close(training(alone, 0)["rpn_cls"], expected)
+    torch.testing.assert_close(losses[0], expected)
 
 
 def slow_proposals(scores: list[float], boxes: list[list[float]], size: tuple[int, int], scale: float,

@@ -1,4 +1,4 @@
-"""Gradients of slices add up to those of the whole batch, in double precision: nothing but rounding is left."""
+"""Gradients of slices add up to those of the whole batch: of two pictures to the last bit, of more but for rounding."""
 
 from dataclasses import replace
 
@@ -24,22 +24,22 @@ ROIS = RoIRule(0.5, 0.5, 0.0)
 SIZES = ((96, 80), (64, 96), (80, 112), (64, 64), (96, 48))  # no two alike: each pads the others
 
 
-def sample(number):
+def sample(number, precision):
     width, height = SIZES[number]
     random = generator("slices", number)
     corners = torch.rand(12 + 4 * number, 2, generator=random) * torch.tensor([width - 32, height - 32])
-    boxes = torch.cat([corners, corners + 16 + 16 * torch.rand(corners.shape, generator=random)], dim=1).double()
+    boxes = torch.cat([corners, corners + 16 + 16 * torch.rand(corners.shape, generator=random)], dim=1).to(precision)
     pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random)
     return Sample(str(number), False, pixels, 1.0, boxes[:2], torch.tensor([0, 1]), boxes[2:])
 
 
-def modules():
+def modules(precision):
     network = FasterRCNN(NETWORK, 2)
     network.conv.to_empty(device="cpu")
     conv = {f"conv.{name}": torch.randn(tensor.shape, generator=generator(name)) * 0.1
             for name, tensor in network.conv.state_dict().items()}
     network.fill(conv, generator("slices"))
-    network.double()
+    network.to(precision)
     key = (3, "slices")
     yield RPNTraining(network.conv, network.rpn, ANCHORS, key)
     yield FastRCNNTraining(network.conv, network.fc, network.head, roi_size=network.roi_size,
@@ -49,21 +49,18 @@ def modules():
                         proposals=ProposalRule(pre_nms=200, nms=0.7, post_nms=30, min_side=4))
 
 
-def gradients(ranks, count):
+def gradients(ranks, count, precision=torch.float64):
     """Of each kind of training on the first pictures: the losses' sum, and a number for each parameter's gradient."""
     slices = Slices(ranks, [range(count)])
     found = []
-    for module in modules():
-        if ranks.count > 1:
-            slices.slice_dropout(module)
-        batch = make_batch([sample(number) for number in slices[0]], torch.device("cpu"))
-        batch = slices.begin(replace(batch, images=batch.images.double()), 0)
-        torch.manual_seed(0)
+    for module in modules(precision):
+        batch = make_batch([sample(number, precision) for number in slices[0]], torch.device("cpu"))
+        batch = slices.begin(replace(batch, images=batch.images.to(precision)), 0)
         total = torch.stack(list(module(batch, 0).values())).sum()
         module.zero_grad()
         total.backward()
         ranks.add_gradients(module)
-        found.append(ranks.total([float(total.detach())])[0])
+        found.append(float(ranks.total(total.detach().double())))
         for name, parameter in module.named_parameters():
             probe = torch.randn(parameter.shape, generator=generator(name), dtype=torch.float64)
             found.append(float((parameter.grad * probe).sum()) if parameter.grad is not None else 0.0)
@@ -72,6 +69,13 @@ def gradients(ranks, count):
 
 def of_both(ranks):
     return gradients(ranks, 5), gradients(ranks, 2)
+
+
+def of_two(ranks):
+    """The gradients alone: losses, which are only read by people, are added up in another precision."""
+    sizes = [len(list(module.parameters())) for module in modules(torch.float32)]
+    found = iter(gradients(ranks, 2, torch.float32))
+    return [[next(found) for _ in range(1 + size)][1:] for size in sizes]
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +88,11 @@ def test_slices_of_any_number_of_ranks_add_up_to_the_batch(alone):
         for ours, theirs in zip(each, alone, strict=True):
             assert np.abs(theirs).max() > 1
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_two_pictures_are_the_same_bits_with_any_number_of_ranks():
+    """A sum of two does not depend on their order; each picture goes through the network by itself."""
+    alone = in_ranks(1, of_two)[0]
+    assert all(np.abs(each).max() > 1 for each in alone)
+    assert in_ranks(2, of_two) == [alone] * 2
+    assert in_ranks(3, of_two) == [alone] * 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from altopt import backbones
+from altopt import backbones, training
 from altopt.config import TrainingConfig
 from altopt.errors import DivergedError, UsageError
 from altopt.pictures import Batch, Sample
@@ -196,6 +196,16 @@ class Kept:
         self.states[iteration] = (iteration, {name: tensor.clone() for name, tensor in tensors.items()}, seconds)
 
 
+class Seldom(Kept):
+    """Snapshots after every second iteration."""
+
+    asked = 0
+
+    def due(self) -> bool:
+        self.asked += 1
+        return self.asked % 2 == 0
+
+
 @pytest.mark.parametrize("schedule", ["step", "one-cycle"])
 @pytest.mark.parametrize("frozen", [(), ("conv1",)])
 def test_a_run_resumed_at_any_iteration_ends_bit_equal(schedule, frozen):
@@ -261,6 +271,32 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(value):
     intact = trained(config(iterations=3))
     parameters = {name for name, _ in module.named_parameters()}
     assert equal({name: weights(module)[name] for name in parameters}, {name: intact[name] for name in parameters})
+
+
+@pytest.mark.parametrize("lag", [1, 3, 20])
+def test_losses_may_be_looked_at_late(monkeypatch, lag):
+    """As on a GPU: reports, snapshots and the network are what they are where each step is waited for."""
+    expected: list[Progress] = []
+    plain = trained(config(), report=expected.append, report_every=3)
+    monkeypatch.setattr(training, "LAG", {"cpu": lag})
+    found: list[Progress] = []
+    kept = Seldom()
+    late = trained(config(), report=found.append, report_every=3, snapshots=kept)
+    assert equal(late, plain)
+    assert [(each.iteration, each.losses) for each in found] == [(each.iteration, each.losses) for each in expected]
+    assert list(kept.states) == [2, 4, 6]
+    assert equal(trained(config(), snapshots=Kept(kept.states[4])), plain)
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_steps_taken_before_divergence_is_seen_change_nothing(monkeypatch, lag):
+    monkeypatch.setattr(training, "LAG", {"cpu": lag})
+    module = Breaking(math.nan)
+    with pytest.raises(DivergedError, match=r"^iteration 4: size = nan on 03-0"):
+        trained(config(), module)
+    assert len(module.seen) == 4 + lag
+    intact = trained(config(iterations=3))
+    assert all(torch.equal(parameter, intact[name]) for name, parameter in module.named_parameters())
 
 
 def test_divergence_needs_no_one_to_keep_the_batch():

@@ -19,7 +19,7 @@ from altopt.detector import FasterRCNN
 from altopt.joint import CoordinatePath
 from altopt.pictures import Sample, make_batch
 from altopt.ranks import Ranks
-from altopt.training import make_optimizer, state_of, take_step
+from altopt.training import make_optimizer, prepared, state_of, take_step
 from cache.checkpoints import save_checkpoint
 from cache.snapshots import save_snapshot
 from stages.assemble import Assemble, add_rpn_layers
@@ -55,7 +55,10 @@ class Trained(Contender):
         """Read the pictures, make a batch of them, take a step."""
         assert isinstance(self.optimizer, torch.optim.SGD)
         with self.watch.part("decode"):
-            batch = make_batch(self.read(iteration), self.device)
+            samples = self.read(iteration)
+        samples = prepared(self.module, samples, iteration, self.device)
+        with self.watch.part("decode"):
+            batch = make_batch(samples, self.device)
         take_step(self.module, self.optimizer, batch, self.config, iteration, (0, self.identity.name), Ranks())
 
     def write_snapshot(self) -> None:
