@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from altopt.allocation import keep_freed_memory
 from altopt.datasets.opening import open_dataset
 from altopt.determinism import fixed_order
 from altopt.errors import ArtifactError, DataError
@@ -260,6 +261,7 @@ def help_rank_0(ranks: Ranks) -> None:
 
 
 def _carried_out(stage: Callable[..., dict[str, Any]], runtime: Runtime) -> dict[str, Any]:
+    keep_freed_memory()
     with fixed_order(runtime.deterministic):
         return stage(runtime=runtime)
 

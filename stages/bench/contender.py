@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from altopt.allocation import give_back_freed_memory, keep_freed_memory
 from altopt.stopwatch import Stopwatch
 from stages.bench.memory import held_bytes
 
@@ -37,10 +38,15 @@ class Contender(ABC):
     module: nn.Module
     optimizer: torch.optim.Optimizer | None = None
     steps: int | None = None  # how many at most; None is as many as there are rounds
+    keeps_memory: bool = True  # as altopt's commands do
 
     def prepare(self) -> None:
-        """Bring the module into the mode that the step needs: contenders share networks."""
+        """Bring module and memory into the mode that the step needs: contenders share networks and the process."""
         self.module.train(self.optimizer is not None)
+        if self.keeps_memory:
+            keep_freed_memory()
+        else:
+            give_back_freed_memory()
 
     @abstractmethod
     def step(self, iteration: int) -> None:

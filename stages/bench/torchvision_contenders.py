@@ -1,4 +1,7 @@
-"""The same work by torchvision's Faster R-CNN, in its default form and under autocast."""
+"""The same work by torchvision's Faster R-CNN, in its default form and under autocast.
+
+As in a program of its own, where freed memory goes back to the system: to keep it is altopt's doing.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,7 +71,7 @@ def torchvision_contenders(place: Workplace, names: set[str]) -> Iterator[Conten
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=joint.momentum, weight_decay=joint.weight_decay)
     _watch_torchvision(place.watch, model, optimizer)
     shared: dict[str, Any] = {"pictures": 1, "watch": place.watch, "module": model, "read": place.reader(1),
-                              "device": place.device}
+                              "device": place.device, "keeps_memory": False}
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     for precision in precisions:
         if "torchvision_training" in names:
