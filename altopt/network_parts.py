@@ -17,6 +17,13 @@ class NetworkOfParts(nn.Module):
             if isinstance(layer, nn.Dropout):
                 layer.p = probability
 
+    def round_fc(self) -> None:
+        """Let fc6 and fc7 hold their weights in bfloat16, in which autocast would make them anew for every batch.
+
+        For networks that only compute, under autocast: the results are the same.
+        """
+        self.fc.to(torch.bfloat16)
+
     def tensors(self, parts: Sequence[str]) -> dict[str, Tensor]:
         """Return the named parts' weights, as a checkpoint holds them."""
         return {

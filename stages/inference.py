@@ -48,6 +48,8 @@ class Inference:
             raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
         network.samples_per_bin = description.get("samples_per_bin", 0)
         network.to(self.device).to(memory_format=torch.channels_last)
+        if self.config.precision == "bfloat16":
+            network.round_fc()
         return network.eval()
 
     def autocast(self) -> torch.autocast:

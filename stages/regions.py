@@ -77,6 +77,8 @@ class RegionNetwork:
         if drawn:
             raise ArtifactError(f"{path.name} has no {drawn[0]} that fits: it is an output of another stage")
         self.classifier.to(self.device).to(memory_format=torch.channels_last).eval()
+        if config.precision == "bfloat16":
+            self.classifier.round_fc()
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the network computes with the config's precision."""
