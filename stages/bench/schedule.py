@@ -30,10 +30,10 @@ class Figures:
                 return seconds
         return None
 
-    def map_seconds(self, precision: str, store: str = "feature_store") -> float | None:
-        """Return the seconds that one map of a store costs."""
+    def map_seconds(self, precision: str, name: str = "feature_store", *, store: bool = False) -> float | None:
+        """Return the seconds that one map of a store costs; with ``store``, from maps of fewer layers."""
         for row in self.rows:
-            if (row["name"], row["precision"]) == (store, precision):
+            if (row["name"], row["precision"], row["store"]) == (name, precision, store):
                 seconds: float = row[self.clock] / row["pictures"]
                 return seconds
         return None
@@ -74,7 +74,7 @@ def schedule(figures: Figures, precision: str, front: bool) -> dict[str, Any]:
         return _times(count, figures.of(name, precision, store=store))
 
     fronts = _times(ENTRIES, figures.map_seconds(precision, "front_store")) if front else 0.0
-    maps = _times(ENTRIES, figures.map_seconds(precision))
+    maps = _times(ENTRIES, figures.map_seconds(precision, store=front))
     stages = {
         "front": fronts, "M1": stage(RPN_STEPS, "train_rpn", front), "P1": stage(PICTURES, "generate_proposals"),
         "M2": stage(FAST_RCNN_STEPS, "train_fast_rcnn", front), "store": maps,
@@ -95,6 +95,9 @@ def schedule(figures: Figures, precision: str, front: bool) -> dict[str, Any]:
             f"alternating_over_joint{suffix}_without_store": _ratio(alternating, without),
             f"without_store_over_joint{suffix}_without_store": _ratio(plain, without),
         }
+    for form, other in (("", "float32"), ("_autocast", "bfloat16")):
+        theirs = _times(ITER_SIZE * JOINT_STEPS, figures.of("torchvision_training", other))
+        found[f"alternating_over_torchvision{form}_iter_size_2"] = _ratio(alternating, theirs)
     return found
 
 

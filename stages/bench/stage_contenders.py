@@ -174,22 +174,30 @@ def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterat
             with place.watch.part("write"):
                 place.writer.append(f"{id} {next(place.numbers)}", boxes, scores)
 
+    detector = place.frozen if precision == "float32" else place.rounded()
+
     @torch.inference_mode()
     def detect(batch: Any, iteration: int) -> None:
-        detected(network, network, batch, place.dataset, detection)
+        detected(detector, detector, batch, place.dataset, detection)
 
     if "generate_proposals" in names:
         for store in (False, True):
             read = place.reader(1, store=place.store(network, precision) if store else None)
             yield Computed(identity=Identity("generate_proposals", precision, store), pictures=1, read=read,
                            compute=propose, device=place.device, **shared)
-    for name, of in (("front_store", place.learning), ("feature_store", place.frozen)):
-        if name in names:
-            yield Called(identity=Identity(name, precision), pictures=len(place.dataset.ids),
-                         function=partial(place.build_store, of, precision), **shared)
+    pictures = len(place.dataset.ids)
+    if "front_store" in names:
+        yield Called(identity=Identity("front_store", precision), pictures=pictures,
+                     function=partial(place.build_store, place.learning, precision, "front"), **shared)
+    if "feature_store" in names:
+        yield Called(identity=Identity("feature_store", precision), pictures=pictures,
+                     function=partial(place.build_store, place.frozen, precision), **shared)
+        place.build_store(place.learning, precision, "on front")
+        yield Called(identity=Identity("feature_store", precision, store=True), pictures=pictures,
+                     function=partial(place.build_store, place.frozen, precision, "on front"), **shared)
     if "detect" in names:
         yield Computed(identity=Identity("detect", precision), pictures=1, read=place.reader(1), compute=detect,
-                       device=place.device, **shared)
+                       device=place.device, **(shared | {"module": detector}))
 
 
 def _assembling(place: Workplace) -> Contender:

@@ -36,6 +36,8 @@ SCHEDULE = {
     "alternating_over_joint_iter_size_2": "alternating / joint, two",
     "alternating_over_joint_iter_size_2_without_store": "alternating / joint, two, no store",
     "without_store_over_joint_iter_size_2_without_store": "alternating, no store / joint, two, no store",
+    "alternating_over_torchvision_iter_size_2": "alternating / torchvision's joint, two",
+    "alternating_over_torchvision_autocast_iter_size_2": "alternating / torchvision's joint under autocast, two",
 }
 
 

@@ -70,6 +70,14 @@ class Workplace:
         network.use_box_statistics(*fixed_statistics(len(self.dataset.classes)))
         return network
 
+    def rounded(self) -> FasterRCNN:
+        """Return the network as a stage in bfloat16 detects with it."""
+        network = copy.copy(self.frozen)
+        network._modules = dict(self.frozen._modules)
+        network.fc = copy.deepcopy(self.frozen.fc)
+        network.round_fc()
+        return network
+
     def config(self, kind: type, precision: Precision = "float32") -> Any:
         """Return the stage's config with py-faster-rcnn's numbers, a learning rate of 0 and no mirror images."""
         fixed = {"network": self.network, "data": data_config(self.size), "precision": precision}
@@ -91,20 +99,20 @@ class Workplace:
         """Return the store of what a network's frozen layers make of the pictures, built when first asked for."""
         key = frozen_depth(network.conv), precision
         if key not in self.stores:
-            self.stores[key] = self._new_store("stored", *key)
+            self.stores[key] = self._new_store(f"stored{key[0]}", *key)
             self.stores[key].find_or_build(flips=False, visits=1)
         return self.stores[key]
 
     def _new_store(self, name: str, depth: int, precision: Precision) -> FeatureStore:
-        return FeatureStore(self.folder / f"{name}{depth}" / "M3.safetensors", self.frozen.conv, self.network,
+        return FeatureStore(self.folder / name / "M3.safetensors", self.frozen.conv, self.network,
                             self.dataset, self.runtime, layers=depth, precision=precision, device=self.device)
 
-    def build_store(self, network: FasterRCNN, precision: Precision) -> None:
-        """Build such a store anew, of all pictures."""
+    def build_store(self, network: FasterRCNN, precision: Precision, name: str = "built") -> None:
+        """Build such a store anew, of all pictures; from maps of fewer layers where the folder of that name has any."""
         depth = frozen_depth(network.conv)
-        for path in (self.folder / f"built{depth}" / "features").glob("*.h5"):
+        for path in (self.folder / name / "features").glob(f"{depth:02d}-*.h5"):
             path.unlink()
-        with self._new_store("built", depth, precision) as store:
+        with self._new_store(name, depth, precision) as store:
             store.find_or_build(flips=False, visits=1)
 
     def __enter__(self) -> "Workplace":

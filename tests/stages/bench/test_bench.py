@@ -124,6 +124,7 @@ def test_the_command_prints_saves_and_fills_the_document(altopt, workplace):
     document.write_text("# Mine\n\n<!-- bench -->\nold\n<!-- /bench -->\n\nthe rest\n")
     answer = altopt("bench", "--networks", "small", "--sizes", "48x64", "--rounds", 1, "--device", "cpu",
                     "--contenders", "detect,generate_proposals", "--clock", "processor", "--json",
+                        "--precision", "float32",
                     "--save", "benchmarks/bench.json", "--markdown", "README.md")
     assert answer.code == 0, answer.err
     printed = json.loads(answer.out)
