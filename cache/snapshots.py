@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("altopt")
 
-WRITE_SHARE = 20  # at most one part in so many of the time goes into writing
+WRITE_SHARE = 50  # at most one part in so many of the time goes into writing
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ def remove_snapshot(path: Path) -> None:
 
 
 class SnapshotClock:
-    """Says when a snapshot is due: after ``every`` seconds, or later where writing would take over 1/20 of the time."""
+    """Says when a snapshot is due: after ``every`` seconds, or later where writing would take over 1/50 of the time."""
 
     def __init__(self, every: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._every = every

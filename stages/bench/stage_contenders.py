@@ -192,9 +192,9 @@ def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterat
     if "feature_store" in names:
         yield Called(identity=Identity("feature_store", precision), pictures=pictures,
                      function=partial(place.build_store, place.frozen, precision), **shared)
-        place.build_store(place.learning, precision, "on front")
+        place.build_store(place.learning, precision, f"on front {precision}")
         yield Called(identity=Identity("feature_store", precision, store=True), pictures=pictures,
-                     function=partial(place.build_store, place.frozen, precision, "on front"), **shared)
+                     function=partial(place.build_store, place.frozen, precision, f"on front {precision}"), **shared)
     if "detect" in names:
         yield Computed(identity=Identity("detect", precision), pictures=1, read=place.reader(1), compute=detect,
                        device=place.device, **(shared | {"module": detector}))

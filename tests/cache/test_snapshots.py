@@ -97,19 +97,19 @@ def test_clock_waits_from_the_end_of_the_last():
     clock.now += 1
     assert snapshots.due()
     with snapshots.writing():
-        clock.now += 2
+        clock.now += 1
     clock.now += 59
     assert not snapshots.due()
     clock.now += 1
     assert snapshots.due()
 
 
-def test_clock_spends_at_most_a_twentieth_on_writing():
+def test_clock_spends_at_most_a_fiftieth_on_writing():
     clock = Clock()
     snapshots = SnapshotClock(60.0, clock)
     with snapshots.writing():
         clock.now += 10
-    clock.now += 199
+    clock.now += 499
     assert not snapshots.due()
     clock.now += 1
     assert snapshots.due()
