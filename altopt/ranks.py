@@ -5,14 +5,15 @@ holds the lock and writes. The others wait for the stages that it announces and 
 
 Pictures of a batch are divided among the ranks in order. Losses are means over the pictures or RoIs of the whole batch,
 so each rank weighs its own by its part of the count; gradients are then added up, and every rank takes the same step
-(altopt/slices.py). So K processes train the network that one trains, but for the order of sums; and K processes do it
-twice alike, bit by bit.
+(altopt/slices.py). So K processes train the network that one trains: bit by bit where no rank has less than half of a
+batch or that is one picture, and else but for the order of sums; and K processes do it twice alike.
 
 A rank that fails says why, once for all, and the others end with its exit code. One that dies without a word is missed
 by the others: every rank leaves a sign of life every few seconds, wherever it is, so no exchange needs a limit of its
 own and a long stage of rank 0 alone may take its time. torch is imported by those who have company.
 """
 
+import inspect
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -72,8 +74,13 @@ class Ranks:
         """Return the greatest of the ranks' values."""
         return value
 
-    def add_gradients(self, module: "nn.Module") -> None:
-        """Put in the place of every trained parameter's gradient the sum of the ranks' ones; none counts as 0."""
+    def wrapped(self, module: "nn.Module") -> "nn.Module":
+        """Return the module to call, and to keep until ``backward``: that makes each gradient the sum of the ranks'."""
+        return module
+
+    def backward(self, loss: "Tensor") -> None:
+        """Compute the gradients of a loss that a wrapped module made."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def own_device(self, device: "torch.device") -> "torch.device":
         """Return the device of this rank: each has a GPU of its own. Raises ``UsageError`` where there are too few."""
@@ -106,6 +113,7 @@ class Company(Ranks):
         except RuntimeError as error:
             raise ResourceError(f"the processes that were started together do not find each other ({error}): see that "
                                 "MASTER_ADDR and MASTER_PORT can be reached, and start them again") from error
+        self._lost = False
         self._store = PrefixStore("altopt", store)
         own_store = PrefixStore("altopt", store.clone())  # one waits while another thread uses it
         self._closed = threading.Event()
@@ -145,19 +153,55 @@ class Company(Ranks):
 
         return int(self._reduced(torch.tensor(value), "MAX"))
 
-    def add_gradients(self, module: "nn.Module") -> None:
-        """Put in the place of every trained parameter's gradient the sum of the ranks' ones; none counts as 0."""
-        import torch
+    def wrapped(self, module: "nn.Module") -> "nn.Module":
+        """Return the module to call, and to keep until ``backward``: that makes each gradient the sum of the ranks'.
 
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in trained if parameter.grad is not None])
-        self._reduced(flat, "SUM")
-        for parameter, summed in zip(trained, torch.split(flat, [each.numel() for each in trained]), strict=True):
-            assert parameter.grad is not None
-            parameter.grad.copy_(summed.view(parameter.shape))
+        DistributedDataParallel sends gradients off while earlier layers still work on theirs. It would divide the sum
+        by the number of ranks; here each loss is a part of the whole batch's already.
+        """
+        import torch
+        import torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+
+        # Of 1 x 1 convolutions in channels_last layout: the strides mean the same, and the copy is small.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+        def summed(_: None, bucket: dist.GradBucket  # type: ignore[name-defined]
+                   ) -> torch.futures.Future[torch.Tensor]:
+            def arrived(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+                with self._noticing():
+                    return future.value()[0]
+
+            with self._noticing():
+                work = dist.all_reduce(bucket.buffer(), async_op=True)
+            assert work is not None
+            return work.get_future().then(arrived)
+
+        # All ranks have equal buffers, and none changes in training; PyTorch 2.15 has another word for it.
+        known = inspect.signature(DistributedDataParallel).parameters
+        options: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        parallel = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
+        parallel.register_comm_hook(None, summed)
+        return parallel
+
+    def backward(self, loss: "Tensor") -> None:
+        """Compute the gradients of a loss that a wrapped module made."""
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if self._lost:
+                raise ResourceError(LOST) from error
+            raise
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Remember that an exchange of gradients broke off: what backward then raises does not say so reliably."""
+        try:
+            yield
+        except RuntimeError:
+            self._lost = True
+            raise
 
     def own_device(self, device: "torch.device") -> "torch.device":
         """Return the device of this rank: each has a GPU of its own. Raises ``UsageError`` where there are too few."""

@@ -98,6 +98,7 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
     optimizer = make_optimizer(module, config)
     start, spent = _resume(module, optimizer, snapshots)
     meter = _Meter(config, start, spent)
+    compute = ranks.wrapped(module)
     taken: deque[Taken] = deque()
 
     def read_prepared(iteration: int) -> list[Sample]:
@@ -117,7 +118,7 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
             batch = make_batch(next(ahead), device)
             if slices:
                 batch = slices.begin(batch, iteration)
-            taken.append(take_step(module, optimizer, batch, config, iteration, key, ranks))
+            taken.append(take_step(compute, optimizer, batch, config, iteration, key, ranks))
             done = iteration + 1
             reporting = done % report_every == 0 or done == config.iterations
             settle(0 if reporting else LAG.get(device.type, 0))
@@ -168,8 +169,7 @@ def take_step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, confi
         losses: dict[str, Tensor] = module(batch, iteration)
     optimizer.zero_grad(set_to_none=True)
     parts = torch.stack(list(losses.values()))
-    parts.sum().backward()  # type: ignore[no-untyped-call]
-    ranks.add_gradients(module)
+    ranks.backward(parts.sum())
     if config.clip_gradient:
         nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.clip_gradient)
     own = parts.detach().double()

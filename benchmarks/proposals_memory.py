@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from altopt.allocation import keep_freed_memory
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
@@ -76,6 +77,7 @@ def write_random_network(path: Path, config: GenerateProposals) -> None:
 def measure(pictures: int, every: int, width: int, height: int, threads: int) -> dict[str, Any]:
     """Run the stage and return what was seen, JSON-able."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the command does
     config = config_for(pictures, width, height)
     with tempfile.TemporaryDirectory() as folder:
         write_random_network(Path(folder, "M1.safetensors"), config)

@@ -15,10 +15,8 @@ BATCH = Batch([], torch.zeros(0, 3, 8, 8))
 
 def exchanged(ranks):
     module = nn.Linear(2, 1)
-    module.weight.grad = torch.full((1, 2), 10.0 ** ranks.rank)
-    if ranks.rank == 1:
-        module.bias.grad = torch.ones(1)
-    ranks.add_gradients(module)
+    compute = ranks.wrapped(module)
+    ranks.backward(compute(torch.full((1, 2), 10.0 ** ranks.rank)).sum())
     return {"same": ranks.same(("rank", ranks.rank)), "gathered": ranks.gather(ranks.rank),
             "total": ranks.total(torch.tensor([1.0, ranks.rank])).tolist(), "greatest": ranks.greatest(ranks.rank % 2),
             "weight": module.weight.grad.tolist(), "bias": module.bias.grad.tolist(),
@@ -68,10 +66,10 @@ def test_ranks_agree(three):
         assert each["greatest"] == 1
 
 
-def test_gradients_add_up_and_none_counts_as_nothing(three):
+def test_gradients_add_up_and_are_not_divided(three):
     for each in three:
         assert each["weight"] == [[111, 111]]
-        assert each["bias"] == [1]
+        assert each["bias"] == [3]
 
 
 def test_rank_0_gets_what_all_make_in_order(three):

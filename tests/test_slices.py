@@ -33,20 +33,26 @@ def sample(number, precision):
     return Sample(str(number), False, pixels, 1.0, boxes[:2], torch.tensor([0, 1]), boxes[2:])
 
 
-def modules(precision):
+def network_of(precision):
     network = FasterRCNN(NETWORK, 2)
     network.conv.to_empty(device="cpu")
     conv = {f"conv.{name}": torch.randn(tensor.shape, generator=generator(name)) * 0.1
             for name, tensor in network.conv.state_dict().items()}
     network.fill(conv, generator("slices"))
-    network.to(precision)
+    return network.to(precision)
+
+
+def modules(precision):
+    """Yield each kind of training, on a network of its own, as stages have."""
     key = (3, "slices")
+    network = network_of(precision)
     yield RPNTraining(network.conv, network.rpn, ANCHORS, key)
+    network = network_of(precision)
     yield FastRCNNTraining(network.conv, network.fc, network.head, roi_size=network.roi_size,
                            rois=RoISampling(ROIS, 32, 0.25), box_weight=1.0, key=key)
     weights = dict.fromkeys(("rpn_cls", "rpn_box", "cls", "box"), 1.0)
-    yield JointTraining(network, anchors=ANCHORS, rois=RoISampling(ROIS, 32, 0.25), weights=weights, path=None, key=key,
-                        proposals=ProposalRule(pre_nms=200, nms=0.7, post_nms=30, min_side=4))
+    yield JointTraining(network_of(precision), anchors=ANCHORS, rois=RoISampling(ROIS, 32, 0.25), weights=weights,
+                        path=None, key=key, proposals=ProposalRule(pre_nms=200, nms=0.7, post_nms=30, min_side=4))
 
 
 def gradients(ranks, count, precision=torch.float64):
@@ -56,10 +62,9 @@ def gradients(ranks, count, precision=torch.float64):
     for module in modules(precision):
         batch = make_batch([sample(number, precision) for number in slices[0]], torch.device("cpu"))
         batch = slices.begin(replace(batch, images=batch.images.to(precision)), 0)
-        total = torch.stack(list(module(batch, 0).values())).sum()
-        module.zero_grad()
-        total.backward()
-        ranks.add_gradients(module)
+        compute = ranks.wrapped(module)
+        total = torch.stack(list(compute(batch, 0).values())).sum()
+        ranks.backward(total)
         found.append(float(ranks.total(total.detach().double())))
         for name, parameter in module.named_parameters():
             probe = torch.randn(parameter.shape, generator=generator(name), dtype=torch.float64)
