@@ -14,7 +14,7 @@ class PeakMemory:
     """The rise of memory during a step, in bytes, above what the process or the GPU held before it.
 
     On the CPU that is the resident high-water mark, which Linux lets a process reset; ``rise`` is None elsewhere.
-    Memory that the C library kept for itself from earlier steps is no rise, so the figure is a lower bound.
+    Memory that the C library kept for itself from earlier steps is no rise: have it given back before.
     """
 
     def __init__(self, device: torch.device) -> None:

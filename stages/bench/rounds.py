@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from altopt.allocation import give_back_freed_memory
 from altopt.stopwatch import PARTS, synchronise
 from cache.snapshots import WRITE_SHARE
 from stages.bench.contender import Contender
@@ -24,26 +25,31 @@ class Measured:
         self.processor: list[float] = []
         self.parts: list[dict[str, float]] = []
         self._last_parts: dict[str, float] = {}
-        self.rises: list[int] = []
+        self.rise: int | None = None
         self.write_seconds = 0.0
 
     def warm_up(self) -> None:
-        """Take a step that does not count: kernels are chosen, momenta made."""
+        """Take steps that do not count: in the first kernels are chosen and momenta made, the second shows the memory.
+
+        For that one the process begins without any that earlier steps have freed; which takes time, so it is a step of
+        its own. A contender of few steps has neither.
+        """
         if self.contender.steps is None:
             self._step(0, lambda: None)
+            give_back_freed_memory()
+            memory = PeakMemory(self.device)
+            memory.start()
+            self._step(0, lambda: None)
+            self.rise = memory.rise()
 
     def take_turn(self, iteration: int) -> None:
         """Take a step that counts; on a GPU another one, because waiting at every part's border costs time itself."""
         if self.contender.steps is not None and len(self.seconds) >= self.contender.steps:
             return
-        watch, memory = self.contender.watch, PeakMemory(self.device)
-        on_gpu = self.device.type == "cuda"
-        memory.start()
+        watch, on_gpu = self.contender.watch, self.device.type == "cuda"
         before = time.process_time()
         took = self._step(iteration, (lambda: None) if on_gpu else lambda: watch.start(self.device))
         self.processor.append(time.process_time() - before)
-        if (rise := memory.rise()) is not None:
-            self.rises.append(rise)
         self.seconds.append(took)
         if on_gpu:
             self._step(iteration, lambda: watch.start(self.device))
@@ -73,20 +79,19 @@ class Measured:
         parts["write"] += self.write_seconds
         total = sum(parts.values())
         held = self.contender.held()
-        rise = max(self.rises) if self.rises else None
         return {
             "name": identity.name, "precision": identity.precision, "store": identity.store,
             "compiled": identity.compiled, "pictures": self.contender.pictures,
             "seconds": statistics.median(self.seconds), "least": min(self.seconds), "greatest": max(self.seconds),
             "processor_seconds": statistics.median(self.processor), "steps": len(self.seconds),
             "parts": parts, "shares": {name: parts[name] / total for name in PARTS},
-            "held_bytes": held, "peak_bytes": None if rise is None else held + rise,
+            "held_bytes": held, "peak_bytes": None if self.rise is None else held + self.rise,
         }
 
 
 def run_rounds(contenders: Sequence[tuple[Contender, torch.device]], rounds: int,
                say: Callable[[str], None]) -> list[Measured]:
-    """Take one step of each contender in turn, as often as there are rounds, after one that does not count."""
+    """Take one step of each contender in turn, as often as there are rounds, after those that do not count."""
     measured = [Measured(*each) for each in contenders]
     for each in measured:
         say(f"warming up: {each.contender.identity}")
