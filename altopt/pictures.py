@@ -96,8 +96,9 @@ class Batch:
     def groups(self) -> Iterator[range]:
         """Yield which samples go through layers that learn together: neighbours of one size, of one half of the batch.
 
-        Of one size, so that none is padded, and no picture sees another. A gradient is the sum of those of two halves,
-        and a sum of two has no order: so one process and two, each with a half, compute the same bits.
+        Of one size, so that none is padded, and no picture sees another. Of one half, so that a gradient is a sum of
+        two, which has no order, if each half is of one size: as each picture of two is. Then one process computes the
+        same bits as two that have a half each.
         """
         for half in self.halves():
             begin = half.start

@@ -5,8 +5,8 @@ holds the lock and writes. The others wait for the stages that it announces and 
 
 Pictures of a batch are divided among the ranks in order. Losses are means over the pictures or RoIs of the whole batch,
 so each rank weighs its own by its part of the count; gradients are then added up, and every rank takes the same step
-(altopt/slices.py). So K processes train the network that one trains: bit by bit where no rank has less than half of a
-batch or that is one picture, and else but for the order of sums; and K processes do it twice alike.
+(altopt/slices.py). So K processes train the network that one trains: to the last bit in batches of at most two pictures
+(``Batch.groups`` says why), and else but for the order of sums; and K processes do it twice alike.
 
 A rank that fails says why, once for all, and the others end with its exit code. One that dies without a word is missed
 by the others: every rank leaves a sign of life every few seconds, wherever it is, so no exchange needs a limit of its

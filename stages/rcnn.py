@@ -16,7 +16,7 @@ METHOD = "rcnn"
 class TrainOnWarpedRegions(TrainingConfig, OnTrainSplit):
     """Fine-tuning by softmax on warped regions (R-CNN, section 2.3)."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # halves of a batch by themselves
     iterations: int = sourced(70_000, "R-CNN's own models; it saturates near 40,000")
     lr_steps: tuple[int, ...] = sourced((20_000, 40_000, 60_000), SOLVER)
     images_per_batch: int = sourced(16, "chosen: R-CNN draws each region from any picture, at a reading for each")

@@ -29,7 +29,7 @@ class CacheConvFeatures(OnTrainSplit):
 class TrainFCLayers(TrainingConfig, OnTrainSplit):
     """Fine-tuning of fc6, fc7 and a softmax on stored maps; each picture at a scale drawn at random."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # halves of a batch by themselves
     iterations: int = sourced(90_000, f"{SCRIPT}: rates 1e-3, 1e-4, 1e-5 for 30,000 each (its limit is 200,000)")
     lr_steps: tuple[int, ...] = sourced((30_000, 60_000), SCRIPT)
     images_per_batch: int = sourced(4, "chosen: SPP-net draws each region from any picture, at a reading for each")

@@ -1,6 +1,6 @@
 """From data sets to network input: scale, mirror image, padding, and the way back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ import torchvision
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Objects
 from altopt.extents import scale_of
-from altopt.pictures import PIXEL_MEAN, PIXEL_STD, Sample, make_batch, read_sample, resized, to_original
+from altopt.pictures import PIXEL_MEAN, PIXEL_STD, Batch, Sample, make_batch, read_sample, resized, to_original
+from altopt.targets import AnchorSample, RoISample
 
 CPU = torch.device("cpu")
 
@@ -178,3 +179,52 @@ def test_a_batch_keeps_what_its_samples_say():
     assert torch.equal(moved[0].objects, objects)
     assert torch.equal(moved[0].proposals, proposals)
     assert moved[1].proposals is None
+
+
+def of_sizes(*sizes):
+    return Batch([Sample(str(k), False, torch.zeros(3, *size, dtype=torch.uint8), 1.0, torch.zeros(0, 4),
+                         torch.zeros(0, dtype=torch.int64)) for k, size in enumerate(sizes)], torch.zeros(1))
+
+
+@pytest.mark.parametrize(("sizes", "middle", "groups"), [
+    ("a", None, [range(1)]), ("aa", None, [range(1), range(1, 2)]), ("aaa", None, [range(1), range(1, 3)]),
+    ("aaaa", None, [range(2), range(2, 4)]), ("aabb", None, [range(2), range(2, 4)]),
+    ("abba", None, [range(1), range(1, 2), range(2, 3), range(3, 4)]),
+    ("aaaaa", 3, [range(3), range(3, 5)]), ("aa", 2, [range(2)]), ("aa", 0, [range(2)]), ("aa", -2, [range(2)]),
+    ("aa", 5, [range(2)]), ("", None, []),
+])
+def test_neighbours_of_one_size_in_one_half_are_a_group(sizes, middle, groups):
+    """A slice of a larger batch may lie in one half of it, or across the middle."""
+    shapes = {"a": (8, 6), "b": (6, 8)}
+    batch = replace(of_sizes(*(shapes[each] for each in sizes)), middle=middle)
+    assert list(batch.groups()) == groups
+    assert [k for half in batch.halves() for k in half] == list(range(len(sizes)))
+
+
+def test_losses_become_parts_of_the_whole_batchs_means():
+    losses = [{"cls": torch.tensor(2.0), "box": torch.tensor(0.5)},
+              {"cls": torch.tensor(4.0), "box": torch.tensor(1.5)}]
+    assert of_sizes().parts(losses, 4) == {"cls": torch.tensor(1.5), "box": torch.tensor(0.5)}
+    part = replace(of_sizes(), weight=lambda count: 1 / (10 * count)).parts(losses, 2)
+    assert part["cls"].item() == pytest.approx(0.3)
+    assert of_sizes().parts(losses, 0)["box"].item() == 2.0  # nothing to divide by
+
+
+def test_everything_of_a_sample_is_pinned_or_moved(monkeypatch):
+    """No GPU here: what is asked of the tensors is counted."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.shape), tensor)[1])
+    anchors = AnchorSample(*(torch.zeros(n, dtype=torch.int64) for n in (11, 11, 12)), torch.zeros(12, 4))
+    rois = RoISample(torch.zeros(13, 4), torch.zeros(13, dtype=torch.int64), torch.zeros(13, 4), 2)
+    sample = Sample("one", False, torch.zeros(3, 8, 6, dtype=torch.uint8), 1.0, torch.zeros(2, 4),
+                    torch.zeros(2, dtype=torch.int64), torch.zeros(14, 4), anchors=anchors, rois=rois)
+    sample.pinned()
+    expected = [(2, 4), (2,), (14, 4), (11,), (11,), (12,), (12, 4), (13, 4), (13,), (13, 4), (3, 8, 6)]
+    assert sorted(pinned) == sorted(map(torch.Size, expected))
+    pinned.clear()
+    replace(sample, features=torch.zeros(5, 2, 2)).pinned()
+    assert sorted(pinned) == sorted(map(torch.Size, [*expected[:-1], (5, 2, 2)]))  # the picture is a single zero
+    moved = sample.moved(sample.pixels, torch.device("meta"))
+    tensors = [moved.objects, moved.classes, moved.proposals, moved.anchors.deltas, moved.rois.rois]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert (moved.id, moved.scale, moved.rois.foreground) == ("one", 1.0, 2)
