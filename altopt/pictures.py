@@ -55,10 +55,10 @@ class Sample:
 
     def pinned(self) -> "Sample":
         """Return the sample in memory that a GPU copies from while the processor goes on."""
-        pixels, features = self.pixels, self.features
-        if features is None:
-            return replace(self._mapped(Tensor.pin_memory), pixels=pixels.pin_memory())
-        return replace(self._mapped(Tensor.pin_memory), features=features.pin_memory())
+        pinned = self._mapped(Tensor.pin_memory)
+        if self.features is None:
+            return replace(pinned, pixels=self.pixels.pin_memory())
+        return replace(pinned, features=self.features.pin_memory())
 
     def moved(self, pixels: Tensor, device: torch.device) -> "Sample":
         """Return the sample on a device, with these pixels and without stored map."""

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from altopt import boxes as bx
+from altopt.backbones import fully_connected
 from altopt.config import DetectionRule, NetworkConfig, ProposalRule
 from altopt.detector import PARTS, FasterRCNN, detect_on, initialise, own_proposals, propose, propose_on
 from altopt.fast_rcnn import detections_of
+from altopt.network_parts import NetworkOfParts
 from altopt.pictures import Batch, Sample, make_batch
 from altopt.randomness import generator
 from altopt.roi_pool import roi_pool
@@ -242,3 +244,16 @@ def test_unfilled_networks_take_no_memory():
     assert all(parameter.is_meta for parameter in network.parameters())
     assert isinstance(network.fc, nn.Sequential)
     assert network.roi_size == 7
+
+
+def test_rounded_layers_compute_what_autocast_makes_of_them():
+    layers = NetworkOfParts()
+    layers.fc = fully_connected(64, 32)
+    initialise(layers.fc, generator("rounded"))
+    input = torch.randn(5, 64, generator=generator("input"))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = layers.eval().fc(input)
+        layers.round_fc()
+        assert layers.fc.fc6.weight.dtype == torch.bfloat16
+        assert torch.equal(layers.fc(input), expected)
+    assert expected.any()

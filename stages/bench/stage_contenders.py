@@ -174,7 +174,7 @@ def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterat
             with place.watch.part("write"):
                 place.writer.append(f"{id} {next(place.numbers)}", boxes, scores)
 
-    detector = place.frozen if precision == "float32" else place.rounded()
+    detector = place.rounded() if precision == "bfloat16" and "detect" in names else network
 
     @torch.inference_mode()
     def detect(batch: Any, iteration: int) -> None:
