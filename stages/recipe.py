@@ -1,8 +1,9 @@
 """Recipes: one experiment each, as TOML, and what becomes of one when stages take their settings from it.
 
 A recipe has the tables ``network``, ``data``, one for each stage function, and ``all``, whose values go to every stage
-that has such a field. A stage's config is its dataclass's defaults, then ``all``, then the stage's own table. The
-comment behind a value is its source.
+that has such a field. A stage's config is its dataclass's defaults, then ``all``, then the stage's own table; what
+``--set`` says goes over the file's, again ``all`` first and then the stage's own. The comment behind a value is its
+source.
 """
 
 import json
@@ -145,8 +146,7 @@ def read_recipe(name_or_path: str, sets: typing.Sequence[str] = (), scheme: str 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     tables = _tables(content, _sources(text), str(path))
-    for assignment in sets:
-        _override(tables, assignment)
+    _override(tables, sets)
     header = {key: content[key] for key in HEADER if key in content} | ({"scheme": scheme} if scheme else {})
     check_scheme(header.get("scheme", "alternating"))
     _converted(header.get("protocol", "voc07"), PROTOCOL, "protocol")
@@ -210,17 +210,28 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _override(tables: dict[str, dict[str, Value]], assignment: str) -> None:
-    key, equals, text = assignment.partition("=")
+def _override(tables: dict[str, dict[str, Value]], sets: typing.Sequence[str]) -> None:
+    """Put ``TABLE.FIELD=VALUE`` over what a file says: ``all`` reaches every stage that is not named itself."""
+    assigned = [_assignment(each) for each in sets]
+    for _, name, _ in (each for each in assigned if each[0] == "all"):
+        for table in stage_tables():
+            tables.get(table, {}).pop(name, None)
+    for table, name, value in assigned:
+        tables.setdefault(table, {})[name] = Value(value, "--set")
+
+
+def _assignment(text: str) -> tuple[str, str, Any]:
+    """Return table, field and value of ``TABLE.FIELD=VALUE``. Raises ``UsageError``."""
+    key, equals, written = text.partition("=")
     table, dot, name = key.strip().partition(".")
     if not equals or not dot:
-        raise UsageError(f"--set {assignment}: write TABLE.FIELD=VALUE, such as train_rpn.lr=0.01")
-    _require_field(table, name, f"--set {assignment}")
+        raise UsageError(f"--set {text}: write TABLE.FIELD=VALUE, such as train_rpn.lr=0.01")
+    _require_field(table, name, f"--set {text}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {written}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
-    tables.setdefault(table, {})[name] = Value(value, "--set")
+        value = written.strip()
+    return table, name, value
 
 
 def _sources(text: str) -> dict[str, str]:

@@ -140,6 +140,22 @@ def test_set_converts_to_the_type_of_the_field(tiny, assignment, output, field, 
     assert (found, type(found)) == (value, type(value))
 
 
+@pytest.mark.parametrize("sets", [
+    ("all.iterations=7",),
+    ("all.iterations=9", "all.iterations=7"),
+    ("train_rpn.iterations=3", "all.iterations=7"),
+    ("all.iterations=7", "train_rpn.iterations=3"),
+])
+@pytest.mark.parametrize("resolved", [False, True])
+def test_set_for_all_reaches_every_stage_that_is_not_named(tmp_path, tiny, sets, resolved):
+    path = write_recipe(tmp_path / "tiny.toml", tiny().text() if resolved else TINY)
+    recipe = read_recipe(str(path), sets)
+    trained = ("M0", "M1", "M2", "M3", "M4")
+    expected = dict.fromkeys(trained, 7) | ({"M1": 3} if "train_rpn.iterations=3" in sets else {})
+    assert {output: config_of(recipe, output).iterations for output in trained} == expected
+    assert read_recipe(str(path)).as_dict() == tiny().as_dict()
+
+
 @pytest.mark.parametrize(("assignment", "message"), [
     ("train_rpn.lr=fast", "train_rpn.lr = 'fast': it is of type float"),
     ("train_rpn.lr=true", "train_rpn.lr = True: it is of type float"),
