@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,9 +20,8 @@ from altopt.frozen import conv_features
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
 from altopt.sampling import label_anchors, sample_anchors
+from altopt.suppression import best_apart
 from altopt.targets import AnchorSample
-
-FIRST = 8  # boxes for each one wanted: among so many, suppression mostly leaves enough
 
 
 class RPNHead(nn.Module):
@@ -168,18 +166,3 @@ def kept_boxes(boxes: Tensor, scores: Tensor, sample: Sample, rule: ProposalRule
         order = order[: rule.pre_nms]
     candidates = candidates[order]
     return candidates[best_apart(boxes[candidates], scores[candidates], rule.nms, rule.post_nms)]
-
-
-def best_apart(boxes: Tensor, scores: Tensor, overlap: float, count: int) -> Tensor:
-    """Return the ``count`` best of sorted boxes, ``Tensor[N, 4]``, that suppression keeps: int64 ``Tensor[<=count]``.
-
-    A box is suppressed by better ones only, so what suppression keeps of the first boxes is the same whatever follows.
-    Where many follow, it looks at the first ones alone, unless those do not suffice.
-    """
-    first = FIRST * count
-    if len(boxes) > 2 * first:
-        kept: Tensor = torchvision.ops.nms(boxes[:first], scores[:first], overlap)
-        if len(kept) >= count:
-            return kept[:count]
-    kept = torchvision.ops.nms(boxes, scores, overlap)
-    return kept[:count]

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from altopt import boxes as bx
@@ -13,7 +12,7 @@ from altopt.anchors import reference_anchors
 from altopt.config import NetworkConfig, ProposalRule
 from altopt.pictures import Batch, Sample
 from altopt.randomness import generator
-from altopt.rpn import FIRST, RPNHead, RPNRule, RPNTraining, best_apart, proposals_of, smooth_l1
+from altopt.rpn import RPNHead, RPNRule, RPNTraining, proposals_of, smooth_l1
 from altopt.sampling import label_anchors, sample_anchors
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(2.0, 4.0), anchor_ratios=(0.5, 1.0, 2.0), rpn_channels=8)
@@ -327,27 +326,3 @@ def test_no_anchors_or_none_large_enough():
     boxes, scores = proposed([[0.0, 0, 5, 5]], [1.0])
     assert boxes == []
     assert scores.shape == (0,)
-
-
-@pytest.mark.parametrize("count", [1, 3, 7, 1000])
-@pytest.mark.parametrize("alike", [0.0, 0.9])
-def test_the_best_apart_are_those_of_suppression_over_all(count, alike):
-    """Also where the first boxes all suppress each other, and more are needed."""
-    random = generator("apart", count, alike)
-    corners = torch.rand(200, 2, generator=random) * 100
-    corners[: int(alike * len(corners))] = 5.0
-    boxes = torch.cat([corners, corners + 20], dim=1)
-    scores = torch.rand(200, generator=random).sort(descending=True).values.mul(8).round()  # with ties
-    kept = best_apart(boxes, scores, 0.5, count)
-    assert torch.equal(kept, torchvision.ops.nms(boxes, scores, 0.5)[:count])
-    assert len(kept) == min(count, len(torchvision.ops.nms(boxes, scores, 0.5)))
-
-
-def test_no_more_boxes_are_compared_than_are_needed(monkeypatch):
-    seen = []
-    nms = torchvision.ops.nms
-    monkeypatch.setattr(torchvision.ops, "nms", lambda boxes, *rest: seen.append(len(boxes)) or nms(boxes, *rest))
-    corners = torch.arange(100.0)[:, None].expand(-1, 2) * 30
-    boxes = torch.cat([corners, corners + 20], dim=1)
-    assert best_apart(boxes, torch.linspace(1, 0, 100), 0.5, 3).tolist() == [0, 1, 2]
-    assert seen == [FIRST * 3]
