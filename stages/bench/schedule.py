@@ -24,19 +24,24 @@ class Figures:
 
     def of(self, name: str, precision: str, *, store: bool = False, compiled: bool = False) -> float | None:
         """Return the seconds of a step; None if it was not measured."""
+        row = self._row(name, precision, store, compiled)
+        return None if row is None else row[self.clock]
+
+    def of_several(self, pictures: int, name: str, precision: str, *, store: bool = False) -> float | None:
+        """Return the seconds of a step that adds up the gradients of so many pictures, and updates weights once."""
+        row = self._row(name, precision, store, compiled=False)
+        return None if row is None else pictures * row[self.clock] - (pictures - 1) * row["parts"]["optimizer"]
+
+    def _row(self, name: str, precision: str, store: bool, compiled: bool) -> dict[str, Any] | None:
         for row in self.rows:
             if (row["name"], row["precision"], row["store"], row["compiled"]) == (name, precision, store, compiled):
-                seconds: float = row[self.clock]
-                return seconds
+                return row
         return None
 
     def map_seconds(self, precision: str, name: str = "feature_store", *, store: bool = False) -> float | None:
         """Return the seconds that one map of a store costs; with ``store``, from maps of fewer layers."""
-        for row in self.rows:
-            if (row["name"], row["precision"], row["store"]) == (name, precision, store):
-                seconds: float = row[self.clock] / row["pictures"]
-                return seconds
-        return None
+        row = self._row(name, precision, store, compiled=False)
+        return None if row is None else row[self.clock] / row["pictures"]
 
 
 def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
@@ -86,9 +91,10 @@ def schedule(figures: Figures, precision: str, front: bool) -> dict[str, Any]:
                  stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv"))
     alternating = _sum(*stages.values())
     found = {"stages": stages, "alternating": alternating, "alternating_without_store": plain}
+    name = "train_approximate_joint"
     for size, suffix in ((1, ""), (ITER_SIZE, "_iter_size_2")):
-        joint = _sum(_times(size, stage(JOINT_STEPS, "train_approximate_joint", front)), fronts)
-        without = _times(size, stage(JOINT_STEPS, "train_approximate_joint"))
+        joint = _sum(_times(JOINT_STEPS, figures.of_several(size, name, precision, store=front)), fronts)
+        without = _times(JOINT_STEPS, figures.of_several(size, name, precision))
         found |= {
             f"approximate_joint{suffix}": joint, f"approximate_joint{suffix}_without_store": without,
             f"alternating_over_joint{suffix}": _ratio(alternating, joint),
@@ -96,7 +102,7 @@ def schedule(figures: Figures, precision: str, front: bool) -> dict[str, Any]:
             f"without_store_over_joint{suffix}_without_store": _ratio(plain, without),
         }
     for form, other in (("", "float32"), ("_autocast", "bfloat16")):
-        theirs = _times(ITER_SIZE * JOINT_STEPS, figures.of("torchvision_training", other))
+        theirs = _times(JOINT_STEPS, figures.of_several(ITER_SIZE, "torchvision_training", other))
         found[f"alternating_over_torchvision{form}_iter_size_2"] = _ratio(alternating, theirs)
     return found
 
