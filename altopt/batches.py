@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from altopt.randomness import generator
+from altopt.threads import single_threads
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -67,7 +68,7 @@ class Ahead(Iterator[Made]):
         self.waited = 0.0
         self._make: Callable[[Item], Made] = make
         self._items = iter(items)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="altopt-reader") if workers else None
+        self._pool = single_threads(workers, "altopt-reader") if workers else None
         self._pending: deque[Future[Made]] = deque()
         for _ in range(2 * workers):
             self._submit()

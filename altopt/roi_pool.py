@@ -20,6 +20,8 @@ import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from altopt.threads import single_threads
+
 LEAST_CHANNELS = 16  # for a thread: with fewer, to divide costs more than it saves
 
 
@@ -70,7 +72,7 @@ class _PoolInThreads(torch.autograd.Function):
                 channels, rois, spatial_scale, output_size, output_size)
             return found
 
-        pooled, places = zip(*_threads().map(pool, features.detach().chunk(count, dim=1)), strict=True)
+        pooled, places = zip(*_threads(count).map(pool, features.detach().chunk(count, dim=1)), strict=True)
         ctx.save_for_backward(rois, *places)
         ctx.shape, ctx.grid = features.shape, (spatial_scale, output_size, output_size)
         return torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]
@@ -87,14 +89,14 @@ class _PoolInThreads(torch.autograd.Function):
             return spread
 
         gradients = torch.split(gradient, [each.shape[1] for each in places], dim=1)
-        parts = list(_threads().map(spread, gradients, places))
+        parts = list(_threads(len(places)).map(spread, gradients, places))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None, None, None
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
-    """Return the threads that pool; they start when there is work, as many as there is work for."""
-    return ThreadPoolExecutor(thread_name_prefix="altopt-roi-pool")
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Return the threads that pool, where channels go to so many."""
+    return single_threads(count, "altopt-roi-pool")
 
 
 def pool_in_order(features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:
