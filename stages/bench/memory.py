@@ -1,5 +1,6 @@
 """How much memory a step takes at its peak."""
 
+import mmap
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +41,11 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         return max(0, _resident("VmHWM") - self._before)
+
+
+def touch(count: int) -> None:
+    """Let the process have so many bytes of free memory, where the C library keeps what is freed: each page is used."""
+    torch.empty(count, dtype=torch.uint8)[:: mmap.PAGESIZE] = 0
 
 
 def held_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from altopt.allocation import give_back_freed_memory
+from altopt.allocation import give_back_freed_memory, keep_freed_memory
 from altopt.stopwatch import PARTS, synchronise
 from cache.snapshots import WRITE_SHARE
 from stages.bench.contender import Contender
-from stages.bench.memory import PeakMemory
+from stages.bench.memory import PeakMemory, touch
 from stages.bench.stage_contenders import Trained
 from stages.step import Runtime
 
@@ -47,6 +47,7 @@ class Measured:
         if self.contender.steps is not None and len(self.seconds) >= self.contender.steps:
             return
         watch, on_gpu = self.contender.watch, self.device.type == "cuda"
+        self._hold_memory()
         before = time.process_time()
         took = self._step(iteration, (lambda: None) if on_gpu else lambda: watch.start(self.device))
         self.processor.append(time.process_time() - before)
@@ -54,6 +55,12 @@ class Measured:
         if on_gpu:
             self._step(iteration, lambda: watch.start(self.device))
         self.parts.append(self._last_parts)
+
+    def _hold_memory(self) -> None:
+        """Let the process have what a command's earlier steps leave it; another contender may have given that back."""
+        if self.contender.keeps_memory and self.rise and self.device.type == "cpu":
+            keep_freed_memory()
+            touch(self.rise)
 
     def _step(self, iteration: int, start_watch: Callable[[], None]) -> float:
         self.contender.prepare()
