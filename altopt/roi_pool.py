@@ -4,7 +4,8 @@ torchvision's compiled kernel does what Caffe's layer does: corners are rounded 
 both ends included, each bin takes its maximum, an empty bin is 0, and the backward pass follows the arg-max alone.
 
 On the CPU the kernel works on one thread. Channels have nothing to do with each other in it, so here each of torch's
-threads gets some of them, and the result is the same bits.
+threads gets some of them, and the result is the same bits. Where no gradient is asked for, they come from tables
+(altopt/window_maxima.py).
 
 A cell that is the arg-max of several bins gets the sum of their gradients. The kernel's backward pass adds them on CUDA
 atomically, in no certain order; with torch's switch for deterministic algorithms, it is done there in a fixed one.
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from altopt.threads import single_threads
+from altopt.window_maxima import pool_by_tables
 
 LEAST_CHANNELS = 16  # for a thread: with fewer, to divide costs more than it saves
 
@@ -36,20 +38,18 @@ def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatia
     """
     inclusive = torch.cat([_with_index(each.detach(), b) for b, each in enumerate(boxes)])  # (R, 5)
     inclusive[:, 3:] -= 1
-    pool = _kernel_for(features.device)
+    inclusive = inclusive.to(features.dtype if features.dtype == torch.float64 else torch.float32)
+    pool = _kernel_for(features.device, torch.is_grad_enabled() and features.requires_grad)
+    if pool is pool_by_tables:
+        return pool(features, inclusive, output_size, spatial_scale)
     # The kernel knows float and double only, and under autocast features may be bfloat16.
-    pooled = pool(
-        features.float() if features.dtype in (torch.bfloat16, torch.float16) else features,
-        inclusive.to(features.dtype if features.dtype == torch.float64 else torch.float32),
-        output_size,
-        spatial_scale,
-    )
-    return pooled.to(features.dtype)  # (R, C, P, P)
+    single = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+    return pool(single, inclusive, output_size, spatial_scale).to(features.dtype)  # (R, C, P, P)
 
 
-def _kernel_for(device: torch.device) -> Callable[[Tensor, Tensor, int, float], Tensor]:
+def _kernel_for(device: torch.device, learned: bool) -> Callable[[Tensor, Tensor, int, float], Tensor]:
     if device.type == "cpu":
-        return pool_in_threads  # which always adds in the same order
+        return pool_in_threads if learned else pool_by_tables  # which always add in the same order
     kernel: Callable[[Tensor, Tensor, int, float], Tensor] = torchvision.ops.roi_pool
     return pool_in_order if torch.are_deterministic_algorithms_enabled() else kernel
 

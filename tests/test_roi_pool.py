@@ -20,11 +20,13 @@ WAYS = {"one thread": (1, False), "three threads": (3, False), "fixed order": (1
 def each_way(request, monkeypatch):
     """Every test holds for torchvision's kernel, also divided among threads, and for the way of fixed order on CUDA."""
     threads, in_order = request.param
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     monkeypatch.setattr(altopt.roi_pool, "LEAST_CHANNELS", 1)
     if in_order:
         monkeypatch.setattr(altopt.roi_pool, "pool_in_threads", pool_in_order)
-    return in_order
+    yield in_order
+    torch.set_num_threads(before)
 
 
 def rounded(value: float) -> int:
@@ -79,7 +81,11 @@ def random_boxes(count: int, seed: int) -> torch.Tensor:
 
 
 def pooled(features: torch.Tensor, boxes: list[torch.Tensor], size: int) -> torch.Tensor:
-    return roi_pool(features, boxes, size, 1 / STRIDE)
+    """Pool with a gradient and without one, which are different kernels on the CPU, and return that with one."""
+    learned = features if features.requires_grad else features.clone().requires_grad_()
+    result = roi_pool(learned, boxes, size, 1 / STRIDE)
+    assert torch.equal(result, roi_pool(features.detach(), boxes, size, 1 / STRIDE))
+    return result
 
 
 @pytest.mark.parametrize("size", [1, 2, 6, 7])
@@ -183,7 +189,27 @@ def test_coordinates_are_not_rounded_to_the_precision_of_the_features():
     assert pooled(columns, [torch.tensor([[1000.0, 0, 1001, 16]])], 1).item() == 63
 
 
-def test_threads_change_no_bit(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("edge", [(1, 1), (1, 40), (23, 1), (23, 40)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bins_of_every_height_and_width(edge, size, dtype, layout):
+    """Up to that of the whole map, and equal values among them."""
+    random = torch.Generator().manual_seed(9)
+    features = torch.randn(2, 5, *edge, generator=random).mul(2).round().to(dtype).to(memory_format=layout)
+    boxes = [torch.cat([random_boxes(90, 11) * scale for scale in (0.2, 1, 4)]), random_boxes(7, 12)]
+    assert pooled(features, boxes, size).shape == (277, 5, size, size)
+
+
+def test_pooling_without_gradient_leaves_no_graph():
+    features, boxes = distinct(1, 2, 7, 9).requires_grad_(), [random_boxes(3, 1)]
+    with torch.no_grad():
+        assert not roi_pool(features, boxes, 2, 1 / STRIDE).requires_grad
+    assert not roi_pool(features.detach(), [boxes[0].requires_grad_()], 2, 1 / STRIDE).requires_grad
+    assert roi_pool(features, boxes, 2, 1 / STRIDE).requires_grad
+
+
+def test_threads_change_no_bit():
     """Of many channels, against torchvision's own call."""
     random = torch.Generator().manual_seed(5)
     features, boxes = torch.randn(2, 37, 7, 9, generator=random), [random_boxes(30, 11), random_boxes(20, 12)]
@@ -193,7 +219,7 @@ def test_threads_change_no_bit(monkeypatch):
     own = features.clone().requires_grad_()
     expected = torchvision.ops.roi_pool(own, inclusive, 6, 1 / STRIDE)
     (expected * weights).sum().backward()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    torch.set_num_threads(4)
     assert torch.equal(pooled(features, boxes, 6), expected)
     assert torch.equal(gradient_of(features, boxes, 6, weights), own.grad)
 
@@ -232,15 +258,16 @@ def test_both_backward_passes_give_the_same_bits_on_the_cpu(size, monkeypatch):
     torch.testing.assert_close(backwards, in_order, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("device", "exact", "name"), [
-    ("cpu", False, "pool_in_threads"), ("cpu", True, "pool_in_threads"),
-    ("cuda", False, "roi_pool"), ("cuda", True, "pool_in_order"),
+@pytest.mark.parametrize(("device", "learned", "exact", "name"), [
+    ("cpu", True, False, "pool_in_threads"), ("cpu", True, True, "pool_in_threads"),
+    ("cpu", False, False, "pool_by_tables"), ("cpu", False, True, "pool_by_tables"),
+    ("cuda", True, False, "roi_pool"), ("cuda", True, True, "pool_in_order"), ("cuda", False, False, "roi_pool"),
 ])
 @pytest.mark.parametrize("each_way", [(1, False)], indirect=True)
 @pytest.mark.usefixtures("each_way")
-def test_device_and_switch_choose_the_kernel(device, exact, name):
+def test_device_and_switch_choose_the_kernel(device, learned, exact, name):
     with fixed_order(exact):
-        assert _kernel_for(torch.device(device)).__name__ == name
+        assert _kernel_for(torch.device(device), learned).__name__ == name
 
 
 def test_what_is_not_finite_reaches_its_own_cell_only():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import altopt.roi_pool
 from altopt.config import NetworkConfig, ProposalRule, TrainingConfig
 from altopt.detector import FasterRCNN
 from altopt.fast_rcnn import FastRCNNTraining
@@ -107,7 +108,10 @@ class Asking(TorchDispatchMode):
     (rpn, ("conv1", "conv2")), (fast_rcnn, ("conv1", "conv2")), (rpn, ALL), (fast_rcnn, ALL),
 ], ids=["stage 1", "stage 3", "stage 4", "stage 6"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_step_does_not_wait_for_the_device(make, frozen, precision):
+def test_a_step_does_not_wait_for_the_device(monkeypatch, make, frozen, precision):
+    """With RoI pooling as it is on a GPU."""
+    chosen = altopt.roi_pool._kernel_for
+    monkeypatch.setattr(altopt.roi_pool, "_kernel_for", lambda device, learned: chosen(torch.device("cuda"), learned))
     module = make(frozen)
     config = TrainingConfig(lr=0.01, clip_gradient=10.0, precision=precision)
     optimizer = make_optimizer(module, config)

@@ -54,6 +54,6 @@ def test_threads_that_pool_are_such_threads(three_threads, monkeypatch):
         return op(*inputs)
 
     monkeypatch.setattr(torch.ops.torchvision, "roi_pool", pool)
-    roi_pool(torch.rand(1, 64, 8, 8), [torch.tensor([[0.0, 0, 64, 64]])], 2, 1 / 16)
+    roi_pool(torch.rand(1, 64, 8, 8, requires_grad=True), [torch.tensor([[0.0, 0, 64, 64]])], 2, 1 / 16)
     assert seen == [("altopt-roi-pool", 1)] * 3
     assert torch.get_num_threads() == of_a_new_thread() == 3

@@ -44,8 +44,11 @@ class PeakMemory:
 
 
 def touch(count: int) -> None:
-    """Let the process have so many bytes of free memory, where the C library keeps what is freed: each page is used."""
-    torch.empty(count, dtype=torch.uint8)[:: mmap.PAGESIZE] = 0
+    """Let the process have so many bytes of free memory, where the C library keeps what is freed: each page is used.
+
+    And some more, as to align a block the library looks for a larger one than it hands out.
+    """
+    torch.empty(count + 2**20, dtype=torch.uint8)[:: mmap.PAGESIZE] = 0
 
 
 def held_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:

@@ -38,7 +38,7 @@ def test_a_step_finds_the_memory_that_its_earlier_ones_freed(memory_as_before, k
     """Although a contender before it gave all back."""
     taken = Takes(keeps)
     measured = Measured(taken, torch.device("cpu"))
-    measured.rise = SIZE + 1_000_000
+    measured.rise = SIZE
     give_back_freed_memory()
     measured._hold_memory()
     taken.step()
