@@ -46,9 +46,11 @@ class PeakMemory:
 def touch(count: int) -> None:
     """Let the process have so many bytes of free memory, where the C library keeps what is freed: each page is used.
 
-    And some more, as to align a block the library looks for a larger one than it hands out.
+    And some more, as to align a block the library looks for a larger one than it hands out; and twice, as what is freed
+    joins free memory before it, where the next block then begins.
     """
-    torch.empty(count + 2**20, dtype=torch.uint8)[:: mmap.PAGESIZE] = 0
+    for _ in range(2):
+        torch.empty(count + 2**20, dtype=torch.uint8)[:: mmap.PAGESIZE] = 0
 
 
 def held_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
