@@ -3,9 +3,9 @@
 torchvision's compiled kernel does what Caffe's layer does: corners are rounded to whole cells of the feature map,
 both ends included, each bin takes its maximum, an empty bin is 0, and the backward pass follows the arg-max alone.
 
-On the CPU the kernel works on one thread. Channels have nothing to do with each other in it, so here each of torch's
-threads gets some of them, and the result is the same bits. Where no gradient is asked for, they come from tables
-(altopt/window_maxima.py).
+On the CPU the kernel works on one thread. Channels have nothing to do with each other in it, so where there is much to
+pool several threads get some of them each, and the result is the same bits. Where no gradient is asked for, they come
+from tables (altopt/window_maxima.py).
 
 A cell that is the arg-max of several bins gets the sum of their gradients. The kernel's backward pass adds them on CUDA
 atomically, in no certain order; with torch's switch for deterministic algorithms, it is done there in a fixed one.
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from altopt.threads import single_threads
 from altopt.window_maxima import pool_by_tables
 
-LEAST_CHANNELS = 16  # for a thread: with fewer, to divide costs more than it saves
+LEAST_MAPS = 16_384  # RoIs times channels for a thread: with fewer, to divide costs more than it saves
 
 
 def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatial_scale: float) -> Tensor:
@@ -55,8 +55,13 @@ def _kernel_for(device: torch.device, learned: bool) -> Callable[[Tensor, Tensor
 
 
 def pool_in_threads(features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:
-    """Return what torchvision's op does for ``rois`` ``Tensor[R, 5]``, computed by as many threads as torch has."""
-    pooled: Tensor = _PoolInThreads.apply(features, rois, output_size, spatial_scale)
+    """Return what torchvision's op does for ``rois`` ``Tensor[R, 5]``, by as many threads as pay, and as torch has."""
+    count = min(torch.get_num_threads(), len(rois) * features.shape[1] // LEAST_MAPS)
+    pooled: Tensor
+    if count > 1:
+        pooled = _PoolInThreads.apply(features, rois, output_size, spatial_scale, count)
+    else:
+        pooled = torchvision.ops.roi_pool(features, rois, output_size, spatial_scale)
     return pooled
 
 
@@ -64,9 +69,7 @@ class _PoolInThreads(torch.autograd.Function):
     """The kernel on some of the channels in each thread; it lets go of the interpreter while it works."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, rois: Tensor, output_size: int, spatial_scale: float) -> Tensor:
-        count = max(1, min(torch.get_num_threads(), features.shape[1] // LEAST_CHANNELS))
-
+    def forward(ctx: Any, features: Tensor, rois: Tensor, output_size: int, spatial_scale: float, count: int) -> Tensor:
         def pool(channels: Tensor) -> tuple[Tensor, Tensor]:
             found: tuple[Tensor, Tensor] = torch.ops.torchvision.roi_pool(
                 channels, rois, spatial_scale, output_size, output_size)
@@ -75,11 +78,11 @@ class _PoolInThreads(torch.autograd.Function):
         pooled, places = zip(*_threads(count).map(pool, features.detach().chunk(count, dim=1)), strict=True)
         ctx.save_for_backward(rois, *places)
         ctx.shape, ctx.grid = features.shape, (spatial_scale, output_size, output_size)
-        return torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]
+        return torch.cat(pooled, dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         rois, *places = ctx.saved_tensors
         pictures, _, height, width = ctx.shape
 
@@ -90,7 +93,7 @@ class _PoolInThreads(torch.autograd.Function):
 
         gradients = torch.split(gradient, [each.shape[1] for each in places], dim=1)
         parts = list(_threads(len(places)).map(spread, gradients, places))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None, None, None
+        return torch.cat(parts, dim=1), None, None, None, None
 
 
 @cache

@@ -1,9 +1,9 @@
 """What RoI pooling costs, and what adding up in a fixed order adds: ``python -m benchmarks.roi_pool [--device cuda]``.
 
 Times forward and backward passes on VGG16's conv5 map of a picture of 608 x 800: of torchvision's op as it is, of
-``altopt.roi_pool`` (which divides it among threads on the CPU), and of what that does on CUDA with ``--deterministic``;
-in turns, and prints the medians. On the CPU with one thread (the default) it is processor time,
-with several the clock's; on CUDA the time between two events.
+``altopt.roi_pool`` (which divides it among threads on the CPU), of what that does on CUDA with ``--deterministic``, and
+the forward pass of ``altopt.roi_pool`` where no gradient is asked for; in turns, and prints the medians. On the CPU
+with one thread (the default) it is processor time, with several the clock's; on CUDA the time between two events.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from altopt.allocation import keep_freed_memory
 from altopt.determinism import fixed_order
 from altopt.roi_pool import pool_in_order, roi_pool
 
@@ -24,7 +25,8 @@ SHAPE = (1, 512, 38, 50)  # conv5 of VGG16
 GRID = 7
 STRIDE = 16
 Result = TypeVar("Result")
-TORCHVISION, ALTOPT, IN_ORDER = WAYS = ("torchvision", "altopt", "altopt, in a fixed order")
+TORCHVISION, ALTOPT, IN_ORDER, CONSTANT = WAYS = (
+    "torchvision", "altopt", "altopt, in a fixed order", "altopt, without a gradient")
 
 
 def regions(count: int, random: torch.Generator) -> Tensor:
@@ -52,7 +54,7 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Resu
 
 def pooled(way: str, features: Tensor, boxes: Tensor) -> Tensor:
     """Return the pooled regions ``Tensor[R, C, P, P]``, pooled in one of the ways."""
-    if way == ALTOPT:
+    if way in (ALTOPT, CONSTANT):
         return roi_pool(features, [boxes], GRID, 1 / STRIDE)
     inclusive = torch.cat([boxes.new_zeros(len(boxes), 1), boxes - boxes.new_tensor([0, 0, 1, 1])], dim=1)
     pool = pool_in_order if way == IN_ORDER else torchvision.ops.roi_pool
@@ -63,7 +65,7 @@ def pooled(way: str, features: Tensor, boxes: Tensor) -> Tensor:
 def measure(device: torch.device, rois: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Return for each of ``WAYS`` the median seconds of a forward pass, and of a backward pass."""
     random = torch.Generator().manual_seed(0)
-    features = torch.rand(*SHAPE, generator=random).to(device).requires_grad_()
+    features = torch.rand(*SHAPE, generator=random).to(device, memory_format=torch.channels_last).requires_grad_()
     boxes = regions(rois, random).to(device)
     gradient = torch.randn(rois, SHAPE[1], GRID, GRID, generator=random).to(device)
     taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
@@ -71,8 +73,9 @@ def measure(device: torch.device, rois: int, repeats: int) -> dict[str, tuple[fl
         for way, times in taken.items():
             with fixed_order(way == IN_ORDER):
                 features.grad = None
-                forward, result = timed(partial(pooled, way, features, boxes), device)
-                backward, _ = timed(partial(result.backward, gradient), device)
+                given = features.detach() if way == CONSTANT else features
+                forward, result = timed(partial(pooled, way, given, boxes), device)
+                backward = 0.0 if way == CONSTANT else timed(partial(result.backward, gradient), device)[0]
                 times.append((forward, backward))
     medians = {}
     for way, times in taken.items():
@@ -90,12 +93,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    keep_freed_memory()  # as altopt's commands do
     print(f"{chosen.rois} RoIs on {' x '.join(map(str, SHAPE[1:]))}, {chosen.device}, {chosen.threads} threads")
     taken = measure(chosen.device, chosen.rois, chosen.repeats)
+    theirs, their_forward = sum(taken[TORCHVISION]), taken[TORCHVISION][0]
     for way, (forward, backward) in taken.items():
-        ratio = (forward + backward) / sum(taken[TORCHVISION])
-        print(f"{way}: forward {forward * 1000:.1f} ms, backward {backward * 1000:.1f} ms, together {ratio:.2f} times "
-              "torchvision's")
+        if way == CONSTANT:
+            print(f"{way}: forward {forward * 1000:.1f} ms, {forward / their_forward:.2f} times torchvision's")
+        else:
+            print(f"{way}: forward {forward * 1000:.1f} ms, backward {backward * 1000:.1f} ms, together "
+                  f"{(forward + backward) / theirs:.2f} times torchvision's")
 
 
 if __name__ == "__main__":

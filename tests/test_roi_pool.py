@@ -22,7 +22,7 @@ def each_way(request, monkeypatch):
     threads, in_order = request.param
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    monkeypatch.setattr(altopt.roi_pool, "LEAST_CHANNELS", 1)
+    monkeypatch.setattr(altopt.roi_pool, "LEAST_MAPS", 1)
     if in_order:
         monkeypatch.setattr(altopt.roi_pool, "pool_in_threads", pool_in_order)
     yield in_order

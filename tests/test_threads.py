@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from altopt.batches import Ahead
-from altopt.roi_pool import roi_pool
+from altopt.roi_pool import LEAST_MAPS, roi_pool
 from altopt.threads import single_threads
 
 
@@ -50,10 +50,13 @@ def test_threads_that_pool_are_such_threads(three_threads, monkeypatch):
     op = torch.ops.torchvision.roi_pool
 
     def pool(*inputs):
-        seen.append((threading.current_thread().name.rpartition("_")[0], torch.get_num_threads()))
+        seen.append((threading.current_thread().name.partition("_")[0], torch.get_num_threads()))
         return op(*inputs)
 
     monkeypatch.setattr(torch.ops.torchvision, "roi_pool", pool)
-    roi_pool(torch.rand(1, 64, 8, 8, requires_grad=True), [torch.tensor([[0.0, 0, 64, 64]])], 2, 1 / 16)
+    features, box = torch.rand(1, 64, 8, 8, requires_grad=True), torch.tensor([[0.0, 0, 64, 64]])
+    roi_pool(features, [box.expand(LEAST_MAPS // 64 * 5, 4)], 2, 1 / 16)
     assert seen == [("altopt-roi-pool", 1)] * 3
+    roi_pool(features, [box.expand(LEAST_MAPS // 64, 4)], 2, 1 / 16)
+    assert seen[3:] == [("MainThread", 3)]  # too little to divide
     assert torch.get_num_threads() == of_a_new_thread() == 3
