@@ -1,9 +1,9 @@
 """RoI pooling on the CPU where nothing is learned from it: each bin's maximum from four cells of a table.
 
 A maximum over any window of a map is the maximum of four windows that cover it, whose sides are powers of two. These
-are tabulated once for a map, by vector instructions on all of torch's threads, each size from the one half as large;
-then a bin costs four rows of the tables, however many cells it has. The kernel of torchvision, which looks at every
-cell of every bin, takes several times as long, but it also says where the maxima were, as the backward pass needs.
+are tabulated once for a picture, by vector instructions on all of torch's threads, each size from the one half as
+large; then a bin costs four rows of the tables, however many cells it has. The kernel of torchvision, which looks at
+every cell of every bin, takes about three times as long, but says where the maxima were, as the backward pass needs.
 
 Letters: B pictures, C channels, R RoIs, P bins on a side.
 """
@@ -25,28 +25,28 @@ def pool_by_tables(features: Tensor, rois: Tensor, output_size: int, spatial_sca
     corners = _rounded(rois[:, 1:] * spatial_scale)
     rows = _spans(corners[:, 1], corners[:, 3], output_size, height)  # (2, R, P)
     columns = _spans(corners[:, 0], corners[:, 2], output_size, width)
-    for picture, map in enumerate(features):
+    for picture, maps in enumerate(features):
         own = torch.nonzero(rois[:, 0] == picture)[:, 0]
         if len(own):
-            tables = _Tables(map, rows[:, own], columns[:, own])
+            tables = _Tables(maps, rows[:, own], columns[:, own])
             for some in torch.split(torch.arange(len(own)), ROIS_AT_ONCE):
                 pooled[own[some]] = tables.maxima(some)
     return pooled
 
 
 class _Tables:
-    """The maxima of all windows of one map whose sides are powers of two, up to those that the bins need."""
+    """The maxima of all windows of a picture's maps whose sides are powers of two, up to those that the bins need."""
 
-    def __init__(self, map: Tensor, rows: Tensor, columns: Tensor) -> None:
-        """Tabulate a ``map``, ``Tensor[C, H, W]``, for bins that begin and end at ``rows`` and ``columns``.
+    def __init__(self, maps: Tensor, rows: Tensor, columns: Tensor) -> None:
+        """Tabulate ``maps``, ``Tensor[C, H, W]``, for bins that begin and end at ``rows`` and ``columns``.
 
         These are ``Tensor[2, R, P]`` each.
         """
         self.empty = (rows[1] <= rows[0])[:, :, None] | (columns[1] <= columns[0])[:, None, :]  # (R, P, P)
-        channels, height, width = map.shape
+        channels, height, width = maps.shape
         tall, tops = _covered(rows, height)  # log2 of the windows' sides (R, P), and where two begin (2, R, P)
         wide, lefts = _covered(columns, width)
-        tables = self._tabulated(map.permute(1, 2, 0), int(tall.max()), int(wide.max()))
+        tables = self._tabulated(maps.permute(1, 2, 0), int(tall.max()), int(wide.max()))
         size = (tall[:, :, None] * tables.shape[1] + wide[:, None, :]) * height  # (R, P, P)
         self.places = torch.stack([
             (size + top[:, :, None]) * width + left[:, None, :] for top in tops for left in lefts])  # (4, R, P, P)
