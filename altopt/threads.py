@@ -22,8 +22,13 @@ def single_threads(count: int, name: str) -> ThreadPoolExecutor:
         started.wait()
 
     pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=start)
-    for _ in range(count):
-        pool.submit(int)  # nothing; each starts a thread, as those before have not come to wait for work yet
-    started.wait()
-    torch.set_num_threads(threads)  # what other threads begin with; those of the pool stay at one
+    try:
+        for _ in range(count):
+            pool.submit(int)  # nothing; each starts a thread, as those before have not come to wait for work yet
+        started.wait()
+    except BaseException:
+        started.abort()  # or those that have started would wait for ever
+        raise
+    finally:
+        torch.set_num_threads(threads)  # what other threads begin with; those of the pool stay at one
     return pool

@@ -39,6 +39,22 @@ def test_torch_computes_on_one_thread_in_each_and_elsewhere_as_before(three_thre
     assert torch.get_num_threads() == of_a_new_thread() == 3
 
 
+def test_a_thread_that_cannot_start_keeps_none_waiting(monkeypatch):
+    start, others = threading.Thread.start, set(threading.enumerate())
+
+    def one_alone(thread):
+        if set(threading.enumerate()) - others:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", one_alone)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        single_threads(3, "mine")
+    for thread in set(threading.enumerate()) - others:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
 def test_readers_are_such_threads(three_threads):
     with Ahead(lambda _: torch.get_num_threads(), range(8), workers=2) as ahead:
         assert list(ahead) == [1] * 8
