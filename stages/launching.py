@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from pathlib import Path
 
 from altopt.errors import ResourceError
@@ -22,8 +23,8 @@ def launch(processes: int, script: Path, arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process that failed says why
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-                          max_restarts=0, signals_to_handle="SIGTERM,SIGINT")
+    config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                          local_addr="localhost", max_restarts=0, signals_to_handle="SIGTERM,SIGINT")
     try:
         elastic_launch(config, sys.executable)(str(script), *arguments)
     except ChildFailedError as error:
