@@ -166,16 +166,23 @@ class Company(Ranks):
         # Of 1 x 1 convolutions in channels_last layout: the strides mean the same, and the copy is small.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
+        # What more than two ranks sum has an order, which depends on the place in what is sent; and buckets are
+        # arranged anew after the first step, so also after a resumption. So there each gradient is sent by itself.
+        apart = self.count > 2
+
         def summed(_: None, bucket: dist.GradBucket  # type: ignore[name-defined]
                    ) -> torch.futures.Future[torch.Tensor]:
-            def arrived(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+            def arrived(future: torch.futures.Future[list[torch.futures.Future[list[torch.Tensor]]]]) -> torch.Tensor:
                 with self._noticing():
-                    return future.value()[0]
+                    for each in future.value():
+                        each.value()
+                return buffer
 
+            buffer: torch.Tensor = bucket.buffer()
+            parts = torch.split(buffer, [each.numel() for each in bucket.gradients()]) if apart else (buffer,)
             with self._noticing():
-                work = dist.all_reduce(bucket.buffer(), async_op=True)
-            assert work is not None
-            return work.get_future().then(arrived)
+                works = [dist.all_reduce(part, async_op=True) for part in parts]
+            return torch.futures.collect_all([work.get_future() for work in works if work is not None]).then(arrived)
 
         # All ranks have equal buffers, and none changes in training; PyTorch 2.15 has another word for it.
         known = inspect.signature(DistributedDataParallel).parameters

@@ -163,19 +163,22 @@ def test_a_killed_rank_ends_the_job_with_a_reason(copied, rank):
 
 
 @pytest.mark.slow
-def test_a_job_killed_and_then_terminated_goes_on_to_the_same_bytes(copied):
-    uninterrupted = start(copied.parents[1], 2, *LONG)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_job_killed_and_then_terminated_goes_on_to_the_same_bytes(copied, count):
+    """In batches of as many pictures, of which none has all: a sum of three has an order."""
+    command = (*LONG, "--set", f"train_rpn.images_per_batch={count}")
+    uninterrupted = start(copied.parents[1], count, *command)
     uninterrupted.communicate(timeout=300)
     expected = sha256_file(copied / file_name("M1"))
     for number, iteration, code in ((signal.SIGKILL, 20, 6), (signal.SIGTERM, 40, 143)):
-        launcher = start(copied.parents[1], 2, *LONG)
+        launcher = start(copied.parents[1], count, *command)
         wait_for_iteration(copied, iteration, launcher)
         os.kill(ranks_of(launcher)[1], number)
         _, said = launcher.communicate(timeout=60)
         assert launcher.returncode == code
         assert "M1: goes on after iteration" in said or number == signal.SIGKILL
     assert complaints(said) == ["altopt: stopped by SIGTERM; run the same command again to go on"]
-    last = start(copied.parents[1], 2, *LONG)
+    last = start(copied.parents[1], count, *command)
     _, said = last.communicate(timeout=300)
     assert "M1: goes on after iteration" in said
     assert (uninterrupted.returncode, last.returncode) == (0, 0)
