@@ -4,6 +4,7 @@ So ``altopt plan`` can say at once how much room feature maps will take.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from altopt.config import NetworkConfig
 from altopt.layers import LAYERS, Window
@@ -19,6 +20,11 @@ def scale_of(size: tuple[int, int], short_side: int, max_side: int) -> float:
 def input_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """Return (width, height) of a picture of ``size`` in the input frame."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def original_frame(network: NetworkConfig, size: tuple[int, int]) -> NetworkConfig:
+    """Return the network with the frame in which a picture of ``size`` keeps its pixels."""
+    return replace(network, short_side=min(size), max_side=max(size))
 
 
 def map_shape(network: NetworkConfig, size: tuple[int, int], layers: int | None = None) -> tuple[int, int, int]:

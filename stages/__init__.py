@@ -1,14 +1,14 @@
 """The training schemes, each a list of steps: what is made, by which stage, from what."""
 
 from stages.assemble import add_rpn_layers
-from stages.detect import detect_on_proposals, detect_shared, detect_unshared
+from stages.detect import detect_shared, detect_unshared
 from stages.fast_rcnn import (
     train_box_layer,
     train_classification,
     train_fast_rcnn,
     train_fast_rcnn_frozen_conv,
 )
-from stages.fast_rcnn_svms import cache_pooled_features, detect_with_svms
+from stages.fast_rcnn_regions import cache_pooled_features, detect_on_proposals, detect_with_svms
 from stages.joint import train_approximate_joint, train_exact_joint
 from stages.pretrained import load_imagenet_weights, pretrain_on_crops
 from stages.proposals import generate_proposals

@@ -10,8 +10,9 @@ from altopt.proposal_formats.json_files import write_json
 from altopt.proposal_formats.pickles import write_detectron2, write_py_faster_rcnn
 from cache.files import atomic_path
 from cache.proposals import ProposalFile
-from stages.importing import open_split, split_of
+from stages.importing import open_split
 from stages.run import Run
+from stages.step import split_of
 
 FORMATS = ("hdf5", "json", "detectron2", "py-faster-rcnn")
 BY_SUFFIX = {".h5": "hdf5", ".hdf5": "hdf5", ".json": "json"}

@@ -1,6 +1,5 @@
 """Proposals of one's own: a file of any known format, looked at and measured, becomes a given artifact of a run."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,8 +21,8 @@ from altopt.proposal_formats.selective_search_mat import read_mat
 from cache.files import digest_files, sha256_file
 from cache.proposals import ProposalFile, ProposalWriter
 from stages.run import Run
+from stages.step import split_of
 
-Split = Literal["train", "test"]
 Reader = Callable[[Path, tuple[str, ...]], Incoming]
 NAMED = 3  # pictures that a message names
 SHOWN = (0, 2, 4, 6, 8)  # of the thresholds: IoU 0.5, 0.6, ... 0.9
@@ -44,14 +43,6 @@ READERS: dict[str, Reader] = {
     ".h5": read_hdf5, ".hdf5": read_hdf5, ".mat": read_mat, ".pkl": read_pickle, ".pickle": read_pickle,
     ".json": read_json,
 }
-
-
-def split_of(artifact: str) -> Split:
-    """Return the split that an artifact is about: P0, P1, ... train, T0 test. Raises ``UsageError``."""
-    if not re.fullmatch(r"[PT]\d", artifact):
-        raise UsageError(f"{artifact!r} is no name for proposals: P0, P1, ... are those of the training split, T0 of "
-                         "the test split")
-    return "train" if artifact.startswith("P") else "test"
 
 
 def open_split(run: Run, artifact: str) -> Dataset:

@@ -1,10 +1,10 @@
 """Slow R-CNN: fine-tuning on warped regions, the features of every region, detection by SVMs and box regressors."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from altopt.config import NetworkConfig, RegionDetectionRule, TrainingConfig, sourced
+from altopt.config import RegionDetectionRule, TrainingConfig, sourced
 from stages.split_config import OnTestSplit, OnTrainSplit
 from stages.step import Runtime
 
@@ -54,6 +54,7 @@ class DetectRCNN(RegionDetectionRule, OnTestSplit):
 def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: TrainOnWarpedRegions,
                             runtime: Runtime) -> dict[str, Any]:
     """Fine-tune the network as a classifier of warped regions."""
+    from altopt.extents import original_frame
     from altopt.pictures import read_sample
     from altopt.region_classifier import WarpedTraining
     from stages.training import CachedProposals, Training, roi_sampling, trainable_entries
@@ -97,8 +98,3 @@ def detect_rcnn(network: Path, svms: Path, regressors: Path, proposals: Path, *,
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
     linear = LinearLayers(svms, regressors, fine_tuned)
     return detect_regions(fine_tuned, WarpedRegions(fine_tuned), linear, proposals, out)
-
-
-def original_frame(network: NetworkConfig, size: tuple[int, int]) -> NetworkConfig:
-    """Return the network with the frame in which a picture of ``size`` keeps its pixels."""
-    return replace(network, short_side=min(size), max_side=max(size))

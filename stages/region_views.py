@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from altopt.config import NetworkConfig
-from altopt.extents import scale_of
+from altopt.extents import original_frame, scale_of
 from altopt.pictures import Sample, make_batch, read_sample
 from altopt.pyramid import pool_at_nearest_scale
 from altopt.warped_crops import warp
 from cache.features import FeatureMapFile, MapKey
-from stages.rcnn import original_frame
 from stages.regions import RegionNetwork
 
 Maps = list[Tensor]

@@ -19,6 +19,7 @@ from altopt.errors import ArtifactError
 from altopt.evaluation.detections import Detections, to_coco_results
 from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import proposal_recall
+from altopt.fast_rcnn import FastRCNNHead, detections_of
 from altopt.randomness import generator
 from altopt.region_classifier import RegionClassifier
 from altopt.region_detections import region_detections
@@ -228,6 +229,48 @@ def linear_layer(path: Path, network: RegionNetwork) -> tuple[Tensor, Tensor]:
                             "make it again from this one's features")
     require_classes(path, description, network.dataset)
     return tensors["weights"].to(network.device), tensors["biases"].to(network.device)
+
+
+class SoftmaxAndBoxes:
+    """The head of a Fast R-CNN."""
+
+    def __init__(self, network: RegionNetwork) -> None:
+        self.rule = network.config
+        with torch.device("meta"):
+            self.head = FastRCNNHead(network.classifier.features, len(network.dataset.classes))
+        tensors, _ = load_checkpoint(network.path)
+        self.head.load_state_dict({name: tensors[f"head.{name}"] for name in self.head.state_dict()}, assign=True)
+        self.head.to(network.device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits ``Tensor[R, K + 1]`` and deltas ``Tensor[R, K + 1, 4]``, background first."""
+        logits, normalised = self.head(hidden)
+        return logits, self.head.deltas(normalised)
+
+    def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor,
+                   size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what ``detections_of`` makes of them."""
+        return detections_of(scores, deltas, boxes, size, self.rule)
+
+
+class SVMsAndBoxes(SoftmaxAndBoxes):
+    """SVMs in place of the softmax, and the network's own box layer."""
+
+    def __init__(self, svms: Path, network: RegionNetwork) -> None:
+        super().__init__(network)
+        self.weights, self.biases = linear_layer(svms, network)
+
+    @torch.inference_mode()
+    def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores ``Tensor[R, K]`` and deltas ``Tensor[R, K, 4]``."""
+        _, deltas = super().__call__(pooled, hidden)
+        return torch.addmm(self.biases, hidden, self.weights.T), deltas[:, 1:]
+
+    def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor,
+                   size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what ``region_detections`` makes of them."""
+        return region_detections(scores, deltas, boxes, size, self.rule)
 
 
 def detect_regions(network: RegionNetwork, regions: Regions, outputs: Outputs, proposals: Path,

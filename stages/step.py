@@ -6,15 +6,18 @@ Stage functions import torch when they run, not when they are imported, so that 
 """
 
 import os
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from altopt.errors import UsageError
 from altopt.ranks import Ranks
 
+Split = Literal["train", "test"]
 SUFFIXES = {
     "M": ".safetensors", "P": ".h5", "D": ".json",
     "F": ".h5",  # features, of pictures or of regions
@@ -64,6 +67,14 @@ def file_name(artifact: str) -> str:
     """Return the name of an artifact's file in a run folder: M1.safetensors, P1.h5, D5.detections.json."""
     kind = SUFFIXES[artifact[0]]
     return f"{artifact}.detections{kind}" if artifact[0] == "D" else f"{artifact}{kind}"
+
+
+def split_of(artifact: str) -> Split:
+    """Return the split that an artifact is about: P0, P1, ... train, T0 test. Raises ``UsageError``."""
+    if not re.fullmatch(r"[PT]\d", artifact):
+        raise UsageError(f"{artifact!r} is no name for proposals: P0, P1, ... are those of the training split, T0 of "
+                         "the test split")
+    return "train" if artifact.startswith("P") else "test"
 
 
 def unheard(event: dict[str, Any]) -> None:

@@ -8,11 +8,10 @@ Inside a shape, lengths are in half pixels from its centre: then the centres of 
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from altopt.datasets.shapes import GENERATOR, SHAPES, Box
 
 SIZES = (30, 180)  # least and greatest, of the longer side in pixels; a factor of 6
 MAX_OBJECTS = 5
@@ -28,6 +27,7 @@ _AXIS = 64  # a shape is turned to the direction (_AXIS, tilt), by up to 9 degre
 _MAX_TILT = 10
 _WEIGHT_BITS = 5  # of the weights of interpolation, so few that its products fit into 16 bits
 
+Box = tuple[int, int, int, int]
 Mask = NDArray[np.bool_]
 Planes = NDArray[np.int16]
 
@@ -54,13 +54,13 @@ class Dice:
         return words.view(np.int8)[:count].reshape(shape).astype(np.int16)
 
 
-def draw(seed: int, split: str, number: int, width: int, height: int) -> tuple[NDArray[np.uint8], list[Box], list[int]]:
+def draw(seed: str, shapes: Sequence[str], width: int, height: int) -> tuple[NDArray[np.uint8], list[Box], list[int]]:
     """Return pixels RGB [H, W, 3], boxes xyxy and labels of one picture: noise, and one to five shapes on it."""
-    dice = Dice(f"altopt shapes {GENERATOR}: {seed} {split} {number} {width} {height}")
+    dice = Dice(seed)
     canvas = Canvas(dice, width, height)
     for _ in range(dice.between(1, MAX_OBJECTS)):
-        label = dice.below(len(SHAPES))
-        canvas.add(label, shape_mask(dice, SHAPES[label], min(width, height)))
+        label = dice.below(len(shapes))
+        canvas.add(label, shape_mask(dice, shapes[label], min(width, height)))
     pixels = np.stack(tuple(canvas.planes.clip(0, 255).astype(np.uint8)), axis=-1)  # (H, W, 3)
     return pixels, canvas.boxes, canvas.labels
 

@@ -18,16 +18,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GENERATOR = 4  # part of the description: to be raised with any change of what is drawn
+    from altopt.datasets.shape_drawing import Box
 
+GENERATOR = 4  # part of the description: to be raised with any change of what is drawn
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SMALLEST_PICTURE = 40
 KEPT_PICTURES = 1000  # of a data set, once drawn: more are drawn anew each time, so that memory stays flat
 KEPT_BYTES = 2**30
 
 _SPLIT = re.compile(r"([A-Za-z0-9_-]+):([1-9][0-9]{0,5})")
-
-Box = tuple[int, int, int, int]
 
 
 class ShapesDataset:
@@ -72,7 +71,8 @@ class ShapesDataset:
             from altopt.datasets.shape_drawing import draw
 
             name, _, number = picture_id.rpartition("-")
-            drawn = draw(self._seed, name, int(number), self._width, self._height)
+            seed = f"altopt shapes {GENERATOR}: {self._seed} {name} {int(number)} {self._width} {self._height}"
+            drawn = draw(seed, SHAPES, self._width, self._height)
             kept = len(self._drawn) + 1
             if kept <= KEPT_PICTURES and kept * drawn[0].nbytes <= KEPT_BYTES:
                 self._drawn[picture_id] = drawn

@@ -26,7 +26,7 @@ from stages.assemble import Assemble, add_rpn_layers
 from stages.bench.compiled_trunk import CompiledTrunk
 from stages.bench.contender import Contender, Identity, Precision
 from stages.bench.workplace import Workplace
-from stages.detect import Detect, detected
+from stages.detection import Detect, detected
 from stages.fast_rcnn import TrainFastRCNN, TrainFastRCNNFrozenConv, fast_rcnn_training
 from stages.joint import TrainApproximateJoint, TrainExactJoint, joint_training
 from stages.proposals import GenerateProposals, proposed

@@ -15,7 +15,7 @@ from altopt.stopwatch import Stopwatch
 from altopt.torchvision_detector import torchvision_detector, torchvision_input
 from stages.bench.contender import Contender, Identity, Precision
 from stages.bench.workplace import Workplace
-from stages.detect import Detect
+from stages.detection import Detect
 from stages.joint import TrainApproximateJoint
 
 NAMES = ("torchvision_training", "torchvision_detection")

@@ -8,7 +8,7 @@ from altopt.datasets import shapes
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.datasets.shape_drawing import MAX_IOU, SIZES, Canvas, Dice, draw, enlarge, iou_percent, shape_mask
-from altopt.datasets.shapes import SHAPES, ShapesDataset
+from altopt.datasets.shapes import GENERATOR, SHAPES, ShapesDataset
 from altopt.errors import UsageError
 
 DIGESTS = ["8acee30375c607e4", "7a9ba535dbdcdf86", "a61e3e52c51be8e8"]
@@ -64,7 +64,7 @@ def test_a_picture_depends_on_what_it_should_only():
 
 
 def test_objects_keep_to_the_rules():
-    drawn = [draw(3, "train", number, 320, 240) for number in range(40)]
+    drawn = [draw(f"altopt shapes {GENERATOR}: 3 train {number} 320 240", SHAPES, 320, 240) for number in range(40)]
     assert {len(boxes) for _, boxes, _ in drawn} == {1, 2, 3, 4, 5}
     assert {label for _, _, labels in drawn for label in labels} == set(range(len(SHAPES)))
     for pixels, boxes, _ in drawn:
@@ -184,4 +184,5 @@ def test_opening_takes_the_split_that_is_asked_for():
 
 
 def test_smallest_picture_has_a_shape():
-    assert all(len(draw(0, "train", number, 40, 40)[1]) >= 1 for number in range(20))
+    drawn = [draw(f"altopt shapes {GENERATOR}: 0 train {number} 40 40", SHAPES, 40, 40) for number in range(20)]
+    assert all(len(boxes) >= 1 for _, boxes, _ in drawn)

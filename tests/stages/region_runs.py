@@ -19,7 +19,7 @@ from cache.checkpoints import save_checkpoint
 from cache.files import sha256_file
 from cache.proposals import ProposalWriter
 from stages.fast_rcnn import TrainFastRCNN, train_fast_rcnn
-from stages.fast_rcnn_svms import CachePooledFeatures, DetectWithSVMs, cache_pooled_features, detect_with_svms
+from stages.fast_rcnn_regions import CachePooledFeatures, DetectWithSVMs, cache_pooled_features, detect_with_svms
 from stages.rcnn import (
     CacheWarpedFeatures,
     DetectRCNN,

@@ -12,9 +12,8 @@ from altopt.errors import ArtifactError
 from cache.checkpoints import load_checkpoint
 from cache.files import sha256_file
 from stages import SCHEMES
-from stages.detect import detect_on_proposals
 from stages.fast_rcnn import train_box_layer, train_classification, train_fast_rcnn
-from stages.fast_rcnn_svms import cache_pooled_features, detect_with_svms
+from stages.fast_rcnn_regions import cache_pooled_features, detect_on_proposals, detect_with_svms
 from stages.step import Runtime, Step
 from stages.svms import train_svms
 

@@ -11,6 +11,7 @@ from altopt import boxes as bx
 from altopt.datasets.shapes import ShapesDataset
 from altopt.errors import ArtifactError
 from altopt.evaluation.detections import read_detections
+from altopt.extents import original_frame
 from altopt.frozen import picture_maps
 from altopt.pictures import make_batch, read_sample, stored_sample
 from altopt.pyramid import pyramid_pool
@@ -24,7 +25,6 @@ from cache.checkpoints import load_checkpoint, read_description
 from cache.features import FeatureMapFile, MapKey
 from cache.proposals import ProposalFile
 from cache.region_features import RegionFeatureFile
-from stages.rcnn import original_frame
 from stages.regions import boxes_of
 from stages.spp_net import TrainFCLayers, train_fc_layers
 from stages.step import Runtime, file_name

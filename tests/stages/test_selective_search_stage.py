@@ -13,13 +13,13 @@ from altopt.datasets.dataset import DataConfig
 from altopt.errors import ResourceError, UsageError
 from cache.files import sha256_file
 from cache.proposals import ProposalFile
-from stages.searching import to_proposals
 from stages.selective_search import (
     SelectiveSearch,
     SelectiveSearchTest,
     search_step,
     selective_search,
     selective_search_test,
+    to_proposals,
 )
 from stages.step import Runtime
 
