@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.console import note_if_nothing, print_json, print_result, print_score, print_survey, reporter, show, stderr
-from stages.options import (
+from stages.console.options import (
     AS_OPTION,
     FRAMES,
     FROM_OPTION,
@@ -21,9 +20,19 @@ from stages.options import (
     work_runtime,
     working_in,
 )
+from stages.console.output import (
+    note_if_nothing,
+    print_json,
+    print_result,
+    print_score,
+    print_survey,
+    reporter,
+    show,
+    stderr,
+)
 
 if TYPE_CHECKING:
-    from stages.step import Step
+    from stages.shared.step import Step
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 1 a bug, 2 usage or settings, 3 data set invalid, 4 artifact missing, foreign or corrupt,
@@ -62,7 +71,7 @@ class Stages(Suggesting):
         """Return the command of one stage, with its inputs, output and settings as its help."""
         from altopt.errors import UsageError
         from stages import PRETRAINED, SCHEMES
-        from stages.run import find_step
+        from stages.pipeline.run import find_step
 
         complaints = []
         for scheme in SCHEMES.values():
@@ -100,8 +109,8 @@ def run_all(given: tuple[str, ...], until: str | None, as_json: bool, **options:
     altopt run-all --recipe voc07-squeezenet-mini --data-root data --from M0=squeezenet.pth
     altopt run-all --from M2 --until P2
     """
-    from stages.evaluation import summary
-    from stages.run import find_step, take_from
+    from stages.pipeline.evaluation import summary
+    from stages.pipeline.run import find_step, take_from
 
     run = open_run(options)
     with working_in(run):
@@ -116,7 +125,7 @@ def run_all(given: tuple[str, ...], until: str | None, as_json: bool, **options:
     if as_json:
         print_json(result)
     else:
-        from stages.reporting import summary_tables
+        from stages.console.reporting import summary_tables
 
         show(*summary_tables(result))
 
@@ -141,7 +150,7 @@ def stage_command(word: str, step: "Step") -> click.Command:
     @option("--init", metavar="M1", help="Start this stage's weights from another network than the list's.")
     @option("--force", is_flag=True, help="Make the output anew even if it is up to date.")
     def run_stage(given: tuple[str, ...], init: str | None, force: bool, **options: Any) -> None:
-        from stages.run import find_step, run_one, take_from
+        from stages.pipeline.run import find_step, run_one, take_from
 
         run = open_run(options)
         target = find_step(run.recipe.steps, word)
@@ -155,7 +164,7 @@ def stage_command(word: str, step: "Step") -> click.Command:
                 made = run_one(run, target, force)
             note_if_nothing(made, run, target.output)
 
-    from stages.recipe import describe_config
+    from stages.pipeline.recipe import describe_config
 
     inputs = ", ".join(step.inputs) or "nothing"
     text = f"{step.summary}\n\n\b\nInputs: {inputs}\nOutput: {step.output}\n\n\b\n{describe_config(step)}"
@@ -197,8 +206,8 @@ def evaluate(network: str | None, protocol: str | None, as_json: bool, **options
     \b
     altopt evaluate M5 --protocol voc10
     """
-    from stages.evaluation import detection_step
-    from stages.evaluation import evaluate as score_network
+    from stages.pipeline.evaluation import detection_step
+    from stages.pipeline.evaluation import evaluate as score_network
 
     run = open_run(options)
     with locked(run):
@@ -238,8 +247,8 @@ def recall(proposals: str, limits: tuple[int, ...], as_json: bool, **options: An
     \b
     altopt recall P2 --limit 300
     """
-    from stages.evaluation import recall as recall_of
-    from stages.reporting import recall_table
+    from stages.console.reporting import recall_table
+    from stages.pipeline.evaluation import recall as recall_of
 
     print_result(recall_of(open_run(options), proposals.upper(), limits), as_json, recall_table)
 
@@ -276,7 +285,7 @@ def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, i
     altopt proposals import voc_2007_trainval.mat --as P0
     altopt proposals import boxes.json --as T0 --frame inclusive-1 --allow-missing
     """
-    from stages.importing import import_proposals
+    from stages.pipeline.importing import import_proposals
 
     run = open_run(options)
     run.runtime.report = reporter()
@@ -286,7 +295,7 @@ def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, i
     if as_json:
         print_json(result)
     else:
-        from stages.reporting import recall_table
+        from stages.console.reporting import recall_table
 
         click.echo(f"{result['file']}: {result['boxes']} proposals on {result['pictures']} pictures, from "
                    f"{result['format']}, read as {result['frame']}")
@@ -309,7 +318,7 @@ def export_command(artifact: str, file: Path, form: str | None, as_json: bool, *
     altopt proposals export P2 P2.json
     altopt proposals export P1 P1.pkl --format py-faster-rcnn
     """
-    from stages.exporting import export_proposals
+    from stages.pipeline.exporting import export_proposals
 
     result = export_proposals(open_run(options), artifact.upper(), file, form)
     if as_json:
@@ -330,7 +339,7 @@ def selective_search_command(artifact: str, force: bool, **options: Any) -> None
     \b
     altopt proposals selective-search --as P0
     """
-    from stages.selective_search import search_step
+    from stages.steps.selective_search import search_step
 
     run = open_run(options)
     with working_in(run):
@@ -346,7 +355,7 @@ def recipes(as_json: bool) -> None:
     \b
     altopt recipes
     """
-    from stages.recipe import describe_recipes
+    from stages.pipeline.recipe import describe_recipes
 
     known = describe_recipes()
     if as_json:
@@ -366,7 +375,7 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
     \b
     altopt recipe voc07-vgg16 > mine.toml
     """
-    from stages.recipe import read_recipe
+    from stages.pipeline.recipe import read_recipe
 
     resolved = read_recipe(name, sets)
     if as_json:
@@ -389,7 +398,7 @@ def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str,
     altopt fetch-voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
     """
     from altopt.datasets.voc07_archive import VOC07, obtain, read_manifest
-    from stages.progress import download_progress
+    from stages.console.progress import download_progress
 
     if manifest:
         click.echo(f"archives are accepted by {manifest}, not by the official sizes and hashes", err=True)
@@ -409,8 +418,8 @@ def beside(as_json: bool, **options: Any) -> None:
     \b
     altopt beside --recipe voc07-vgg16
     """
-    from stages.evaluation import beside_published
-    from stages.reporting import beside_table
+    from stages.console.reporting import beside_table
+    from stages.pipeline.evaluation import beside_published
 
     run = open_run(options)
     with locked(run):
@@ -443,8 +452,8 @@ def compare(schemes: str | None, variants: Path | None, seeds: int, recipe: str,
     altopt compare --variants benchmarks/fast_rcnn_ablations.toml
     """
     from altopt.errors import DivergedError, UsageError
-    from stages import comparison
-    from stages.variants import read_variants
+    from stages.pipeline import comparison
+    from stages.pipeline.variants import read_variants
 
     if schemes and variants:
         raise UsageError("--schemes and --variants both say what to compare: leave one out")
@@ -461,7 +470,7 @@ def compare(schemes: str | None, variants: Path | None, seeds: int, recipe: str,
     if as_json:
         print_json(table)
     elif results:
-        from stages.reporting import comparison_table
+        from stages.console.reporting import comparison_table
 
         show(comparison_table(comparison.HEADINGS, comparison.printed(table)))
         click.echo(f"The same in {folder}/compare.json, .csv and .md")
@@ -483,8 +492,8 @@ def probe(network: str | None, pictures: int, as_json: bool, **options: Any) -> 
     \b
     altopt probe M5 --pictures 16
     """
-    from stages.probing import probe as probe_network
-    from stages.reporting import probe_table
+    from stages.console.reporting import probe_table
+    from stages.pipeline.probing import probe as probe_network
 
     print_result(probe_network(open_run(options), network, pictures), as_json, probe_table)
 
@@ -540,8 +549,8 @@ def run() -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run a command and return its exit code; unexpected exceptions keep their traceback."""
     from altopt.errors import AltoptError
-    from altopt.interruption import Terminated, raise_on_sigterm
-    from altopt.ranks import OtherRankError, company
+    from altopt.machine.distributed import OtherRankError, company
+    from altopt.machine.interruption import Terminated, raise_on_sigterm
 
     raise_on_sigterm()
     try:
@@ -550,7 +559,7 @@ def exit_code(arguments: list[str]) -> int:
                 code = main.main(arguments, prog_name="altopt", standalone_mode=False, obj=ranks)
                 ranks.announce(None)
                 return code if isinstance(code, int) else 0  # what ctx.exit() was given
-            from stages.run import help_rank_0
+            from stages.pipeline.run import help_rank_0
 
             help_rank_0(ranks)
     except OtherRankError as error:

@@ -1,7 +1,7 @@
 """The conv layers of every network by name, and which of them a recipe freezes. No torch here.
 
-So ``altopt plan`` can say at once how much room feature maps will take. The tables are those of altopt/backbones.py,
-and tests hold them against the networks.
+So ``altopt plan`` can say at once how much room feature maps will take. The tables are those of
+altopt/models/backbones.py, and tests hold them against the networks.
 """
 
 from collections.abc import Collection, Iterable, Sequence

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from altopt.allocation import keep_freed_memory
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
-from altopt.detector import PARTS, FasterRCNN, initialise
-from altopt.randomness import generator
+from altopt.machine.allocation import keep_freed_memory
+from altopt.machine.randomness import generator
+from altopt.models.detector import PARTS, FasterRCNN, initialise
 from cache.checkpoints import save_checkpoint
-from stages.proposals import GenerateProposals, generate_proposals
-from stages.step import Runtime
-from stages.training import describe_network
+from stages.shared.step import Runtime
+from stages.shared.training import describe_network
+from stages.steps.proposals import GenerateProposals, generate_proposals
 
 PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 

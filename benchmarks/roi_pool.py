@@ -1,9 +1,9 @@
 """What RoI pooling costs, and what adding up in a fixed order adds: ``python -m benchmarks.roi_pool [--device cuda]``.
 
 Times forward and backward passes on VGG16's conv5 map of a picture of 608 x 800: of torchvision's op as it is, of
-``altopt.roi_pool`` (which divides it among threads on the CPU), of what that does on CUDA with ``--deterministic``, and
-the forward pass of ``altopt.roi_pool`` where no gradient is asked for; in turns, and prints the medians. On the CPU
-with one thread (the default) it is processor time, with several the clock's; on CUDA the time between two events.
+``altopt.ops.roi_pool`` (which divides it among threads on the CPU), of what that does on CUDA with ``--deterministic``,
+and the forward pass of ``altopt.ops.roi_pool`` where no gradient is asked for; in turns, and prints the medians. On
+the CPU with one thread (the default) it is processor time, with several the clock's; on CUDA the time between two events.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from altopt.allocation import keep_freed_memory
-from altopt.determinism import fixed_order
-from altopt.roi_pool import pool_in_order, roi_pool
+from altopt.machine.allocation import keep_freed_memory
+from altopt.machine.determinism import fixed_order
+from altopt.ops.roi_pool import pool_in_order, roi_pool
 
 SHAPE = (1, 512, 38, 50)  # conv5 of VGG16
 GRID = 7

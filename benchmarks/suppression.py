@@ -2,7 +2,7 @@
 
 Boxes are the anchors of VGG16's map of a picture of 600 x 800, moved by an RPN that has just been drawn or by one that
 is sure of a few places; they are sorted, and the best 2000 apart (IoU 0.7) are kept, as for training, or the best 300
-of 6000, as for detection. Times ``altopt.suppression`` and torchvision's op in turns and prints the medians.
+of 6000, as for detection. Times ``altopt.ops.suppression`` and torchvision's op in turns and prints the medians.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import torch
 import torchvision
 from torch import Tensor
 
-from altopt import boxes as bx
-from altopt.anchors import reference_anchors, shifted_anchors
 from altopt.config import NetworkConfig
-from altopt.suppression import best_apart
+from altopt.ops import boxes as bx
+from altopt.ops.anchors import reference_anchors, shifted_anchors
+from altopt.ops.suppression import best_apart
 
 WIDTH, HEIGHT, STRIDE = 800, 600, 16
 OVERLAP = 0.7

@@ -1,23 +1,23 @@
 """The training schemes, each a list of steps: what is made, by which stage, from what."""
 
-from stages.assemble import add_rpn_layers
-from stages.detect import detect_shared, detect_unshared
-from stages.fast_rcnn import (
+from stages.shared.step import Step
+from stages.steps.assemble import add_rpn_layers
+from stages.steps.detect import detect_shared, detect_unshared
+from stages.steps.fast_rcnn import (
     train_box_layer,
     train_classification,
     train_fast_rcnn,
     train_fast_rcnn_frozen_conv,
 )
-from stages.fast_rcnn_regions import cache_pooled_features, detect_on_proposals, detect_with_svms
-from stages.joint import train_approximate_joint, train_exact_joint
-from stages.pretrained import load_imagenet_weights, pretrain_on_crops
-from stages.proposals import generate_proposals
-from stages.rcnn import cache_warped_features, detect_rcnn, train_on_warped_regions
-from stages.rpn import train_rpn, train_rpn_frozen_conv
-from stages.selective_search import selective_search, selective_search_test
-from stages.spp_net import cache_conv_features, cache_region_features, detect_spp_net, train_fc_layers
-from stages.step import Step
-from stages.svms import train_regressors, train_svms
+from stages.steps.fast_rcnn_regions import cache_pooled_features, detect_on_proposals, detect_with_svms
+from stages.steps.joint import train_approximate_joint, train_exact_joint
+from stages.steps.pretrained import load_imagenet_weights, pretrain_on_crops
+from stages.steps.proposals import generate_proposals
+from stages.steps.rcnn import cache_warped_features, detect_rcnn, train_on_warped_regions
+from stages.steps.rpn import train_rpn, train_rpn_frozen_conv
+from stages.steps.selective_search import selective_search, selective_search_test
+from stages.steps.spp_net import cache_conv_features, cache_region_features, detect_spp_net, train_fc_layers
+from stages.steps.svms import train_regressors, train_svms
 
 # M0 comes from before the list; a recipe has the table of one of the two.
 PRETRAINED = [

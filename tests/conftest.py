@@ -25,7 +25,7 @@ class Answer:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run folder with all artifacts and scores of the tiny recipe, not to be changed."""
-    from stages.evaluation import summary
+    from stages.pipeline.evaluation import summary
 
     folder = tmp_path_factory.mktemp("finished") / "tiny"
     run = open_tiny(folder)

@@ -35,7 +35,7 @@ def in_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 
 def _rank(results: Any, rank: int, count: int, port: int, function: Callable[..., Any], arguments: Any) -> None:
-    from altopt.ranks import company
+    from altopt.machine.distributed import company
 
     os.environ.update(LOOPBACK | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})

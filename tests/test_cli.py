@@ -410,7 +410,7 @@ def test_lack_of_memory_exits_with_6(altopt, copied, monkeypatch, error):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr("altopt.training.make_batch", fail)
+    monkeypatch.setattr("altopt.training.loop.make_batch", fail)
     answer = altopt("stage", "1", "--run", "tiny", "--force")
     assert answer.code == 6
     assert "lower images_per_batch or short_side" in answer.err.splitlines()[-1]
@@ -420,7 +420,7 @@ def test_other_errors_are_bugs_and_keep_their_traceback(altopt, copied, monkeypa
     def fail(*arguments):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("altopt.training.make_batch", fail)
+    monkeypatch.setattr("altopt.training.loop.make_batch", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         altopt("stage", "1", "--run", "tiny", "--force")
 
@@ -438,7 +438,7 @@ def test_full_disk_exits_with_6(altopt, copied, monkeypatch):
 
 def test_download_that_fails_exits_with_7(altopt, workplace, monkeypatch):
     url = "http://127.0.0.1:9/squeezenet1_1-b8a52dc0.pth"
-    monkeypatch.setattr("altopt.imagenet.WEIGHTS", {"squeezenet1_1": SimpleNamespace(url=url)})
+    monkeypatch.setattr("altopt.models.imagenet.WEIGHTS", {"squeezenet1_1": SimpleNamespace(url=url)})
     monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))
     write_recipe(workplace / "squeeze.toml", TINY.partition("[pretrain_on_crops]")[0].replace(
         '"small"', '"squeezenet1_1"'))
@@ -479,7 +479,7 @@ def test_looking_into_a_busy_folder(altopt, copied, holder):
 @pytest.mark.parametrize("event", ["progress", "pictures"])
 def test_signals_exit_with_their_code_and_work_goes_on(altopt, copied, finished, monkeypatch, number, code, words,
                                                        event):
-    from stages.progress import Reporter
+    from stages.console.progress import Reporter
 
     original = Reporter.__call__
 

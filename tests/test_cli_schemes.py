@@ -11,13 +11,13 @@ from tiny_runs import TINY, write_recipe
 
 from cache.checkpoints import load_checkpoint
 from stages import DETECTIONS, SCHEMES
-from stages.detect import detect_unshared
-from stages.fast_rcnn import train_fast_rcnn
-from stages.proposals import generate_proposals
-from stages.recipe import read_recipe
-from stages.rpn import train_rpn
-from stages.run import open_folder
-from stages.step import Runtime, Step
+from stages.pipeline.recipe import read_recipe
+from stages.pipeline.run import open_folder
+from stages.shared.step import Runtime, Step
+from stages.steps.detect import detect_unshared
+from stages.steps.fast_rcnn import train_fast_rcnn
+from stages.steps.proposals import generate_proposals
+from stages.steps.rpn import train_rpn
 
 SIX = TINY.replace("[all]\n", "[all]\nrois_per_batch = 16         # few\n") + """
 [train_on_warped_regions]
@@ -73,7 +73,7 @@ def test_compare_all_schemes_then_nothing(altopt, six):
 
 
 def test_interrupted_compare_makes_only_the_rest(altopt, six, monkeypatch):
-    from stages.progress import Reporter
+    from stages.console.progress import Reporter
 
     original = Reporter.__call__
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from altopt.backbones import build
 from altopt.config import NETWORKS, NetworkConfig
 from altopt.extents import map_shape, maps_bytes
-from altopt.frozen import layers_of
+from altopt.models.backbones import build
+from altopt.models.frozen import layers_of
 
 SIDES = [*range(33, 81), 96, 127, 224, 300, 375, 500, 600, 800, 997, 1000]
 

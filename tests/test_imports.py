@@ -47,7 +47,7 @@ def test_imports_run_one_way(path):
 
 
 def test_the_scan_finds_imports_inside_functions():
-    names = imported(ROOT / "stages" / "assemble.py")
+    names = imported(ROOT / "stages" / "steps" / "assemble.py")
     assert "cache.checkpoints.save_checkpoint" in names
 
 

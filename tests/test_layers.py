@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from altopt.backbones import build
 from altopt.config import NETWORKS
 from altopt.errors import UsageError
-from altopt.frozen import frozen_depth
 from altopt.layers import LAYERS, frozen_layers, names_matching
-from altopt.training import freeze, layers_named
+from altopt.models.backbones import build
+from altopt.models.frozen import frozen_depth
+from altopt.training.loop import freeze, layers_named
 
 PATTERNS = [("conv1",), ("conv1", "conv2"), ("conv[12]*",), ("conv1", "conv3"), ("*",), (), ("conv1.*", "conv2.1"),
             ("conv2",)]

@@ -29,7 +29,7 @@ def test_whole_wheel(build):
 
 def test_expected_files():
     files = expected(ROOT)
-    assert {"cli.py", "altopt/rpn.py", "altopt/datasets/voc.py", "cache/lock.py", "stages/__init__.py",
+    assert {"cli.py", "altopt/models/rpn.py", "altopt/datasets/voc.py", "cache/lock.py", "stages/__init__.py",
             "stages/recipes/shapes.toml", "stages/recipes/__init__.py"} <= files
     assert not [name for name in files if name.startswith(("tests", "runs", "build"))]
 

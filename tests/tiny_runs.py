@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cache.files import sha256_file
-from stages.recipe import read_recipe
-from stages.run import Run
-from stages.step import Runtime, file_name
+from stages.pipeline.recipe import read_recipe
+from stages.pipeline.run import Run
+from stages.shared.step import Runtime, file_name
 
 ARTIFACTS = ("M0", "M1", "P1", "M2", "M3", "P2", "M4", "M5")
 STAGES = ("pretrain_on_crops", "train_rpn", "generate_proposals", "train_fast_rcnn", "train_rpn_frozen_conv",

@@ -4,8 +4,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-PACKAGES = ("altopt", "altopt/datasets", "altopt/evaluation", "altopt/proposal_formats", "cache", "stages",
-            "stages/bench", "stages/recipes")
+ROOMS = {
+    "altopt": ("batches", "datasets", "evaluation", "machine", "models", "ops", "proposal_formats", "training"),
+    "stages": ("bench", "console", "pipeline", "recipes", "shared", "steps"),
+    "cache": (),
+}
+PACKAGES = tuple(f"{top}/{room}" if room else top for top, rooms in ROOMS.items() for room in ("", *rooms))
 
 
 def expected(root: Path) -> set[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from altopt.download import Progress, exclusive, fetch, matches, need_space, sha256_of, writing
+from altopt.datasets.download import Progress, exclusive, fetch, matches, need_space, sha256_of, writing
 from altopt.errors import DataError, UsageError
 
 FOLDER = "VOCdevkit/VOC2007"

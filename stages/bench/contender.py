@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from altopt.allocation import give_back_freed_memory, keep_freed_memory
+from altopt.machine.allocation import give_back_freed_memory, keep_freed_memory
 from altopt.stopwatch import Stopwatch
 from stages.bench.memory import held_bytes
 

@@ -23,9 +23,9 @@ from stages.bench.rounds import run_rounds
 from stages.bench.schedule import Figures, ratios, schedule
 from stages.bench.watching import watched
 from stages.bench.workplace import Workplace
-from stages.recipe import nearest
-from stages.step import Runtime
-from stages.training import device_of
+from stages.pipeline.recipe import nearest
+from stages.shared.step import Runtime
+from stages.shared.training import device_of
 
 FORMAT_VERSION = 1
 CONTENDERS = (*stage_contenders.NAMES, *torchvision_contenders.NAMES)

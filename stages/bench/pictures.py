@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from altopt import boxes as bx
 from altopt.datasets.dataset import DataConfig, Dataset, to_coco
 from altopt.datasets.opening import open_dataset
-from altopt.randomness import generator
+from altopt.machine.randomness import generator
+from altopt.ops import boxes as bx
 from cache.proposals import ProposalWriter
 
 COUNT = 2  # as many as the largest batch holds

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from stages.fast_rcnn import TrainFastRCNN
-from stages.joint import TrainApproximateJoint
-from stages.rpn import TrainRPN
+from stages.steps.fast_rcnn import TrainFastRCNN
+from stages.steps.joint import TrainApproximateJoint
+from stages.steps.rpn import TrainRPN
 
 PICTURES = 5011  # VOC 2007 trainval; proposals are made of upright pictures only
 ENTRIES = 2 * PICTURES  # with mirror images

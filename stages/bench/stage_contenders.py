@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from altopt.batches.samples import Sample, make_batch
 from altopt.config import TrainingConfig
-from altopt.detector import FasterRCNN
-from altopt.joint import CoordinatePath
-from altopt.pictures import Sample, make_batch
-from altopt.ranks import Ranks
-from altopt.training import make_optimizer, prepared, state_of, take_step
+from altopt.machine.distributed import Ranks
+from altopt.models.detector import FasterRCNN
+from altopt.models.joint import CoordinatePath
+from altopt.training.loop import make_optimizer, prepared, state_of, take_step
 from cache.checkpoints import save_checkpoint
 from cache.snapshots import save_snapshot
-from stages.assemble import Assemble, add_rpn_layers
 from stages.bench.compiled_trunk import CompiledTrunk
 from stages.bench.contender import Contender, Identity, Precision
 from stages.bench.workplace import Workplace
-from stages.detection import Detect, detected
-from stages.fast_rcnn import TrainFastRCNN, TrainFastRCNNFrozenConv, fast_rcnn_training
-from stages.joint import TrainApproximateJoint, TrainExactJoint, joint_training
-from stages.proposals import GenerateProposals, proposed
-from stages.rpn import TrainRPN, TrainRPNFrozenConv, rpn_training
-from stages.training import describe_network
+from stages.shared.detection import Detect, detected
+from stages.shared.training import describe_network
+from stages.steps.assemble import Assemble, add_rpn_layers
+from stages.steps.fast_rcnn import TrainFastRCNN, TrainFastRCNNFrozenConv, fast_rcnn_training
+from stages.steps.joint import TrainApproximateJoint, TrainExactJoint, joint_training
+from stages.steps.proposals import GenerateProposals, proposed
+from stages.steps.rpn import TrainRPN, TrainRPNFrozenConv, rpn_training
 
 STAGE_OF: dict[type, str] = {
     TrainRPN: "train_rpn", TrainFastRCNN: "train_fast_rcnn", TrainRPNFrozenConv: "train_rpn_frozen_conv",

@@ -8,7 +8,7 @@ from altopt.errors import ArtifactError
 from altopt.stopwatch import PARTS
 from cache.files import write_text_atomic
 from stages.bench.machine import bfloat16_sentence
-from stages.plan import duration
+from stages.pipeline.plan import duration
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 RATIOS = {

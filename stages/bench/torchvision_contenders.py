@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altopt.pictures import Sample
+from altopt.batches.samples import Sample
+from altopt.models.torchvision_detector import torchvision_detector, torchvision_input
 from altopt.stopwatch import Stopwatch
-from altopt.torchvision_detector import torchvision_detector, torchvision_input
 from stages.bench.contender import Contender, Identity, Precision
 from stages.bench.workplace import Workplace
-from stages.detection import Detect
-from stages.joint import TrainApproximateJoint
+from stages.shared.detection import Detect
+from stages.steps.joint import TrainApproximateJoint
 
 NAMES = ("torchvision_training", "torchvision_detection")
 

@@ -3,29 +3,29 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import altopt.detector
-import altopt.fast_rcnn
-import altopt.frozen
-import altopt.joint
-import altopt.rpn
-import altopt.sampling
+import altopt.batches.sampling
+import altopt.models.detector
+import altopt.models.fast_rcnn
+import altopt.models.frozen
+import altopt.models.joint
+import altopt.models.rpn
 import cache.checkpoints
-import stages.feature_maps
-import stages.feature_store
+import stages.shared.feature_maps
+import stages.shared.feature_store
 from altopt.stopwatch import Stopwatch
 from cache.features import FeatureMapWriter
 
 WATCHED = [
-    (altopt.rpn, "label_anchors", "sampling"), (altopt.rpn, "sample_anchors", "sampling"),
-    (altopt.sampling, "sample_rois", "sampling"),
-    (altopt.fast_rcnn, "roi_pool", "roi_pool"), (altopt.joint, "pool_rois", "roi_pool"),
-    (altopt.detector, "pool_rois", "roi_pool"), (altopt.detector, "proposals_of", "rpn"),
-    (altopt.joint, "scored_boxes", "rpn"), (altopt.joint, "kept_boxes", "rpn"),
-    (altopt.detector, "detections_of", "head"), (altopt.rpn, "conv_features", "trunk"),
-    (altopt.fast_rcnn, "conv_features", "trunk"), (altopt.joint, "conv_features", "trunk"),
-    (altopt.frozen, "frozen_features", "trunk"), (stages.feature_maps, "picture_maps", "trunk"),
-    (stages.feature_maps, "make_batch", "decode"), (stages.feature_store, "read_sample", "decode"),
-    (stages.feature_store, "stored_sample", "decode"), (FeatureMapWriter, "write", "write"),
+    (altopt.models.rpn, "label_anchors", "sampling"), (altopt.models.rpn, "sample_anchors", "sampling"),
+    (altopt.batches.sampling, "sample_rois", "sampling"),
+    (altopt.models.fast_rcnn, "roi_pool", "roi_pool"), (altopt.models.joint, "pool_rois", "roi_pool"),
+    (altopt.models.detector, "pool_rois", "roi_pool"), (altopt.models.detector, "proposals_of", "rpn"),
+    (altopt.models.joint, "scored_boxes", "rpn"), (altopt.models.joint, "kept_boxes", "rpn"),
+    (altopt.models.detector, "detections_of", "head"), (altopt.models.rpn, "conv_features", "trunk"),
+    (altopt.models.fast_rcnn, "conv_features", "trunk"), (altopt.models.joint, "conv_features", "trunk"),
+    (altopt.models.frozen, "frozen_features", "trunk"), (stages.shared.feature_maps, "picture_maps", "trunk"),
+    (stages.shared.feature_maps, "make_batch", "decode"), (stages.shared.feature_store, "read_sample", "decode"),
+    (stages.shared.feature_store, "stored_sample", "decode"), (FeatureMapWriter, "write", "write"),
     (FeatureMapWriter, "__exit__", "write"), (cache.checkpoints, "save_checkpoint", "write"),
 ]
 

@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from altopt import backbones
-from altopt.box_statistics import fixed_statistics
+from altopt.batches.samples import Sample, read_sample
 from altopt.config import NetworkConfig, TrainingConfig
 from altopt.datasets.dataset import Dataset
-from altopt.detector import FasterRCNN, initialise
-from altopt.frozen import frozen_depth
-from altopt.pictures import Sample, read_sample
-from altopt.randomness import generator
+from altopt.machine.randomness import generator
+from altopt.models import backbones
+from altopt.models.detector import FasterRCNN, initialise
+from altopt.models.frozen import frozen_depth
 from altopt.stopwatch import Stopwatch
-from altopt.training import freeze, layers_named
+from altopt.training.box_statistics import fixed_statistics
+from altopt.training.loop import freeze, layers_named
 from cache.proposals import ProposalWriter
 from stages.bench.contender import Precision
 from stages.bench.pictures import PROPOSALS, data_config, draw_pictures, write_proposals
-from stages.feature_store import FeatureStore
-from stages.step import Runtime
-from stages.training import CachedProposals
+from stages.shared.feature_store import FeatureStore
+from stages.shared.step import Runtime
+from stages.shared.training import CachedProposals
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from altopt.errors import ArtifactError
-from altopt.randomness import generator
+from altopt.machine.randomness import generator
 from cache.features import FeatureMapFile, FeatureMapWriter, MapKey
 from cache.files import sha256_file
 

@@ -3,13 +3,13 @@ import sys
 
 import pytest
 
-from altopt import allocation
+from altopt.machine import allocation
 
 # In a process of its own: how memory is handed out depends on all that was done with it before.
 FAULTS = """
 import resource
 import torch
-from altopt.allocation import give_back_freed_memory
+from altopt.machine.allocation import give_back_freed_memory
 from stages.bench.rounds import Measured
 
 SIZE = 200_000_000

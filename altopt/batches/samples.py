@@ -1,0 +1,217 @@
+"""From data sets to network input: resizing, flipping, and batches.
+
+Two frames: a picture's *original* pixels, in which data sets, proposal files and detections keep their boxes, and the
+*input* frame, the resized picture that the network sees. ``Sample.scale`` leads from the first to the second, and this
+module is the only place that multiplies by it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from altopt.config import NetworkConfig
+from altopt.datasets.dataset import Dataset
+from altopt.extents import input_size, scale_of
+from altopt.ops import boxes as bx
+from altopt.ops.targets import AnchorSample, RoISample
+
+# The statistics that torchvision's ImageNet weights were trained with, RGB in 0..1.
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture as the network sees it, boxes in the input frame.
+
+    ``pixels`` is uint8 ``Tensor[3, H, W]``; ``objects`` ``Tensor[G, 4]``; ``classes`` int64 ``Tensor[G]`` from 0;
+    ``proposals`` ``Tensor[K, 4]`` or None; ``scale`` is input pixels for one original pixel.
+    A sample with ``features``, the stored map ``Tensor[C, h, w]`` behind the first ``layers`` conv layers (None: all of
+    them), has no picture: its pixels are one zero, repeated without memory, and only their size means something.
+    ``anchors`` and ``rois`` are what the losses are taken on, where that was drawn already.
+    """
+
+    id: str
+    flipped: bool
+    pixels: Tensor
+    scale: float
+    objects: Tensor
+    classes: Tensor
+    proposals: Tensor | None = None
+    features: Tensor | None = None
+    layers: int | None = None
+    anchors: AnchorSample | None = None
+    rois: RoISample | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in the input frame."""
+        return self.pixels.shape[2], self.pixels.shape[1]
+
+    def pinned(self) -> "Sample":
+        """Return the sample in memory that a GPU copies from while the processor goes on."""
+        pinned = self._mapped(Tensor.pin_memory)
+        if self.features is None:
+            return replace(pinned, pixels=self.pixels.pin_memory())
+        return replace(pinned, features=self.features.pin_memory())
+
+    def moved(self, pixels: Tensor, device: torch.device) -> "Sample":
+        """Return the sample on a device, with these pixels and without stored map."""
+        return replace(self._mapped(lambda tensor: tensor.to(device, non_blocking=True)), pixels=pixels, features=None)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Sample":
+        """Return the sample with everything changed that is not a picture."""
+        return replace(
+            self, objects=change(self.objects), classes=change(self.classes),
+            proposals=None if self.proposals is None else change(self.proposals),
+            anchors=None if self.anchors is None else self.anchors.mapped(change),
+            rois=None if self.rois is None else self.rois.mapped(change),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples on a device, and their pixels as one ``Tensor[B, 3, H, W]``, normalised, zero-padded at the end.
+
+    Where the samples carry stored maps, ``maps`` are these, ``Tensor[C, h, w]`` each, and stand in place of what the
+    first ``layers`` conv layers (None: all) make of ``images``, which are then blank.
+
+    Where the batch is one rank's slice of a larger one, ``weight`` returns what each of a count of pictures or RoIs has
+    in the whole batch's mean, and ``middle`` is where that one's second half begins, counted in the slice
+    (altopt/batches/slices.py).
+    """
+
+    samples: list[Sample]
+    images: Tensor
+    maps: Sequence[Tensor] | None = None
+    layers: int | None = None
+    weight: Callable[[int], float] | None = None
+    middle: int | None = None
+
+    def groups(self) -> Iterator[range]:
+        """Yield which samples go through layers that learn together: neighbours of one size, of one half of the batch.
+
+        Of one size, so that none is padded, and no picture sees another. Of one half, so that a gradient is a sum of
+        two, which has no order, if each half is of one size: as each picture of two is. Then one process computes the
+        same bits as two that have a half each.
+        """
+        for half in self.halves():
+            begin = half.start
+            for end in range(half.start + 1, half.stop + 1):
+                if end == half.stop or self.samples[end].size != self.samples[begin].size:
+                    yield range(begin, end)
+                    begin = end
+
+    def halves(self) -> list[range]:
+        """Return which samples belong to each half of the batch; a slice may lie in one half alone."""
+        count = len(self.samples)
+        middle = min(max(count // 2 if self.middle is None else self.middle, 0), count)
+        return [half for half in (range(middle), range(middle, count)) if half]
+
+    def parts(self, losses: Sequence[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
+        """Return losses, summed over the batch's pictures, as parts of means over ``count`` pictures or RoIs."""
+        weight = 1 / max(count, 1) if self.weight is None else self.weight(count)
+        return {name: weight * torch.stack([each[name] for each in losses]).sum() for name in losses[0]}
+
+
+def resized(image: np.ndarray, scale: float) -> np.ndarray:
+    """Return the picture, uint8 [H, W, 3], scaled bilinearly (with antialiasing where it shrinks)."""
+    height, width = image.shape[:2]
+    size = input_size((width, height), scale)
+    if size == (width, height):
+        return image
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+
+def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: bool = False,
+                proposals: np.ndarray | None = None) -> Sample:
+    """Read one picture with its usable objects, and proposals given in the original frame (float32 [K, 4])."""
+    image = dataset.image(id)
+    width = image.shape[1]
+    scale = scale_of((width, image.shape[0]), network.short_side, network.max_side)
+    pixels = resized(image, scale)
+    if flipped:
+        pixels = pixels[:, ::-1]
+    turned = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return _sample(dataset, id, flipped, turned, scale, width, proposals)
+
+
+def stored_sample(dataset: Dataset, id: str, network: NetworkConfig, features: Tensor, *, flipped: bool = False,
+                  proposals: np.ndarray | None = None, layers: int | None = None) -> Sample:
+    """Return what ``read_sample`` does, with the picture's stored map behind so many layers in its place."""
+    extent = dataset.size(id)
+    scale = scale_of(extent, network.short_side, network.max_side)
+    width, height = input_size(extent, scale)
+    blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, height, width)
+    return _sample(dataset, id, flipped, blank, scale, extent[0], proposals, features, layers)
+
+
+def _sample(dataset: Dataset, id: str, flipped: bool, pixels: Tensor, scale: float, width: int,
+            proposals: np.ndarray | None, features: Tensor | None = None, layers: int | None = None) -> Sample:
+    objects = dataset.objects(id).usable()
+
+    def framed(boxes: np.ndarray) -> Tensor:
+        original = torch.from_numpy(np.array(boxes, dtype=np.float32)).reshape(-1, 4)
+        return (bx.flip(original, width) if flipped else original) * scale
+
+    return Sample(
+        id, flipped, pixels, scale, framed(objects.boxes), torch.from_numpy(np.array(objects.labels, dtype=np.int64)),
+        None if proposals is None else framed(proposals), features, layers,
+    )
+
+
+def boxes_in_input(boxes: np.ndarray, sample: Sample) -> Tensor:
+    """Return boxes of the original frame, float32 [K, 4], in the input frame; not for flipped samples."""
+    return torch.from_numpy(np.array(boxes, dtype=np.float32)).reshape(-1, 4) * sample.scale
+
+
+def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
+    """Return boxes of the input frame in the original one, cut off at its edges; not for flipped samples."""
+    return bx.clip(boxes / sample.scale, size)
+
+
+def make_batch(samples: list[Sample], device: torch.device) -> Batch:
+    """Move the samples to the device and stack their pixels, smaller pictures padded with the mean colour.
+
+    Samples with stored maps bring those instead.
+    """
+    if samples[0].features is not None:
+        return _stored_batch(samples, device)
+    height = max(sample.pixels.shape[1] for sample in samples)
+    width = max(sample.pixels.shape[2] for sample in samples)
+    images = torch.zeros(len(samples), 3, height, width, device=device).to(memory_format=torch.channels_last)
+    mean, std = _pixel_statistics(device)
+    moved = []
+    for image, sample in zip(images, samples, strict=True):
+        pixels = sample.pixels.to(device, non_blocking=True)
+        image[:, : pixels.shape[1], : pixels.shape[2]] = (pixels - mean) / std
+        moved.append(sample.moved(pixels, device))
+    return Batch(moved, images)
+
+
+@cache
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of pixels in 0..255, ``Tensor[3, 1, 1]`` each; made once, as copies to a GPU wait."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(each).mul(255)[:, None, None].to(device) for each in (PIXEL_MEAN, PIXEL_STD))
+    return mean, std
+
+
+def stacked_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Return maps ``Tensor[C, h, w]`` of any sizes as one float32 ``Tensor[B, C, h, w]``, zero-padded at the end."""
+    height, width = (max(each.shape[k] for each in maps) for k in (1, 2))
+    features = torch.zeros(len(maps), maps[0].shape[0], height, width, device=maps[0].device)
+    for place, each in zip(features, maps, strict=True):
+        place[:, : each.shape[1], : each.shape[2]] = each
+    return features
+
+
+def _stored_batch(samples: list[Sample], device: torch.device) -> Batch:
+    maps = [sample.features.to(device, non_blocking=True) for sample in samples if sample.features is not None]
+    blank = torch.zeros(1, 1, 1, 1, device=device).expand(len(samples), 3, 1, 1)
+    return Batch([sample.moved(sample.pixels, device) for sample in samples], blank, maps, samples[0].layers)

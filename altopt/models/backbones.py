@@ -1,0 +1,119 @@
+"""The networks: convolutional layers in named blocks, and the fully connected layers that follow RoI pooling.
+
+Each function returns a ``Backbone`` with fresh weights. Blocks are named so that a recipe can say which of them are
+frozen: ``freeze = ["conv1", "conv2"]``.
+
+Feature cell (i, j) should see the picture around (16 j + 8, 16 i + 8), where the anchors are centred and where RoI
+pooling rounds to. VGG-16 does by itself; networks that pool 3 x 3 without padding see 7.5 px further to the right and
+down, so their first layer pads 8 px more.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torchvision
+from torch import Tensor, nn
+
+from altopt.models.dropout import PictureDropout
+
+STRIDE = 16  # pixels of the input for one cell of the last feature map; the same for every network here
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """``conv``: picture to features, a sequence of named blocks; ``fc``: pooled RoIs to a vector of ``features``."""
+
+    conv: nn.Sequential
+    fc: nn.Sequential
+    channels: int
+    roi_size: int
+    features: int
+
+
+def vgg16() -> Backbone:
+    """VGG-16 (Simonyan and Zisserman): conv1 to conv5 without the last pooling, fc6 and fc7, RoI pool 7 x 7."""
+    layers = list(torchvision.models.vgg16(weights=None).features)[:-1]
+    return Backbone(_blocks(_split_at_pools(layers)), fully_connected(512 * 7 * 7, 4096), 512, 7, 4096)
+
+
+def alexnet() -> Backbone:
+    """AlexNet as torchvision has it: conv1 to conv5 without the last pooling, fc6 and fc7, RoI pool 6 x 6."""
+    features = list(torchvision.models.alexnet(weights=None).features)
+    conv1 = features[0]
+    assert isinstance(conv1, nn.Conv2d)
+    conv1.padding = (10, 10)
+    blocks = [features[0:2], features[2:5], features[5:8], features[8:10], features[10:12]]
+    return Backbone(_blocks(blocks), fully_connected(256 * 6 * 6, 4096), 256, 6, 4096)
+
+
+def squeezenet1_1() -> Backbone:
+    """SqueezeNet 1.1 for laptops: its own convolutions, and two small fully connected layers, RoI pool 6 x 6.
+
+    Its ImageNet features are large, with a root mean square of 11 to 13 on photographs, and nothing normalises them.
+    Divided by 16 they suit layers drawn anew; without that the first gradients are 17 times as long.
+    """
+    features = list(torchvision.models.squeezenet1_1(weights=None).features)
+    conv1 = features[0]
+    assert isinstance(conv1, nn.Conv2d)
+    conv1.padding = (8, 8)
+    blocks = [features[0:2], features[2:5], features[5:8], features[8:11], [*features[11:13], Divide(16)]]
+    return Backbone(_blocks(blocks), fully_connected(512 * 6 * 6, 512), 512, 6, 512)
+
+
+def small() -> Backbone:
+    """Nine convolutions of 24 to 128 channels, for the ``shapes`` recipe and for tests; RoI pool 6 x 6.
+
+    The first one takes every second pixel (6 x 6, stride 2), which makes it a quarter of VGG's cost per picture.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, 24, 6, stride=2, padding=2), nn.ReLU(inplace=True)]
+    blocks = [layers]
+    channels = 24
+    for widths in ((32, 32), (64, 64), (128, 128), (128, 128)):
+        layers = [nn.MaxPool2d(2)] if len(blocks) < 4 else []
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        blocks.append(layers)
+    return Backbone(_blocks(blocks), fully_connected(128 * 6 * 6, 256), 128, 6, 256)
+
+
+class Divide(nn.Module):
+    """Divides features by a constant, which does not train."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features, of any shape, divided."""
+        return features / self.by
+
+
+def build(name: str) -> Backbone:
+    """Return the network of that name; its name is checked where a recipe is read."""
+    networks: dict[str, Callable[[], Backbone]] = {
+        "vgg16": vgg16, "alexnet": alexnet, "squeezenet1_1": squeezenet1_1, "small": small,
+    }
+    return networks[name]()
+
+
+def fully_connected(inputs: int, features: int) -> nn.Sequential:
+    """Return fc6 and fc7, from ``inputs`` pooled features to ``features``."""
+    return nn.Sequential(OrderedDict([
+        ("fc6", nn.Linear(inputs, features)), ("relu6", nn.ReLU(inplace=True)), ("drop6", PictureDropout(0.5)),
+        ("fc7", nn.Linear(features, features)), ("relu7", nn.ReLU(inplace=True)), ("drop7", PictureDropout(0.5)),
+    ]))
+
+
+def _blocks(blocks: list[list[nn.Module]]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict((f"conv{n}", nn.Sequential(*layers)) for n, layers in enumerate(blocks, 1)))
+
+
+def _split_at_pools(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    blocks: list[list[nn.Module]] = [[]]
+    for layer in layers:
+        if isinstance(layer, nn.MaxPool2d):
+            blocks.append([])
+        blocks[-1].append(layer)
+    return blocks

@@ -1,0 +1,75 @@
+"""How approximate approximate joint training is: gradients of the shared layers with and without the coordinate path.
+
+Both are taken of the same losses of the same RoIs, sampled by the same op; the one difference is whether the proposals'
+coordinates carry a gradient (Faster R-CNN, section 3.2, "the derivative with respect to the proposal boxes'
+coordinates").
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from altopt.batches.samples import Batch
+from altopt.models.joint import JointTraining
+
+DETECTOR, RPN = ("cls", "box"), ("rpn_cls", "rpn_box")
+ALL_BLOCKS = "all"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The exact gradient of a conv block (or of ``all``) beside the approximate one, over all its parameters.
+
+    ``losses`` names those that it is the gradient of. ``cosine`` of the angle between the two and ``norm_ratio``, exact
+    over approximate, are None where they are not defined: where either gradient, or the approximate one, is 0.
+    """
+
+    block: str
+    losses: tuple[str, ...]
+    cosine: float | None
+    norm_ratio: float | None
+
+
+def compare_gradients(module: JointTraining, batches: Iterable[Batch]) -> list[Comparison]:
+    """Return a row for each conv block and one for all: of the detector's two losses, then of all four.
+
+    Gradients are summed over the batches before they are compared, as a step on all of them would be. ``module`` is in
+    evaluation mode (dropout would be a difference of its own).
+    """
+    owners = [(name.split(".")[0], parameter) for name, parameter in module.conv.named_parameters()]
+    blocks = list(dict.fromkeys(block for block, _ in owners))
+    sums = [torch.zeros(3, parameter.numel(), dtype=torch.float64) for _, parameter in owners]
+    for number, batch in enumerate(batches):
+        for total, found in zip(sums, _gradients(module, batch, number, [each for _, each in owners]), strict=True):
+            total += found
+    rows = []
+    for with_rpn in (False, True):
+        for block in [*blocks, ALL_BLOCKS]:
+            gradients = torch.cat([total for (owner, _), total in zip(owners, sums, strict=True)
+                                   if block in (owner, ALL_BLOCKS)], dim=1)  # (3, parameters of the block)
+            rows.append(_comparison(block, gradients, with_rpn))
+    return rows
+
+
+def _gradients(module: JointTraining, batch: Batch, number: int, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``Tensor[3, numel]`` for each parameter: of the detector's losses without and with path, of the RPN's."""
+    found = []
+    for share, losses in ((0.0, DETECTOR), (1.0, DETECTOR), (0.0, RPN)):
+        values = module.losses(batch, number, share)
+        found.append(torch.autograd.grad(
+            torch.stack([values[name] for name in losses]).sum(), list(parameters), materialize_grads=True,
+            allow_unused=True))
+    return [torch.stack([each.flatten() for each in of_one]).cpu().double() for of_one in zip(*found, strict=True)]
+
+
+def _comparison(block: str, gradients: Tensor, with_rpn: bool) -> Comparison:
+    constant, differentiable, own = gradients
+    approximate, exact = (constant + own, differentiable + own) if with_rpn else (constant, differentiable)
+    norms = approximate.norm().item(), exact.norm().item()
+    return Comparison(
+        block, (*RPN, *DETECTOR) if with_rpn else DETECTOR,
+        (approximate @ exact).item() / (norms[0] * norms[1]) if all(norms) else None,
+        norms[1] / norms[0] if norms[0] else None,
+    )

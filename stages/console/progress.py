@@ -1,0 +1,120 @@
+"""What a person sees on stderr while stages run: a bar on a terminal, a line now and then elsewhere."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from stages.pipeline.plan import duration
+
+PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
+LOSSES = ("rpn_cls", "rpn_box", "cls", "box")
+
+
+class Reporter:
+    """Turns the events of stages into a progress bar on a terminal, and into plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.last_line = 0.0
+        logger = logging.getLogger("altopt")
+        logger.handlers = [each for each in logger.handlers if not isinstance(each, _LogLines)] + [_LogLines(self)]
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        kind, artifact = event["event"], event.get("artifact", "")
+        if kind == "started":
+            made_of = f" from {', '.join(event['inputs'])}" if event["inputs"] else ""
+            self.line(f"{artifact}: {event['stage']}{made_of}")
+            self._start_bar(artifact)
+        elif kind == "progress":
+            losses = " ".join(f"{name} {value:.4f}" for name, value in event.items() if name in LOSSES)
+            text = (f"{losses}  lr {event['lr']:.2g}  {event['images_per_second']:.1f} images/s  "
+                    f"wait {event['wait_share']:.0%}")
+            self._advance(artifact, event["iteration"], event["iterations"], text, event["seconds"])
+        elif kind == "pictures":
+            self._advance(artifact, event["done"], event["total"], event.get("what", "pictures"), None)
+        elif kind == "finished":
+            self.close()
+            self.line(f"{artifact}: done in {duration(event['seconds'])}")
+        elif kind == "resumed":
+            self.line(f"{artifact}: goes on after iteration {event['iteration']}")
+        elif kind == "reason":
+            self.line(f"{artifact}: {event['text']}")
+        elif kind == "note":
+            self.line(event["text"])
+        elif kind == "weights" and event["drawn"]:
+            self.line(f"{artifact}: drawn anew: {', '.join(event['drawn'])}")
+        elif kind == "warning":
+            self.line(f"warning: {event['text']}")
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _start_bar(self, artifact: str) -> None:
+        self.last_line = time.monotonic()
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+                console=self.console, transient=True)
+            self.task = self.bar.add_task(artifact, total=None, text="")
+            self.bar.start()
+
+    def _advance(self, artifact: str, done: int, total: int, text: str, seconds: float | None) -> None:
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, total=total, text=text)
+        elif time.monotonic() - self.last_line >= PLAIN_INTERVAL:
+            self.last_line = time.monotonic()
+            left = f"  {duration(seconds / done * (total - done))} left" if seconds else ""
+            self.line(f"{artifact}: {done}/{total}  {text}{left}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class _LogLines(logging.Handler):
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__()
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reporter.line(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def download_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Give a callback (done bytes, total bytes) that draws a bar on a terminal, and a line now and then elsewhere."""
+    if console.is_terminal:
+        columns = (TextColumn("fetching"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = [0.0]
+
+    def line(done: int, total: int) -> None:
+        if time.monotonic() - last[0] >= PLAIN_INTERVAL or done == total:
+            last[0] = time.monotonic()
+            console.print(f"fetching: {done / 1e6:.0f} of {total / 1e6:.0f} MB", highlight=False)
+
+    yield line

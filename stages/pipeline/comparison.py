@@ -1,0 +1,241 @@
+"""All schemes on the same data: what each scores, what it costs, and the slides' own figures beside it.
+
+A comparison is a folder of runs, one for each scheme, or variant of one, and seed. What one of them made from the same
+inputs with the same settings, another takes over: M0, proposals of other origin, caches. Asked again, it makes only
+what is missing.
+"""
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from altopt.errors import DivergedError, UsageError
+from cache.files import write_json_atomic, write_text_atomic
+from stages import DETECTIONS, SCHEMES
+from stages.pipeline.evaluation import detection_steps, evaluate
+from stages.pipeline.plan import duration
+from stages.pipeline.recipe import nearest, read_recipe
+from stages.pipeline.run import Run
+from stages.pipeline.variants import Variant, plain_variants
+from stages.shared.step import Runtime
+
+
+@dataclass(frozen=True)
+class Slides:
+    """What the slides report for VOC07 with VGG16: mAP in per cent, hours on a K40, seconds for a test picture."""
+
+    map: float | None = None
+    fine_tuning: float | None = None
+    features: float | None = None
+    classifiers: float | None = None
+    hours: float | None = None
+    test_seconds: float | None = None
+
+
+# Girshick, "Training R-CNNs of various velocities"; test times are without proposals.
+SLIDES = {
+    "rcnn": Slides(66.0, 18, 63, 3, 84, 47),
+    "spp-net": Slides(63.1, 16, 5.5, 4, 25.5, 2.3),
+    "fast-rcnn": Slides(68.1, hours=8.75, test_seconds=0.32),
+    "alternating": Slides(69.9, hours=26.2),
+    "approximate-joint": Slides(70.0, hours=17.2),
+    "exact-joint": Slides(),
+}
+
+# What an artifact's making counts as, by its first letter; M0 is counted apart.
+COSTS = {"M": "fine_tuning", "P": "proposals", "F": "features", "S": "classifiers", "R": "classifiers"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One variant with one seed: mAP, seconds by kind of work, seconds for a test picture, bytes, iterations.
+
+    ``training`` is what the slides count: all that is made from a network, so neither M0 nor proposals of other origin.
+    ``classifiers`` are SVMs and box regressors. ``bytes`` is what the scheme keeps on disk, detections and the test
+    split's proposals not counted. ``map`` is None where the test split has no objects.
+    """
+
+    name: str
+    scheme: str
+    seed: int
+    map: float | None
+    training: float
+    pretraining: float
+    proposals: float
+    fine_tuning: float
+    features: float
+    classifiers: float
+    test_seconds: float
+    bytes: int
+    iterations: int
+
+
+AVERAGED = ("map", "training", "fine_tuning", "features", "classifiers", "proposals", "pretraining", "test_seconds",
+            "bytes", "iterations")
+
+
+def chosen_variants(text: str | None) -> list[Variant]:
+    """Return the schemes of ``rcnn,fast-rcnn``, each once; the six of the slides for None. Raises ``UsageError``."""
+    return plain_variants(list(SLIDES) if text is None else [name.strip() for name in text.split(",")])
+
+
+def given_artifacts(words: Sequence[str], schemes: Sequence[str]) -> dict[str, Path]:
+    """Return {artifact: file} of ``M0=FILE`` and the like. Raises ``UsageError``.
+
+    Only what is made from nothing is the same thing in every scheme: M0, and proposals of other origin.
+    """
+    steps = [step for name in schemes for step in [*SCHEMES[name], *DETECTIONS[name]]]
+    known = ["M0", *dict.fromkeys(step.output for step in steps if not step.inputs)]
+    given = {}
+    for word in words:
+        name, equals, file = word.partition("=")
+        if name not in known:
+            raise UsageError(f"--from {word}: there is no {name!r} to take{nearest(name, known)}: choose one of "
+                             f"{', '.join(known)}")
+        if not equals or not file:
+            raise UsageError(f"--from {word}: name the file to take, --from {name}=FILE")
+        given[name] = Path(file)
+    return given
+
+
+def outcomes(folder: Path, recipe: str, variants: Sequence[Variant], seeds: Sequence[int], sets: Sequence[str],
+             runtime: Runtime, *, data_root: Path | None = None, given: Sequence[str] = (),
+             working_in: Callable[[Run], AbstractContextManager[None]]) -> Iterator[Outcome]:
+    """Bring every run of a comparison up to date and yield its outcome; all variants with one seed, then the next.
+
+    ``given`` holds artifacts to take as they are in every run that has them, ``M0=FILE``. A run that diverges is
+    reported and yields nothing; the others go on.
+    """
+    files = given_artifacts(given, [variant.scheme for variant in variants])
+    runs: list[Run] = []
+    for seed in seeds:
+        for variant in variants:
+            settings = [*sets, *variant.sets, f"all.seed={seed}"]
+            run = _open(folder / f"{variant.name}-{seed}", recipe, variant.scheme, settings, data_root, runtime)
+            runtime.report({"event": "note", "text": f"{variant.name}, seed {seed}: {run.folder}"})
+            with working_in(run):
+                _adopt(run, files)
+                try:
+                    found = [outcome(run, variant, seed, runs)]
+                except DivergedError as error:
+                    runtime.report({"event": "warning", "text": f"{variant.name}, seed {seed} diverged: {error}"})
+                    found = []
+            yield from found
+            runs.append(run)
+
+
+def _open(folder: Path, recipe: str, scheme: str, sets: Sequence[str], data_root: Path | None,
+          runtime: Runtime) -> Run:
+    chosen = read_recipe(recipe, sets, scheme)
+    if data_root is not None:
+        chosen.header["data_root"] = str(data_root)
+    runtime.data_root = Path(chosen.header.get("data_root", "data"))
+    return Run(folder, chosen, runtime)
+
+
+def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -> Outcome:
+    """Bring one run up to date, taking over from ``others`` what they made alike, and return what came of it."""
+    detection = detection_steps(run)[-1]
+    steps = [*run.recipe.steps, *run.recipe.detections]
+    for step in steps[: steps.index(detection)]:
+        if step.output.startswith("D") or run.verdict(step).valid:
+            continue
+        if not any(run.take_over(step, other) for other in others):
+            run.bring_up_to_date([step])
+    score = evaluate(run, detection, run.protocol)
+    return Outcome(variant.name, variant.scheme, seed, score["map"], test_seconds=score["seconds_per_picture"],
+                   **_costs(run))
+
+
+def _costs(run: Run) -> dict[str, Any]:
+    """Return seconds by kind of work, bytes and iterations, as the records of a run have them."""
+    costs: dict[str, Any] = dict.fromkeys(["training", "pretraining", *COSTS.values(), "bytes", "iterations"], 0)
+    for step in run.recipe.steps:
+        record = run.record(step.output)
+        assert record is not None
+        kind = "pretraining" if step is run.recipe.steps[0] else COSTS[step.output[0]]
+        costs[kind] += record.seconds
+        costs["bytes"] += record.size
+        if step.inputs:
+            costs["training"] += record.seconds
+            costs["iterations"] += record.metrics.get("iterations", 0)
+    return costs
+
+
+def _adopt(run: Run, files: dict[str, Path]) -> None:
+    names = {step.output for step in [*run.recipe.steps, *run.recipe.detections]}
+    for name in files.keys() & names:
+        run.adopt(name, files[name], f"--from {name}={files[name]}")
+
+
+def rows(results: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return a row for each variant: means over its seeds, the deviation of its mAP, and the slides' figures."""
+    table = []
+    for name in dict.fromkeys(each.name for each in results):
+        mine = [each for each in results if each.name == name]
+        values = {field: _defined(getattr(each, field) for each in mine) for field in AVERAGED}
+        means = {field: statistics.fmean(found) if found else None for field, found in values.items()}
+        spread = statistics.stdev(values["map"]) if len(values["map"]) > 1 else None
+        table.append({"name": name, "scheme": mine[0].scheme, "seeds": len(mine), "map": means.pop("map"),
+                      "map_sd": spread, **means, "slides": asdict(SLIDES.get(name, Slides()))})
+    return table
+
+
+def _defined(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def write(folder: Path, results: Sequence[Outcome]) -> None:
+    """Write compare.json, compare.csv and compare.md into the folder."""
+    table = rows(results)
+    write_json_atomic(folder / "compare.json", {"rows": table, "runs": [asdict(each) for each in results]})
+    write_text_atomic(folder / "compare.csv", _csv(table))
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *printed(table)]
+    write_text_atomic(folder / "compare.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def _csv(table: Sequence[dict[str, Any]]) -> str:
+    flat = [row | {f"slides_{name}": value for name, value in row["slides"].items()} for row in table]
+    text = io.StringIO()
+    names = [name for name in flat[0] if name != "slides"]
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+HEADINGS = ["scheme", "seeds", "mAP", "training", "fine-tuning", "features", "SVMs, boxes", "proposals", "s/picture",
+            "disk", "iterations"]
+
+
+def printed(table: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells under ``HEADINGS`` of the rows of ``rows``, each followed by the slides' where there are any."""
+    lines = []
+    for row in table:
+        lines.append(_measured(row))
+        if row["slides"]["map"] is not None:
+            lines.append(_published(row["slides"]))
+    return lines
+
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    score = "-" if row["map"] is None else f"{row['map']:.3f}"
+    spread = "" if row["map_sd"] is None else f" ± {row['map_sd']:.3f}"
+    times = [duration(row[name]) if row[name] else "-"
+             for name in ("training", "fine_tuning", "features", "classifiers", "proposals")]
+    return [row["name"], str(row["seeds"]), score + spread, *times, f"{row['test_seconds']:.3f}",
+            f"{row['bytes'] / 2**20:.0f} MiB", f"{row['iterations']:.0f}"]
+
+
+def _published(slides: dict[str, float | None]) -> list[str]:
+    """Return the slides' figures in the units of the measured ones."""
+    hours = ["-" if (value := slides[name]) is None else f"{value:g} h"
+             for name in ("hours", "fine_tuning", "features", "classifiers")]
+    assert slides["map"] is not None
+    seconds = "-" if slides["test_seconds"] is None else f"{slides['test_seconds']:g}"
+    return ["- slides", "", f"{slides['map'] / 100:.3f}", *hours, "-", seconds, "-", "-"]

@@ -1,0 +1,157 @@
+"""Scores of a run: mAP of the unshared pair and of the final network, recall of the cached proposals."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from altopt.datasets.opening import open_dataset
+from altopt.errors import ArtifactError, UsageError
+from altopt.evaluation.detections import read_detections
+from altopt.evaluation.ground_truth import counted
+from altopt.evaluation.recall import LIMITS, proposal_recall
+from altopt.evaluation.scoring import score
+from cache.files import write_text_atomic
+from cache.proposals import ProposalFile
+from stages.pipeline.run import Run
+from stages.shared.step import Step
+
+
+def detection_steps(run: Run) -> list[Step]:
+    """Return the steps of a run that end in detections."""
+    return [step for step in run.recipe.detections if step.output.startswith("D")]
+
+
+def networks(step: Step) -> str:
+    """Return what a detection step detects with: ``M1+M2``."""
+    return "+".join(name for name in step.inputs if name.startswith("M"))
+
+
+def name_of(run: Run, step: Step) -> str:
+    """Return what a score is called: the networks, and what sets them apart from the others of the run."""
+    of_alternating = {"D2": "unshared", "D5": "shared"}
+    alternating = run.recipe.scheme == "alternating"
+    return f"{networks(step)} ({of_alternating[step.output] if alternating else run.recipe.scheme})"
+
+
+def detection_step(run: Run, word: str | None) -> Step:
+    """Return the detection step for ``M5`` or ``M1+M2``; the run's last one for None."""
+    steps = detection_steps(run)
+    for step in steps:
+        if word is not None and word.upper().replace(" ", "") in (networks(step), step.output):
+            return step
+    if word is None:
+        return steps[-1]
+    last, *others = [networks(step) for step in reversed(steps)]
+    pairs = f", or {others[0]} for the unshared pair" if others else ""
+    raise UsageError(f"there is nothing to evaluate under {word!r}: choose {last}{pairs}")
+
+
+def possible(run: Run, step: Step) -> bool:
+    """Return whether everything that a detection step needs is in the folder, or made along with it."""
+    made = {each.output for each in run.recipe.detections}
+    return all(name in made or run.path(name).is_file() for name in step.inputs)
+
+
+def evaluate(run: Run, step: Step, protocol: str) -> dict[str, Any]:
+    """Return the score of a network on the test split, detecting first if its detections are not up to date.
+
+    Kept in metrics.json under the detections' hash, so asking again costs nothing.
+    """
+    for name in step.inputs:
+        if name not in {each.output for each in run.recipe.detections} and not run.path(name).is_file():
+            raise ArtifactError(f"{name} is not in {run.folder}: make it with altopt stage {name}, or run-all")
+    steps = run.recipe.detections
+    run.bring_up_to_date(steps[: steps.index(step) + 1])
+    record = run.record(step.output)
+    assert record is not None
+    key = {"detections": record.sha256, "data": record.data, "protocol": protocol}
+    return _cached(run, f"{step.output} {protocol}", key, lambda: _score(run, step, protocol, record.metrics))
+
+
+def _score(run: Run, step: Step, protocol: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    dataset = open_dataset(run.recipe.config(step).data, "test", run.runtime.data_root)
+    found = read_detections(run.path(step.output), dataset.ids, dataset.category_ids)
+    result = score(protocol, {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
+    return {"name": name_of(run, step), "pictures": len(dataset.ids), **result.as_dict(), **metrics}
+
+
+def beside_published(run: Run) -> list[dict[str, Any]]:
+    """Return rows of AP in per cent: this run's unshared pair and M5 beside the paper's and py-faster-rcnn's."""
+    from altopt.evaluation.published import VOC07_VGG16, beside
+
+    if run.recipe.scheme != "alternating":
+        raise UsageError(f"{run.folder} follows the scheme {run.recipe.scheme}, and the published figures are of "
+                         "alternating optimisation: see altopt compare")
+    columns = []
+    for step in detection_steps(run):
+        result = evaluate(run, step, "voc07")
+        measured = {name: each["ap"] for name, each in result["classes"].items()}
+        columns.append({row.name: row for row in beside(measured)})
+    return [
+        {"class": name, "M1+M2 (unshared)": columns[0][name].measured, "M5 (shared)": row.measured,
+         **{each.name: value for each, value in zip(VOC07_VGG16, row.published, strict=True)}}
+        for name, row in columns[1].items()
+    ]
+
+
+def proposal_steps(run: Run) -> dict[str, Step]:
+    """Return {artifact: step} of the proposals that a run makes on the training split."""
+    return {step.output: step for step in run.recipe.steps if step.output.startswith("P")}
+
+
+def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool = False) -> dict[str, Any]:
+    """Return the recall of a proposal file on the training split, for each number of proposals.
+
+    With ``keep``, which only the holder of the run folder may ask for, it is kept in metrics.json.
+    """
+    steps = proposal_steps(run)
+    if artifact not in steps:
+        remedy = f"choose {' or '.join(steps)}" if steps else f"the scheme {run.recipe.scheme} keeps none on disk"
+        raise UsageError(f"there are no proposals {artifact!r}: {remedy}")
+    step, path = steps[artifact], run.path(artifact)
+    if not path.is_file():
+        raise ArtifactError(f"{path.name} is not in {run.folder}: make it with altopt stage {artifact}")
+    if not keep:
+        return _recall(run, step, path, limits)
+    key = {"proposals": run.memo.sha256(path), "data": run.data_digest(step), "limits": list(limits)}
+    return _cached(run, f"{artifact} recall", key, lambda: _recall(run, step, path, limits))
+
+
+def _recall(run: Run, step: Step, path: Path, limits: Sequence[int]) -> dict[str, Any]:
+    dataset = open_dataset(run.recipe.config(step).data, "train", run.runtime.data_root)
+    with ProposalFile(path) as file:
+        pairs = ((objects.boxes[counted(objects)], file.get(id)[0])
+                 for id in dataset.ids for objects in (dataset.objects(id),))
+        result = proposal_recall(pairs, tuple(limits))
+    return {"proposals": path.name, "split": dataset.name, **result.as_dict()}
+
+
+def _cached(run: Run, name: str, key: dict[str, Any], compute: Any) -> dict[str, Any]:
+    path = run.folder / "metrics.json"
+    kept = _kept(path)
+    if kept.get(name, {}).get("key") != key:
+        kept[name] = {"key": key, "result": json.loads(json.dumps(compute()))}
+        write_text_atomic(path, json.dumps(kept, indent=1))  # in its own order: of classes, of numbers of proposals
+    result: dict[str, Any] = kept[name]["result"]
+    return result
+
+
+def _kept(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what metrics.json holds; damage only costs computing again."""
+    try:
+        return {name: entry for name, entry in json.loads(path.read_text(encoding="utf-8")).items() if "key" in entry}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def summary(run: Run, protocol: str) -> dict[str, Any]:
+    """Return what ``run-all`` ends with: scores of what can be evaluated, recalls, and the time of each stage."""
+    scores = [evaluate(run, step, protocol) for step in detection_steps(run) if possible(run, step)]
+    recalls = {name: recall(run, name, keep=True) for name in proposal_steps(run) if run.path(name).is_file()}
+    times = {}
+    for step in run.recipe.steps:
+        record = run.record(step.output)
+        if record is not None:
+            times[step.output] = {"stage": step.name, "seconds": record.seconds, "given": record.given}
+    return {"recipe": run.recipe.name, "folder": str(run.folder), "scores": scores, "recall": recalls, "stages": times}

@@ -1,0 +1,56 @@
+"""What ``altopt probe`` shows: how far apart approximate and exact joint training are for a network of the run."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from altopt.errors import ArtifactError, UsageError
+from stages.pipeline.run import Run, find_step
+from stages.shared.step import Step
+from stages.steps.joint import PARTS, joint_training, train_exact_joint
+
+
+def probe(run: Run, word: str | None, pictures: int) -> dict[str, Any]:
+    """Return the gradients of a network's conv layers with the coordinate path beside those without.
+
+    ``word`` names a network with all four parts (by default the last one of the run), ``pictures`` is how many of the
+    training split they are taken on. RoIs, losses and weights are those of the recipe's ``train_exact_joint``.
+    """
+    from altopt.batches.samples import make_batch, read_sample
+    from altopt.models.joint import CoordinatePath
+    from altopt.training.probe import compare_gradients
+    from stages.shared.inference import Inference
+
+    artifact = network_name(run, word)
+    path = run.path(artifact)
+    if not path.is_file():
+        raise ArtifactError(f"{artifact} is not in {run.folder}: make it with altopt stage {artifact}, or run-all")
+    config = run.recipe.config(Step(artifact, train_exact_joint, "M0"))
+    run.check_data(config)
+    inference = Inference([(path, PARTS)], config, run.runtime, split="train")
+    network = inference.networks[0]
+    network.samples_per_bin = config.samples_per_bin
+    module = joint_training(network, config, CoordinatePath(warmup=0, clip=0.0), (config.seed, "probe")).eval()
+    ids = _some(inference.dataset.ids, pictures, config.seed)
+    batches = (make_batch([read_sample(inference.dataset, id, config.network)], inference.device) for id in ids)
+    with inference.autocast():
+        rows = compare_gradients(module, batches)
+    return {"network": artifact, "pictures": ids, "rows": [asdict(row) for row in rows]}
+
+
+def _some(ids: Sequence[str], count: int, seed: int) -> list[str]:
+    import torch
+
+    from altopt.batches.sampling import choose
+    from altopt.machine.randomness import generator
+
+    return [ids[k] for k in sorted(choose(torch.arange(len(ids)), count, generator(seed, "probe")).tolist())]
+
+
+def network_name(run: Run, word: str | None) -> str:
+    """Return the output that the word names, or the run's last one; ``UsageError`` unless it is a network."""
+    steps = [step for step in run.recipe.steps if step.output.startswith("M")]
+    output = find_step(run.recipe.steps, word).output if word else steps[-1].output
+    if not output.startswith("M"):
+        raise UsageError(f"{output} is no network: choose among {', '.join(step.output for step in steps)}")
+    return output

@@ -1,0 +1,315 @@
+"""What every trained stage does around the training loop: read weights, freeze, keep snapshots, verify, write."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from altopt.batches.reading import BatchOrder, Entry
+from altopt.batches.samples import Batch, Sample, read_sample, stacked_maps
+from altopt.batches.sampling import RoIRule, RoISampling, has_samples
+from altopt.batches.slices import Slices
+from altopt.config import NetworkConfig, TrainingConfig
+from altopt.datasets.dataset import Dataset
+from altopt.datasets.opening import open_dataset
+from altopt.errors import ArtifactError, UsageError
+from altopt.machine.distributed import Ranks
+from altopt.machine.interruption import Stop, deferred_signals
+from altopt.machine.randomness import generator
+from altopt.models.detector import FasterRCNN
+from altopt.models.frozen import frozen_depth
+from altopt.models.region_classifier import RegionClassifier
+from altopt.training.box_statistics import fixed_statistics, measure
+from altopt.training.loop import Progress, describe, freeze, layers_named, train
+from cache.checkpoints import digest, load_checkpoint, save_checkpoint
+from cache.proposals import ProposalFile
+from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
+from stages.shared.feature_store import FeatureStore
+from stages.shared.step import Runtime
+
+
+def device_of(runtime: Runtime) -> torch.device:
+    """Return the device that the runtime asks for; ``auto`` is CUDA where there is one, a GPU for each rank.
+
+    Raises ``UsageError`` for one that is not there.
+    """
+    if runtime.device == "auto":
+        return runtime.ranks.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        return runtime.ranks.own_device(torch.empty(0, device=runtime.device).device)
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+        raise UsageError(f"--device {runtime.device}: this PyTorch sees no such device; use --device cpu") from None
+
+
+def describe_network(network: NetworkConfig, classes: Sequence[str]) -> dict[str, Any]:
+    """Return what a checkpoint says of itself."""
+    plain: dict[str, Any] = json.loads(json.dumps({"network": asdict(network), "classes": list(classes)}))
+    return plain
+
+
+def require_network(path: Path, description: dict[str, Any], network: NetworkConfig) -> None:
+    """Raise ``ArtifactError`` unless a checkpoint holds the network that a config speaks of."""
+    held = description.get("network", {}).get("name")
+    if held != network.name:
+        raise ArtifactError(f"{path.name} holds {held or 'no network known to altopt'}, and {network.name} is asked "
+                            "for: choose the recipe it was made with, or import it with --from M0=FILE")
+
+
+def require_same_frame(path: Path, description: dict[str, Any], network: NetworkConfig) -> None:
+    """Raise ``ArtifactError`` unless an RPN was trained with the anchors and picture sizes of the config."""
+    held = description.get("network", {})
+    for name, value in json.loads(json.dumps(asdict(network))).items():
+        if held.get(name) != value:
+            raise ArtifactError(f"the RPN of {path.name} was trained with {name} = {held.get(name)}, and the recipe "
+                                f"says {value}: set network.{name} to what it was, or train the RPN anew")
+
+
+class Training:
+    """One trained stage: its inputs, its key, and the steps that it shares with the others."""
+
+    def __init__(self, stage: str, init: Path, out: Path, config: Any, runtime: Runtime) -> None:
+        self.stage, self.out, self.config, self.runtime = stage, out, config, runtime
+        self.tensors, self.description = load_checkpoint(init)
+        require_network(init, self.description, config.network)
+        self.parts = {name.split(".")[0] for name in self.tensors}
+        self.dataset: Dataset = open_dataset(config.data, "train", runtime.data_root)
+        self.key: tuple[object, ...] = (config.seed, stage)
+        self.device = device_of(runtime)
+        self._frozen: list[str] = []
+
+    def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
+        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are drawn anew.
+
+        ``parts`` are those that the stage trains or runs; only they are worth a report.
+        """
+        classes = len(self.dataset.classes)
+        scores = self.tensors.get("head.cls_score.weight")
+        if scores is not None and "head" not in fresh and len(scores) != classes + 1:
+            raise ArtifactError(f"the initial weights score {len(scores) - 1} classes and the data set has {classes}: "
+                                "train the head anew, or give weights for these classes")
+        network = FasterRCNN(self.config.network, classes)
+        drawn = network.fill(self.tensors, generator(*self.key, "weights"), fresh)
+        self.runtime.report({"event": "weights", "drawn": [part for part in drawn if part in parts]})
+        return network
+
+    def classifier(self, levels: Sequence[int] = ()) -> RegionClassifier:
+        """Return a region classifier with the initial weights; its head, and what does not fit, is drawn anew."""
+        classifier = RegionClassifier(self.config.network, len(self.dataset.classes), levels)
+        drawn = classifier.fill(self.tensors, generator(*self.key, "weights"), fresh=("head",))
+        self.runtime.report({"event": "weights", "drawn": drawn})
+        return classifier
+
+    def freeze(self, network: FasterRCNN | RegionClassifier, patterns: Sequence[str] | None,
+               others: Sequence[str] = ()) -> None:
+        """Freeze the conv layers that the patterns name, or all of them for None, and ``others``, such as fc."""
+        layers = layers_named(network.conv, ("*",) if patterns is None else patterns)
+        self._frozen = [*(f"conv.{layer}" for layer in layers), *others]
+        freeze(network, self._frozen)
+
+    def entries(self) -> list[Entry]:
+        """Return every picture of the training split, and with ``flips`` its mirror image."""
+        return entries_of(self.dataset, self.dataset.ids, self.config.flips)
+
+    def run(self, conv: nn.Sequential, module: nn.Module, entries: list[Entry],
+            cached: "CachedProposals | None") -> dict[str, Any]:
+        """Train the module on the entries' pictures, and return facts for the record.
+
+        Where that pays, what the frozen ones of the conv layers make of the pictures is stored and read in their place;
+        to build that store counts as training.
+        """
+        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime, layers=frozen_depth(conv),
+                          precision=self.config.precision, device=self.device) as store:
+            store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
+
+            def read(entry: Entry, iteration: int) -> Sample:
+                return store.sample(entry.id, flipped=entry.flipped, proposals=cached.get(entry.id) if cached else None)
+
+            facts = self.run_on(module, entries, read)
+        facts["train_seconds"] = round(facts["train_seconds"] + store.seconds, 2)
+        return facts | store.facts
+
+    def run_at_scales(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None",
+                      frames: Sequence[NetworkConfig]) -> dict[str, Any]:
+        """Do what ``run`` does with pictures in one of the frames at each visit, and store nothing."""
+        def read(entry: Entry, iteration: int) -> Sample:
+            frame = frames[self.scale(len(frames), entry, iteration)]
+            return read_sample(self.dataset, entry.id, frame, flipped=entry.flipped,
+                               proposals=cached.get(entry.id) if cached else None)
+
+        return self.run_on(module, entries, read)
+
+    def scale(self, count: int, entry: Entry, iteration: int) -> int:
+        """Return which of so many scales a picture has at this visit."""
+        random = generator(*self.key, "scale", iteration, entry.id, entry.flipped)
+        return int(torch.randint(count, (), generator=random))
+
+    def run_on(self, module: nn.Module, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
+        """Do what ``run`` does, on samples that ``read(entry, iteration)`` makes, called from threads."""
+        order = BatchOrder(entries, self.config.images_per_batch, *self.key)
+        slices = Slices(self.runtime.ranks, order) if self.runtime.ranks.count > 1 else None
+
+        def read_all(iteration: int) -> list[Sample]:
+            return [read(entry, iteration) for entry in (slices or order)[iteration]]
+
+        return run_loop(module, read_all, self.config, self.out, self.runtime, self.key, self.device, slices)
+
+    def save(self, network: FasterRCNN | RegionClassifier, parts: Sequence[str], **described: Any) -> None:
+        """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it.
+
+        Of several ranks the first one writes, after making sure that all have the same.
+        """
+        tensors = network.tensors(parts)
+        require_alike(self.stage, tensors, self.runtime.ranks)
+        if not self.runtime.ranks.first:
+            return
+        for name in self._frozen:
+            if digest(_under(tensors, f"{name}.")) != digest(_under(self.tensors, f"{name}.")):
+                raise AssertionError(f"{self.stage} changed {name}, which is frozen")
+        classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
+        save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | described)
+        remove_snapshot(snapshot_path(self.out))
+
+
+def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, runtime: Runtime,
+             key: tuple[object, ...], device: torch.device, slices: Slices[Any] | None = None) -> dict[str, Any]:
+    """Run the training loop with snapshots beside ``out`` and reports to the runtime; return facts for the record."""
+    # What adds in a fixed order has to do so from the first iteration, and goes on from no other snapshot.
+    exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    text = json.dumps([runtime.inputs_key, asdict(config) | exact], sort_keys=True)
+
+    def report(progress: Progress) -> None:
+        runtime.report({"event": "progress", "iterations": progress.iterations, **describe(progress)})
+
+    def keep_batch(batch: Batch, iteration: int) -> str:
+        path = out.with_name(f"{out.stem}.diverged.safetensors")
+        pictures = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
+        kept = {"images": batch.images} if batch.maps is None else {"features": stacked_maps(batch.maps)}
+        save_checkpoint(path, kept, {"iteration": iteration, "pictures": pictures})
+        return f" (its {'pixels' if batch.maps is None else 'feature maps'} are in {path.name})"
+
+    with deferred_signals() as stop:
+        snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)
+        seconds = train(module, read, config, key=key, device=device, workers=runtime.readers, snapshots=snapshots,
+                        report=report, report_every=runtime.report_every, diverged=keep_batch, slices=slices)
+    # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes everywhere.
+    return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads(),
+            "processes": runtime.ranks.count, **exact}
+
+
+def require_alike(stage: str, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Make sure that every rank ends with the same weights; if not, name the first layer that differs."""
+    if ranks.count == 1:
+        return
+    digests = ranks.gather({name: digest({name: tensor}) for name, tensor in tensors.items()})
+    for name in tensors:
+        for rank, held in enumerate(digests):
+            if held[name] != digests[0][name]:
+                raise AssertionError(f"{stage}: {name} of process {rank} is not that of process 0")
+
+
+def snapshot_path(out: Path) -> Path:
+    """Return where the state inside a stage lies while it runs: beside its output."""
+    return out.with_name(f"{out.stem}.snapshot.safetensors")
+
+
+class FileSnapshots:
+    """The training loop's state in a file; written when the clock says so, and when a signal asks to stop.
+
+    Of several ranks the first one writes, and a signal to any of them stops all after the same iteration.
+    """
+
+    def __init__(self, path: Path, key: str, runtime: Runtime, stop: Stop) -> None:
+        self.path, self.key, self.runtime, self.ranks, self.stop = path, key, runtime, runtime.ranks, stop
+        self.agreed = Stop()
+        self.clock = SnapshotClock(runtime.snapshot_seconds)
+
+    def load(self) -> tuple[int, dict[str, Tensor], float] | None:
+        """Return what the last process of the same stage, inputs and config left; None if nothing fits."""
+        found = load_snapshot(self.path, self.key)
+        if len(set(self.ranks.gather(found and found.iteration))) > 1:
+            raise ArtifactError(f"{self.path.name} is not the same for all processes: let them share the run folder")
+        if found is None:
+            return None
+        self.runtime.report({"event": "resumed", "iteration": found.iteration})
+        return found.iteration, found.tensors, found.seconds
+
+    def due(self) -> bool:
+        """Return whether to save now, or to stop."""
+        self.agreed.signal = self.ranks.greatest(self.stop.signal or 0) or None
+        return self.agreed.signal is not None or (self.ranks.first and self.clock.due())
+
+    def save(self, iteration: int, tensors: dict[str, Tensor], seconds: float) -> None:
+        """Save, and then stop if a signal asked for it."""
+        if self.ranks.first:
+            with self.clock.writing():
+                save_snapshot(self.path, key=self.key, iteration=iteration, tensors=tensors, seconds=seconds)
+        if self.agreed.signal is not None:
+            self.ranks.same(None)  # until it is written: a process that ends makes the launcher end the others
+            self.agreed.raise_it()
+
+
+class CachedProposals:
+    """A proposal file read picture by picture, cut to the ``limit`` best of each."""
+
+    def __init__(self, path: Path, dataset: Dataset, limit: int) -> None:
+        self.file, self.limit = ProposalFile(path), limit
+        held = set(self.file.image_ids)
+        missing = [id for id in dataset.ids if id not in held]
+        if missing:
+            raise ArtifactError(f"{path.name} has no proposals for picture {missing[0]} and {len(missing) - 1} others "
+                                f"of {dataset.name}: make it anew with altopt stage 2, or import one for this data set")
+
+    def get(self, id: str) -> Any:
+        """Return a picture's boxes, float32 [K, 4] in the original frame, best first."""
+        return self.file.get(id)[0][: self.limit]
+
+
+def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]:
+    """Return the entries of the pictures, each followed by its mirror image if ``flips``."""
+    entries = []
+    for id in ids:
+        width, height = dataset.size(id)
+        entries += [Entry(id, flipped, width >= height) for flipped in ((False, True) if flips else (False,))]
+    return entries
+
+
+def roi_sampling(config: Any) -> RoISampling:
+    """Return how RoIs are drawn: each picture of a batch has an equal part of ``rois_per_batch``, and at least one."""
+    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
+    return RoISampling(rule, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction)
+
+
+def trainable_entries(training: Training, cached: CachedProposals, rule: RoIRule) -> tuple[list[Entry], int]:
+    """Return the entries of pictures with at least one foreground or background RoI, and how many have none."""
+    dataset = training.dataset
+    usable = [
+        id for id in dataset.ids
+        if has_samples(torch.from_numpy(cached.get(id)), torch.from_numpy(dataset.objects(id).usable().boxes), rule)
+    ]
+    if not usable:
+        raise ArtifactError("no picture has a foreground or background RoI: look at the proposals with altopt recall")
+    return entries_of(dataset, usable, training.config.flips), len(dataset.ids) - len(usable)
+
+
+def box_statistics(training: Training, cached: CachedProposals, kind: str, overlap: float) -> tuple[Tensor, Tensor]:
+    """Return the means and deviations of box deltas, each ``Tensor[K + 1, 4]``: measured on the proposals, or fixed."""
+    dataset = training.dataset
+    if kind == "fixed":
+        return fixed_statistics(len(dataset.classes))
+
+    def pictures() -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        for id in dataset.ids:
+            objects = dataset.objects(id).usable()
+            yield (torch.from_numpy(cached.get(id)), torch.from_numpy(objects.boxes),
+                   torch.from_numpy(objects.labels), dataset.size(id)[0])
+
+    return measure(pictures(), len(dataset.classes), overlap, training.config.flips)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

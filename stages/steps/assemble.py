@@ -1,0 +1,38 @@
+"""Stage 7: one network from a Fast R-CNN and the RPN that shares its conv layers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from stages.shared.step import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assemble:
+    """Nothing to choose: the layers go together or they do not."""
+
+    version: ClassVar[int] = 1
+
+
+def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, runtime: Runtime) -> dict[str, Any]:
+    """Put the RPN's layers on the detector; refuse unless their conv layers are equal to the last bit."""
+    from altopt.errors import ArtifactError
+    from cache.checkpoints import first_difference, load_checkpoint, save_checkpoint
+
+    layers, description = load_checkpoint(detector)
+    rpn_layers, rpn_description = load_checkpoint(rpn)
+
+    def part(tensors: dict[str, Any], name: str) -> dict[str, Any]:
+        return {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+    difference = first_difference(part(layers, "conv"), part(rpn_layers, "conv"))
+    if difference:
+        raise ArtifactError(f"{detector.name} and {rpn.name} do not share their conv layers: {difference}; train the "
+                            "Fast R-CNN on this RPN's frozen conv layers (altopt stage 6)")
+    if not part(rpn_layers, "rpn"):
+        raise ArtifactError(f"{rpn.name} has no RPN layers: give a network made by train_rpn or train_rpn_frozen_conv")
+    if description.get("network") != rpn_description.get("network"):
+        raise ArtifactError(f"{detector.name} and {rpn.name} were made for different anchors or picture sizes: make "
+                            "both with one recipe")
+    save_checkpoint(out, layers | part(rpn_layers, "rpn"), description)
+    return {}

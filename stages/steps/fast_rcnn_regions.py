@@ -1,0 +1,88 @@
+"""Fast R-CNN on proposals of other origin: detection, at one scale or several, and SVMs in place of its softmax.
+
+SVMs: Fast R-CNN, section 5.4. Several scales: section 5.2; each region is pooled at the one that suits it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from altopt.config import RegionDetectionRule, sourced
+from stages.shared.detection import Detect, detect_split
+from stages.shared.split_config import OnTestSplit, OnTrainSplit
+from stages.shared.step import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectOnProposals(Detect):
+    """The same, with proposals from a file in place of an RPN's."""
+
+    table: ClassVar[str] = "detect_on_proposals"
+    proposals: int = sourced(2000, "Fast R-CNN, section 2: about 2000 of selective search")
+    scales: tuple[int, ...] = sourced((), "the network's short_side alone; five: 480, 576, 688, 864, 1200")
+    max_side: int = sourced(2000, "Fast R-CNN's config for five scales; one scale has the network's")
+    region_area: int = sourced(224 * 224, "SPP-net, section 4.1: where the scale is chosen by region")
+    rois_at_once: int = sourced(512, "chosen: bounds the memory where there are several scales")
+
+
+def detect_on_proposals(detector: Path, proposals: Path, *, out: Path, config: DetectOnProposals,
+                        runtime: Runtime) -> dict[str, Any]:
+    """Detect on the test split with a Fast R-CNN on proposals of other origin, the best of each picture."""
+    if config.scales:
+        return _detect_at_scales(detector, proposals, out, config, runtime)
+    return detect_split([(detector, ("conv", "fc", "head"))], out, config, runtime, proposals)
+
+
+def _detect_at_scales(detector: Path, proposals: Path, out: Path, config: DetectOnProposals,
+                     runtime: Runtime) -> dict[str, Any]:
+    """Write detections on the test split, each region pooled at one of several scales; return facts for the record."""
+    from stages.shared.region_views import FreshPyramids
+    from stages.shared.regions import FAST_RCNN, RegionNetwork, SoftmaxAndBoxes, detect_regions
+
+    network = RegionNetwork(detector, FAST_RCNN, config, runtime, "test")
+    frames = config.network.at_scales(config.scales, config.max_side)
+    return detect_regions(network, FreshPyramids(network, frames), SoftmaxAndBoxes(network), proposals, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePooledFeatures(OnTrainSplit):
+    """Features of every region of the training split; none for box regressors, since the network has its own."""
+
+    version: ClassVar[int] = 1
+    regressor_iou: ClassVar[float] = 1.0
+    region_area: ClassVar[int] = 1  # the same at one scale, whatever it is
+    proposals: int = sourced(2000, "Fast R-CNN, section 2: about 2000 of selective search")
+    stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
+    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
+    rois_at_once: int = sourced(512, "chosen: bounds the memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectWithSVMs(RegionDetectionRule, OnTestSplit):
+    """How pictures of the test split are detected on."""
+
+    version: ClassVar[int] = 1
+    region_area: ClassVar[int] = 1  # the same at one scale, whatever it is
+    rois_at_once: int = sourced(512, "chosen: bounds the memory")
+
+
+def cache_pooled_features(network: Path, proposals: Path, *, out: Path, config: CachePooledFeatures,
+                          runtime: Runtime) -> dict[str, Any]:
+    """Cache fc7 of every region of the training split, pooled from the map of its whole picture."""
+    from stages.shared.region_views import FreshPyramids
+    from stages.shared.regions import FAST_RCNN, RegionNetwork, cache_regions
+
+    trained = RegionNetwork(network, FAST_RCNN, config, runtime, "train")
+    regions = FreshPyramids(trained, [config.network])
+    return cache_regions(trained, regions, proposals, out, FAST_RCNN, {"scales": [config.network.short_side]})
+
+
+def detect_with_svms(network: Path, svms: Path, proposals: Path, *, out: Path, config: DetectWithSVMs,
+                     runtime: Runtime) -> dict[str, Any]:
+    """Detect on the test split with a Fast R-CNN whose regions are scored by SVMs."""
+    from stages.shared.region_views import FreshPyramids
+    from stages.shared.regions import FAST_RCNN, RegionNetwork, SVMsAndBoxes, detect_regions
+
+    trained = RegionNetwork(network, FAST_RCNN, config, runtime, "test")
+    regions = FreshPyramids(trained, [config.network])
+    return detect_regions(trained, regions, SVMsAndBoxes(svms, trained), proposals, out)

@@ -1,0 +1,122 @@
+"""Joint training: RPN and Fast R-CNN in one network and one stage, approximately or exactly."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from altopt.config import ProposalRule, TrainingConfig, sourced
+from stages.shared.split_config import OnTrainSplit
+from stages.shared.step import Runtime
+
+if TYPE_CHECKING:
+    from altopt.models.detector import FasterRCNN
+    from altopt.models.joint import CoordinatePath, JointTraining
+
+SOLVER = "pfr models/pascal_voc/VGG16/faster_rcnn_end2end/solver.prototxt"
+LOSSES = "pfr faster_rcnn_end2end/train.prototxt: all four losses count the same"
+TARGETS = "Faster R-CNN, section 3.1.2"
+SAMPLING = "Fast R-CNN, section 2.3"
+PARTS = ("conv", "rpn", "fc", "head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointConfig(TrainingConfig, ProposalRule, OnTrainSplit):
+    """How one network is trained with four losses on proposals that it makes as it learns.
+
+    Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
+    """
+
+    version: ClassVar[int] = 3  # each picture by itself
+    stores_maps: ClassVar[bool] = True
+    iterations: int = sourced(70_000, SOLVER)
+    images_per_batch: int = sourced(1, "pfr end2end (Caffe's iter_size 2 sums the gradients of two such batches)")
+    lr_steps: tuple[int, ...] = sourced((50_000,), SOLVER)
+    pre_nms: int = sourced(12_000, "pfr TRAIN.RPN_PRE_NMS_TOP_N")
+    post_nms: int = sourced(2000, "pfr TRAIN.RPN_POST_NMS_TOP_N")
+    positive_iou: float = sourced(0.7, TARGETS)
+    negative_iou: float = sourced(0.3, TARGETS)
+    anchors_per_image: int = sourced(256, "Faster R-CNN, section 3.1.3; pfr RPN_BATCHSIZE")
+    positive_fraction: float = sourced(0.5, "Faster R-CNN, section 3.1.3; pfr RPN_FG_FRACTION")
+    sigma: float = sourced(3.0, "pfr train.prototxt: smooth L1 of the RPN is quadratic below 1/9")
+    rois_per_batch: int = sourced(128, SAMPLING)
+    fg_fraction: float = sourced(0.25, SAMPLING)
+    fg_iou: float = sourced(0.5, SAMPLING)
+    bg_iou_high: float = sourced(0.5, SAMPLING)
+    bg_iou_low: float = sourced(0.0, "pfr faster_rcnn_end2end.yml; Fast R-CNN: 0.1")
+    rpn_cls_weight: float = sourced(1.0, LOSSES)
+    rpn_box_weight: float = sourced(1.0, LOSSES)
+    cls_weight: float = sourced(1.0, LOSSES)
+    box_weight: float = sourced(1.0, LOSSES)
+    dropout: float = sourced(0.5, "pfr train.prototxt, after fc6 and fc7")
+    freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "pfr train.prototxt: conv1_1 to conv2_2 at rate 0")
+    init: str = sourced("", "the list's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainApproximateJoint(JointConfig):
+    """Approximate: the proposals are constants in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainExactJoint(JointConfig):
+    """Exact: the detector's losses reach the RPN through the proposals' coordinates."""
+
+    samples_per_bin: int = sourced(
+        2, "chosen: points to a side of a bin, of which it takes the maximum (Chen and Gupta, 2017: crops of 14 x 14, "
+           "then the maximum of 2 x 2)")
+    coordinate_warmup: int = sourced(
+        5000, "chosen: iterations without the coordinate path, and as many in which it rises in a straight line to its "
+              "full share: an untrained RPN's boxes only carry noise; 0 is full from the start")
+    coordinate_clip: float = sourced(
+        0.002, "chosen: bound on the norm, for each picture, of the loss's gradient per pixel of its proposals' "
+               "coordinates. A quarter of what it is on shapes, where 150 steps in batches of four lost 40 % of the "
+               "proposals' recall without a bound, and nothing with one of a quarter; 0 is none")
+
+
+def train_approximate_joint(init: Path, *, out: Path, config: TrainApproximateJoint,
+                            runtime: Runtime) -> dict[str, Any]:
+    """Train RPN and Fast R-CNN together with four losses, proposals being constants in the backward pass."""
+    return _train("train_approximate_joint", init, out, config, runtime, None, samples_per_bin=0)
+
+
+def train_exact_joint(init: Path, *, out: Path, config: TrainExactJoint, runtime: Runtime) -> dict[str, Any]:
+    """Train RPN and Fast R-CNN together with four losses, proposals having a gradient as all else has."""
+    from altopt.models.joint import CoordinatePath
+
+    path = CoordinatePath(config.coordinate_warmup, config.coordinate_clip)
+    return _train("train_exact_joint", init, out, config, runtime, path, config.samples_per_bin)
+
+
+def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runtime, path: "CoordinatePath | None",
+           samples_per_bin: int) -> dict[str, Any]:
+    from altopt.training.box_statistics import fixed_statistics
+    from stages.shared.training import Training
+
+    training = Training(name, init, out, config, runtime)
+    network = training.network(PARTS)
+    training.freeze(network, config.freeze)
+    network.use_box_statistics(*fixed_statistics(len(training.dataset.classes)))
+    network.set_dropout(config.dropout)
+    network.samples_per_bin = samples_per_bin
+    module = joint_training(network, config, path, training.key)
+    facts = training.run(network.conv, module, training.entries(), None)
+    pooling = {"samples_per_bin": samples_per_bin} if samples_per_bin else {}
+    training.save(network, PARTS, **pooling)
+    return facts
+
+
+def joint_training(network: "FasterRCNN", config: JointConfig, path: "CoordinatePath | None",
+                   key: tuple[object, ...]) -> "JointTraining":
+    """Return what the training loop trains: the network, from a batch to the four losses that the config asks for."""
+    from altopt.models.joint import JointTraining
+    from altopt.models.rpn import RPNRule
+    from stages.shared.training import roi_sampling
+
+    return JointTraining(
+        network, proposals=config, path=path, key=key,
+        anchors=RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
+                        config.sigma, box_weight=1.0),
+        rois=roi_sampling(config),
+        weights={"rpn_cls": config.rpn_cls_weight, "rpn_box": config.rpn_box_weight, "cls": config.cls_weight,
+                 "box": config.box_weight},
+    )

@@ -1,0 +1,87 @@
+"""Before the seven stages: M0, the pre-trained network that stages 1 and 3 both start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from altopt.config import NetworkConfig, TrainingConfig, sourced
+from altopt.datasets.dataset import DataConfig
+from stages.shared.step import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadImageNetWeights:
+    """ImageNet weights of the network, by torchvision."""
+
+    version: ClassVar[int] = 1
+    backbone: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOnCrops(TrainingConfig):
+    """Classification of crops, a short stand-in for ImageNet."""
+
+    version: ClassVar[int] = 1
+    split: ClassVar[str] = "train"
+    backbone: str
+    data: DataConfig
+    crop_side: int = sourced(64, "four cells of the last feature map")
+    background: float = sourced(0.2, "chosen: enough to learn what noise looks like")
+
+
+def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Runtime) -> dict[str, Any]:
+    """Take the network's ImageNet weights from torchvision, with their hash checked."""
+    from altopt.models.imagenet import WEIGHTS, download, from_torchvision
+    from cache.checkpoints import save_checkpoint
+
+    file = WEIGHTS[config.backbone].url.rsplit("/", 1)[-1]
+    tensors = from_torchvision(config.backbone, download(config.backbone), file)
+    save_checkpoint(out, tensors, {"network": {"name": config.backbone}, "classes": []})
+    return {"file": file}
+
+
+def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -> dict[str, Any]:
+    """Train the network to classify crops of the training split's objects ("stage 0")."""
+    from altopt.batches.reading import BatchOrder
+    from altopt.datasets.opening import open_dataset
+    from altopt.machine.randomness import generator
+    from altopt.models import backbones
+    from altopt.models.classification import CropClassifier, draw_crop
+    from altopt.models.detector import initialise
+    from cache.checkpoints import save_checkpoint
+    from cache.snapshots import remove_snapshot
+    from stages.shared.training import device_of, entries_of, run_loop, snapshot_path
+
+    key = (config.seed, "pretrain_on_crops")
+    dataset = open_dataset(config.data, "train", runtime.data_root)
+    module = CropClassifier(backbones.build(config.backbone), len(dataset.classes))
+    initialise(module, generator(*key, "weights"))
+    order = BatchOrder(entries_of(dataset, dataset.ids, flips=False), config.images_per_batch, *key)
+
+    def read(iteration: int) -> list[Any]:
+        return [draw_crop(dataset, entry.id, config.crop_side, config.background, *key, iteration, position)
+                for position, entry in enumerate(order[iteration])]
+
+    facts = run_loop(module, read, config, out, runtime, key, device_of(runtime))
+    save_checkpoint(out, module.tensors(), {"network": {"name": config.backbone}, "classes": list(dataset.classes)})
+    remove_snapshot(snapshot_path(out))
+    return facts
+
+
+def import_weights(source: Path, out: Path, network: NetworkConfig) -> None:
+    """Write ``out`` from a file of the user's: a checkpoint of altopt's, or torchvision's state dict of the network.
+
+    Raises ``ArtifactError`` when the file is missing, foreign, or would execute code on loading.
+    """
+    from altopt.models.imagenet import from_torchvision
+    from cache.checkpoints import load_state_dict, read_description, save_checkpoint
+    from stages.shared.training import require_network
+
+    tensors = load_state_dict(source)
+    if any(name.startswith("conv.conv1.") for name in tensors):
+        description = read_description(source)
+        require_network(source, description, network)
+    else:
+        tensors = from_torchvision(network.name, tensors, source.name)
+        description = {"network": {"name": network.name}, "classes": []}
+    save_checkpoint(out, tensors, description)

@@ -1,0 +1,100 @@
+"""Slow R-CNN: fine-tuning on warped regions, the features of every region, detection by SVMs and box regressors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from altopt.config import RegionDetectionRule, TrainingConfig, sourced
+from stages.shared.split_config import OnTestSplit, OnTrainSplit
+from stages.shared.step import Runtime
+
+SOLVER = "R-CNN finetuning/pascal_finetune_solver"
+METHOD = "rcnn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOnWarpedRegions(TrainingConfig, OnTrainSplit):
+    """Fine-tuning by softmax on warped regions (R-CNN, section 2.3)."""
+
+    version: ClassVar[int] = 2  # halves of a batch by themselves
+    iterations: int = sourced(70_000, "R-CNN's own models; it saturates near 40,000")
+    lr_steps: tuple[int, ...] = sourced((20_000, 40_000, 60_000), SOLVER)
+    images_per_batch: int = sourced(16, "chosen: R-CNN draws each region from any picture, at a reading for each")
+    crop_side: int = sourced(227, "R-CNN, section 2.1")
+    rois_per_batch: int = sourced(128, "R-CNN, section 2.3")
+    fg_fraction: float = sourced(0.25, "R-CNN, section 2.3: 32 of 128")
+    fg_iou: float = sourced(0.5, "R-CNN, section 2.3")
+    bg_iou_high: float = sourced(0.5, "R-CNN, section 2.3")
+    bg_iou_low: float = sourced(0.0, "R-CNN, section 2.3")
+    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
+    dropout: float = sourced(0.5, "as AlexNet has it after fc6 and fc7")
+    freeze: tuple[str, ...] = sourced((), "R-CNN fine-tunes all layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheWarpedFeatures(OnTrainSplit):
+    """Features of every region of the training split."""
+
+    version: ClassVar[int] = 1
+    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
+    regressor_iou: float = sourced(0.6, "R-CNN, appendix C: proposals above it train box regressors")
+    stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
+    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
+    rois_at_once: int = sourced(128, "chosen: bounds the memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectRCNN(RegionDetectionRule, OnTestSplit):
+    """How pictures of the test split are detected on."""
+
+    version: ClassVar[int] = 1
+    rois_at_once: int = sourced(128, "chosen: bounds the memory")
+
+
+def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: TrainOnWarpedRegions,
+                            runtime: Runtime) -> dict[str, Any]:
+    """Fine-tune the network as a classifier of warped regions."""
+    from altopt.batches.samples import read_sample
+    from altopt.extents import original_frame
+    from altopt.models.region_classifier import WarpedTraining
+    from stages.shared.training import CachedProposals, Training, roi_sampling, trainable_entries
+
+    training = Training("train_on_warped_regions", init, out, config, runtime)
+    dataset = training.dataset
+    cached = CachedProposals(proposals, dataset, config.proposals)
+    sampling = roi_sampling(config)
+    entries, unusable = trainable_entries(training, cached, sampling.rule)
+    classifier = training.classifier()
+    training.freeze(classifier, config.freeze)
+    classifier.set_dropout(config.dropout)
+    module = WarpedTraining(classifier, config.crop_side, sampling, training.key)
+
+    def read(entry: Any, iteration: int) -> Any:
+        frame = original_frame(config.network, dataset.size(entry.id))
+        return read_sample(dataset, entry.id, frame, flipped=entry.flipped, proposals=cached.get(entry.id))
+
+    facts = training.run_on(module, entries, read)
+    training.save(classifier, ["conv", "fc", "head"], method=METHOD, crop_side=config.crop_side)
+    return facts | {"pictures_without_rois": unusable}
+
+
+def cache_warped_features(network: Path, proposals: Path, *, out: Path, config: CacheWarpedFeatures,
+                          runtime: Runtime) -> dict[str, Any]:
+    """Cache fc7 of every warped region of the training split, and what the box regressors train on."""
+    from stages.shared.region_views import WarpedRegions
+    from stages.shared.regions import RegionNetwork, cache_regions
+
+    fine_tuned = RegionNetwork(network, METHOD, config, runtime, "train")
+    regions = WarpedRegions(fine_tuned)
+    return cache_regions(fine_tuned, regions, proposals, out, METHOD, {"crop_side": regions.side})
+
+
+def detect_rcnn(network: Path, svms: Path, regressors: Path, proposals: Path, *, out: Path, config: DetectRCNN,
+                runtime: Runtime) -> dict[str, Any]:
+    """Detect on the test split with slow R-CNN: every proposal warped, scored by SVMs, its box regressed."""
+    from stages.shared.region_views import WarpedRegions
+    from stages.shared.regions import LinearLayers, RegionNetwork, detect_regions
+
+    fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
+    linear = LinearLayers(svms, regressors, fine_tuned)
+    return detect_regions(fine_tuned, WarpedRegions(fine_tuned), linear, proposals, out)

@@ -1,0 +1,100 @@
+"""How several processes agree, divide work and end; each test is as many processes as it says."""
+
+import pytest
+import torch
+from rank_runs import in_ranks
+from torch import nn
+
+from altopt.batches.samples import Batch
+from altopt.batches.slices import Slices
+from altopt.errors import DataError
+from altopt.machine.distributed import OtherRankError, Ranks, company
+
+BATCH = Batch([], torch.zeros(0, 3, 8, 8))
+
+
+def exchanged(ranks):
+    module = nn.Linear(2, 1)
+    compute = ranks.wrapped(module)
+    ranks.backward(compute(torch.full((1, 2), 10.0 ** ranks.rank)).sum())
+    return {"same": ranks.same(("rank", ranks.rank)), "gathered": ranks.gather(ranks.rank),
+            "total": ranks.total(torch.tensor([1.0, ranks.rank])).tolist(), "greatest": ranks.greatest(ranks.rank % 2),
+            "weight": module.weight.grad.tolist(), "bias": module.bias.grad.tolist(),
+            "spread": [list(ranks.spread(list(range(count)), squares)) for count in (0, 1, 3, 7)],
+            "left early": left_early(ranks), "still together": ranks.gather(ranks.rank),
+            "slices": slices(ranks)}
+
+
+def squares(items):
+    for item in items:
+        yield item**2
+
+
+def left_early(ranks):
+    made = ranks.spread(list(range(10)), squares)
+    found = [next(made, None)]
+    made.close()
+    return found
+
+
+def slices(ranks):
+    """What a rank works on, and the weight of two RoIs for each entry, for batches of 1 to 5 entries."""
+    divided = Slices(ranks, [list("abcde"[:count]) for count in range(1, 6)])
+    found = []
+    for iteration in range(5):
+        divided.begin(BATCH, iteration)
+        found.append(("".join(divided[iteration]), divided.weight(2 * len(divided[iteration]))))
+    return found
+
+
+def fails(ranks):
+    if ranks.rank == 1:
+        raise DataError("a.jpg: cannot be read")
+    ranks.gather(None)
+
+
+@pytest.fixture(scope="module")
+def three():
+    return in_ranks(3, exchanged)
+
+
+def test_ranks_agree(three):
+    for each in three:
+        assert each["same"] == ("rank", 0)
+        assert each["gathered"] == each["still together"] == [0, 1, 2]
+        assert each["total"] == [3, 3]
+        assert each["greatest"] == 1
+
+
+def test_gradients_add_up_and_are_not_divided(three):
+    for each in three:
+        assert each["weight"] == [[111, 111]]
+        assert each["bias"] == [3]
+
+
+def test_rank_0_gets_what_all_make_in_order(three):
+    assert three[0]["spread"] == [[], [0], [0, 1, 4], [0, 1, 4, 9, 16, 25, 36]]
+    assert three[1]["spread"] == three[2]["spread"] == [[], [], [], []]
+    assert three[0]["left early"] == [0]
+
+
+def test_batches_are_cut_evenly_and_a_rank_without_entries_counts_nothing(three):
+    assert [each["slices"] for each in three] == [
+        [("a", 0), ("a", 0), ("a", 1 / 6), ("a", 1 / 8), ("a", 1 / 10)],
+        [("a", 0), ("a", 1 / 4), ("b", 1 / 6), ("b", 1 / 8), ("bc", 1 / 10)],
+        [("a", 1 / 2), ("b", 1 / 4), ("c", 1 / 6), ("cd", 1 / 8), ("de", 1 / 10)],
+    ]
+
+
+def test_the_reason_of_one_is_the_end_of_all():
+    with pytest.raises((DataError, OtherRankError)) as caught:
+        in_ranks(2, fails)
+    assert caught.value.exit_code == 3
+
+
+def test_a_process_by_itself_is_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with company() as ranks:
+        assert type(ranks) is Ranks
+        assert (ranks.first, ranks.count, ranks.gather(4), ranks.same(5)) == (True, 1, [4], 5)
+        assert list(ranks.spread([1, 2], squares)) == [1, 4]

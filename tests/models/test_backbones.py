@@ -1,0 +1,169 @@
+"""The networks: their blocks, how large their features are, and where a feature cell looks."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from altopt.config import NETWORKS
+from altopt.models import backbones
+from altopt.models.backbones import STRIDE, Backbone
+from altopt.models.imagenet import from_torchvision
+from altopt.training.loop import freeze
+
+
+def outline(name: str) -> Backbone:
+    """Return the network without memory for its weights."""
+    with torch.device("meta"):
+        return backbones.build(name)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_and_layers_have_the_documented_names(name):
+    backbone = outline(name)
+    assert [block for block, _ in backbone.conv.named_children()] == ["conv1", "conv2", "conv3", "conv4", "conv5"]
+    assert [layer for layer, _ in backbone.fc.named_children()] == ["fc6", "relu6", "drop6", "fc7", "relu7", "drop7"]
+
+
+def convolutions(module: nn.Module) -> list[int]:
+    return [layer.out_channels for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def test_vgg16_has_thirteen_convolutions_in_five_blocks():
+    blocks = {block: convolutions(layers) for block, layers in outline("vgg16").conv.named_children()}
+    assert blocks == {"conv1": [64] * 2, "conv2": [128] * 2, "conv3": [256] * 3, "conv4": [512] * 3, "conv5": [512] * 3}
+
+
+def test_alexnet_has_a_convolution_in_each_block():
+    blocks = {block: convolutions(layers) for block, layers in outline("alexnet").conv.named_children()}
+    assert blocks == {"conv1": [64], "conv2": [192], "conv3": [384], "conv4": [256], "conv5": [256]}
+
+
+def test_squeezenet_and_small_split_their_layers_likewise():
+    squeezenet = [convolutions(block) for block in outline("squeezenet1_1").conv]
+    assert [len(block) for block in squeezenet] == [1, 6, 6, 6, 6]  # a fire module has three
+    small = [convolutions(block) for block in outline("small").conv]
+    assert small == [[24], [32, 32], [64, 64], [128, 128], [128, 128]]
+
+
+@pytest.mark.parametrize(("name", "roi_size", "features"), [
+    ("vgg16", 7, 4096), ("alexnet", 6, 4096), ("squeezenet1_1", 6, 512), ("small", 6, 256)])
+def test_fully_connected_layers_take_the_pooled_features(name, roi_size, features):
+    backbone = outline(name)
+    assert (backbone.roi_size, backbone.features) == (roi_size, features)
+    pooled = torch.zeros(3, backbone.channels, roi_size, roi_size, device="meta")
+    assert backbone.fc(pooled.flatten(1)).shape == (3, features)
+    assert [layer.p for layer in backbone.fc if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("size", [(600, 1000), (601, 999), (600, 800), (240, 320), (239, 321), (375, 500), (333, 77)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_cell_for_every_sixteen_pixels(name, size):
+    backbone = outline(name)
+    shape = backbone.conv(torch.zeros(2, 3, *size, device="meta")).shape
+    assert shape[:2] == (2, backbone.channels)
+    for cells, pixels in zip(shape[2:], size, strict=True):
+        assert abs(cells - pixels / STRIDE) < 1
+        if name == "vgg16":
+            assert cells == pixels // STRIDE  # as Faster R-CNN's feature maps
+
+
+class Spread(nn.Module):
+    """The mean of a layer's window, so that gradients show all that it sees; channels do not matter."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        window = torch.ones(1, 1, *self.kernel, dtype=x.dtype) / (self.kernel[0] * self.kernel[1])
+        return F.conv2d(x.mean(dim=1, keepdim=True), window, stride=self.stride, padding=self.padding)
+
+
+def spread(module: nn.Module) -> nn.Module:
+    """Return the layers with convolutions and pools replaced by means over the same windows."""
+    for name, layer in module.named_children():
+        if isinstance(layer, nn.Conv2d):
+            setattr(module, name, Spread(layer))
+        elif isinstance(layer, nn.MaxPool2d):
+            assert layer.padding == 0
+            setattr(module, name, nn.AvgPool2d(layer.kernel_size, layer.stride, ceil_mode=layer.ceil_mode))
+        else:
+            spread(layer)
+    return module
+
+
+def seen(conv: nn.Module, row: int, column: int, side: int) -> list[float]:
+    """Return the box xyxy, in pixels, that a feature cell sees of a picture of ``side`` x ``side``."""
+    picture = torch.ones(1, 3, side, side, dtype=torch.float64, requires_grad=True)
+    conv(picture)[0, :, row, column].sum().backward()
+    rows, columns = torch.nonzero(picture.grad[0].abs().sum(dim=0), as_tuple=True)
+    return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
+
+
+@pytest.mark.parametrize(("name", "centre"), [("vgg16", 8), ("alexnet", 7.5), ("squeezenet1_1", 7.5), ("small", 8)])
+def test_a_cell_looks_where_its_anchors_are_centred(name, centre):
+    conv = spread(outline(name).conv)
+    for row, column in ((10, 9), (11, 13)):
+        x1, y1, x2, y2 = seen(conv, row, column, 352)
+        assert min(x1, y1) > 0  # all of the field is in the picture
+        assert max(x2, y2) < 352
+        assert (x1 + x2) / 2 == pytest.approx(STRIDE * column + 8, abs=1)
+        assert (y1 + y2) / 2 == pytest.approx(STRIDE * row + 8, abs=1)
+        assert (x1 + x2) / 2 == STRIDE * column + centre
+
+
+def test_vgg16_sees_196_pixels():
+    x1, y1, x2, y2 = seen(spread(outline("vgg16").conv), 10, 10, 352)
+    assert (x2 - x1, y2 - y1) == (196, 196)
+
+
+def torchvisions(name: str) -> tuple[nn.Sequential, dict[str, torch.Tensor]]:
+    """Return torchvision's own ``features`` with drawn weights, and its state dict (classifier without memory)."""
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(weights=None)
+    features = model.features.to_empty(device="cpu")
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in features.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
+            parameter.normal_(std=(2 / fan_in) ** 0.5, generator=random)
+    return features, model.state_dict()
+
+
+@pytest.mark.parametrize(("name", "padding"), [("vgg16", 1), ("alexnet", 10), ("squeezenet1_1", 8)])
+def test_features_are_those_of_torchvisions_network_with_other_padding(name, padding):
+    features, state = torchvisions(name)
+    tensors = from_torchvision(name, state, "random weights")
+    conv = outline(name).conv
+    conv.load_state_dict({key.removeprefix("conv."): value for key, value in tensors.items()
+                          if key.startswith("conv.")}, assign=True)
+    features = copy.copy(features) if name == "squeezenet1_1" else features[:-1]  # the last pooling is left out
+    features[0].padding = (padding, padding)
+    picture = torch.randn(2, 3, 64, 80, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        ours, theirs = conv(picture), features(picture)
+    assert theirs.abs().max() > 0.01
+    divisor = 16 if name == "squeezenet1_1" else 1  # a power of two: no digit is lost
+    assert torch.equal(ours * divisor, theirs)
+
+
+def test_freezing_a_block_leaves_the_others_trainable():
+    conv = outline("vgg16").conv
+    freeze(conv, ["conv1", "conv2"])
+    trained = {name.split(".")[0] for name, parameter in conv.named_parameters() if parameter.requires_grad}
+    assert trained == {"conv3", "conv4", "conv5"}
+
+
+def test_freezing_an_unknown_block_is_an_error():
+    with pytest.raises(AttributeError, match="conv6"):
+        freeze(outline("small").conv, ["conv1", "conv6"])
+
+
+def test_two_networks_share_nothing():
+    one, other = backbones.small(), backbones.small()
+    addresses = {parameter.data_ptr() for parameter in one.conv.parameters()}
+    assert not addresses & {parameter.data_ptr() for parameter in other.conv.parameters()}

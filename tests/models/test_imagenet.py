@@ -1,0 +1,148 @@
+"""ImageNet weights: torchvision's names to ours, and fetching with the hash checked."""
+
+import hashlib
+import socket
+
+import pytest
+import torch
+import torchvision
+
+from altopt.errors import ArtifactError, DownloadError
+from altopt.models import backbones
+from altopt.models.imagenet import FULLY_CONNECTED, WEIGHTS, download, from_torchvision
+
+
+def state_of(name: str) -> dict[str, torch.Tensor]:
+    """Return torchvision's state dict, without memory for the values."""
+    with torch.device("meta"):
+        return dict(getattr(torchvision.models, name)(weights=None).state_dict())
+
+
+def shapes(part: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in part.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTS))
+def test_every_tensor_of_conv_finds_its_place(name):
+    tensors = from_torchvision(name, state_of(name), "file")
+    with torch.device("meta"):
+        backbone = backbones.build(name)
+    found = {key.removeprefix("conv."): value.shape for key, value in tensors.items() if key.startswith("conv.")}
+    assert found == shapes(backbone.conv)
+    found = {key.removeprefix("fc."): value.shape for key, value in tensors.items() if key.startswith("fc.")}
+    assert found == ({} if name == "squeezenet1_1" else shapes(backbone.fc))
+
+
+@pytest.mark.parametrize("name", sorted(FULLY_CONNECTED))
+def test_fully_connected_layers_are_the_first_two_of_the_classifier(name):
+    state = state_of(name)
+    linear = sorted(key for key in state if key.startswith("classifier.") and key.endswith(".bias"))
+    for number, key in enumerate(linear, 6):
+        state[key] = torch.full(state[key].shape, float(number))
+    tensors = from_torchvision(name, state, "file")
+    assert tensors["fc.fc6.bias"].unique().tolist() == [6]
+    assert tensors["fc.fc7.bias"].unique().tolist() == [7]
+
+
+def test_half_precision_weights_become_float32():
+    state = {key: tensor.half() for key, tensor in state_of("squeezenet1_1").items()}
+    assert {tensor.dtype for tensor in from_torchvision("squeezenet1_1", state, "file").values()} == {torch.float32}
+
+
+def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_missing_tensor_is_named():
+    state = state_of("alexnet")
+    del state["features.3.bias"]
+    with pytest.raises(ArtifactError) as error:
+        from_torchvision("alexnet", state, "weights.pth")
+    assert one_line(error) == "weights.pth has no tensor features.3.bias: it is not a torchvision alexnet"
+
+
+def test_another_networks_weights_are_refused():
+    with pytest.raises(ArtifactError) as error:
+        from_torchvision("vgg16", state_of("alexnet"), "weights.pth")
+    assert "weights.pth: features.0.weight is (64, 3, 11, 11), and vgg16 needs (64, 3, 3, 3)" in one_line(error)
+
+
+def test_no_weights_at_all():
+    with pytest.raises(ArtifactError, match=r"weights\.pth has no tensor features\.0\.weight"):
+        from_torchvision("squeezenet1_1", {}, "weights.pth")
+
+
+@pytest.fixture
+def torch_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def served(tmp_path):
+    """Return a file as torchvision's host serves it: its name ends in the first eight digits of its hash."""
+    path = tmp_path / "weights.pth"
+    torch.save({"features.0.weight": torch.arange(6.0)}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.rename(tmp_path / f"net-{digest[:8]}.pth")
+
+
+def test_download_returns_the_tensors_and_keeps_the_file(served, torch_home):
+    assert torch.equal(download("vgg16", served.as_uri())["features.0.weight"], torch.arange(6.0))
+    assert (torch_home / served.name).read_bytes() == served.read_bytes()
+
+
+def test_a_file_in_torchs_cache_needs_no_host(served, torch_home):
+    torch_home.mkdir(parents=True)
+    served.rename(torch_home / served.name)
+    state = download("vgg16", f"file:///nowhere/{served.name}")
+    assert list(state) == ["features.0.weight"]
+
+
+def test_a_wrong_hash_is_refused_and_not_kept(served, torch_home):
+    wrong = served.rename(served.with_name("net-0123abcd.pth"))
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", wrong.as_uri())
+    message = one_line(error)
+    assert "vgg16" in message
+    assert "0123abcd" in message
+    assert "--from M0=FILE" in message
+    assert list(torch_home.iterdir()) == []
+
+
+def test_a_damaged_file_in_torchs_cache_is_refused(served, torch_home):
+    torch_home.mkdir(parents=True)
+    for content in (served.read_bytes()[:-40], b"", b"<html>no</html>\n"):
+        (torch_home / served.name).write_bytes(content)
+        with pytest.raises(DownloadError) as error:
+            download("vgg16", served.as_uri())
+        assert served.name in one_line(error)
+
+
+def test_an_intact_file_of_other_weights_in_torchs_cache_is_refused(served, torch_home):
+    torch_home.mkdir(parents=True)
+    torch.save({"features.0.weight": torch.zeros(6)}, torch_home / served.name)
+    with pytest.raises(DownloadError):
+        download("vgg16", served.as_uri())
+
+
+def test_a_file_that_is_not_there(tmp_path, torch_home):
+    with pytest.raises(DownloadError) as error:
+        download("alexnet", (tmp_path / "gone-0123abcd.pth").as_uri())
+    assert "gone-0123abcd.pth" in one_line(error)
+
+
+def test_a_host_that_does_not_answer(torch_home):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
+        port = closed.getsockname()[1]
+        with pytest.raises(DownloadError) as error:
+            download("alexnet", f"http://127.0.0.1:{port}/net-0123abcd.pth")
+    assert "could not be fetched from http://127.0.0.1" in one_line(error)
+
+
+def test_torchvisions_own_addresses_carry_a_hash():
+    """Otherwise nothing would be checked."""
+    assert all(torch.hub.HASH_REGEX.search(weights.url.rsplit("/", 1)[1]) for weights in WEIGHTS.values())

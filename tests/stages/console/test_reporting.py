@@ -1,0 +1,138 @@
+import io
+import logging
+
+import pytest
+from rich.console import Console
+from tiny_runs import open_tiny
+
+from stages.console import progress as module
+from stages.console.progress import Reporter
+from stages.console.reporting import number, recall_table, score_table, summary_tables
+from stages.pipeline.evaluation import summary
+
+PROGRESS = {"event": "progress", "artifact": "M1", "iteration": 40, "iterations": 80, "lr": 0.001, "rpn_cls": 0.5,
+            "rpn_box": 0.25, "images_per_second": 12.34, "wait_share": 0.02, "seconds": 20.0}
+
+
+@pytest.fixture
+def logger():
+    logger = logging.getLogger("altopt")
+    before = list(logger.handlers)
+    yield logger
+    logger.handlers[:] = before
+
+
+@pytest.fixture
+def plain(logger):
+    return Reporter(Console(file=io.StringIO(), width=200))
+
+
+def text_of(reporter):
+    return reporter.console.file.getvalue()
+
+
+def printed(*tables, width=160):
+    console = Console(file=io.StringIO(), width=width)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()
+
+
+def test_number():
+    assert (number(0.12345), number(1), number(None)) == ("0.123", "1.000", "-")
+
+
+@pytest.mark.parametrize(("event", "line"), [
+    ({"event": "started", "artifact": "M2", "stage": "train_fast_rcnn", "inputs": ["M0", "P1"]},
+     "M2: train_fast_rcnn from M0, P1"),
+    ({"event": "started", "artifact": "M0", "stage": "pretrain_on_crops", "inputs": []}, "M0: pretrain_on_crops"),
+    ({"event": "finished", "artifact": "M2", "seconds": 8.4}, "M2: done in 8.4 s"),
+    ({"event": "resumed", "artifact": "M2", "iteration": 7}, "M2: goes on after iteration 7"),
+    ({"event": "reason", "artifact": "M2", "text": 'freeze was ["conv1"], is [/x] [bold]'},
+     'M2: freeze was ["conv1"], is [/x] [bold]'),
+    ({"event": "note", "text": "nothing to do"}, "nothing to do"),
+    ({"event": "weights", "artifact": "M2", "drawn": ["fc", "head"]}, "M2: drawn anew: fc, head"),
+    ({"event": "warning", "text": "a.xml: one pixel"}, "warning: a.xml: one pixel"),
+])
+def test_events_become_lines(plain, event, line):
+    plain(event)
+    assert text_of(plain) == line + "\n"
+
+
+def test_events_without_a_line(plain):
+    plain({"event": "weights", "artifact": "M2", "drawn": []})
+    plain({"event": "something new"})
+    assert text_of(plain) == ""
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(plain, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    plain({"event": "started", "artifact": "M1", "stage": "train_rpn", "inputs": ["M0"]})
+    for now[0] in (9.9, 10.0, 19.9):
+        plain(PROGRESS)
+    now[0] = 30.0
+    plain({"event": "pictures", "artifact": "P1", "done": 3, "total": 6})
+    assert text_of(plain).splitlines()[1:] == [
+        "M1: 40/80  rpn_cls 0.5000 rpn_box 0.2500  lr 0.001  12.3 images/s  wait 2%  20.0 s left",
+        "P1: 3/6  pictures",
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(logger):
+    reporter = Reporter(Console(file=io.StringIO(), width=120, force_terminal=True))
+    reporter({"event": "started", "artifact": "M1", "stage": "train_rpn", "inputs": ["M0"]})
+    reporter(PROGRESS)
+    assert reporter.bar.tasks[0].completed == 40
+    assert reporter.bar.tasks[0].total == 80
+    reporter({"event": "finished", "artifact": "M1", "seconds": 3.0})
+    assert reporter.bar is None
+    assert "M1: done in 3.0 s" in text_of(reporter)
+
+
+def test_log_of_the_library_is_shown(plain, logger):
+    logger.warning("M1.json is no record (%s)", "[/x]")
+    assert text_of(plain) == "warning: M1.json is no record ([/x])\n"
+
+
+def test_two_reporters_do_not_say_it_twice(plain, logger):
+    again = Reporter(Console(file=io.StringIO(), width=200))
+    logger.warning("once")
+    assert text_of(plain) + text_of(again) == "warning: once\n"
+
+
+def test_summary_shows_scores_recall_and_times(copied):
+    result = summary(open_tiny(copied), "voc07")
+    text = printed(*summary_tables(result))
+    for words in ("M1+M2 (unshared)", "M5 (shared)", "P1", "P2", "train_rpn_frozen_conv", "total",
+                  number(result["scores"][1]["map"])):
+        assert words in text
+    result["stages"]["M1"]["given"] = "a test"
+    assert any(line.split() == ["M1", "train_rpn", "given"] for line in printed(*summary_tables(result)).splitlines())
+
+
+def test_summary_of_nothing_is_shown_too():
+    assert "total" in printed(*summary_tables({"scores": [], "recall": {}, "stages": {}}))
+
+
+def test_scores_by_class():
+    text = printed(score_table({"classes": {"dog": {"ap": 0.5}, "[/cat]": {"ap": None}}, "map": 0.5}))
+    assert [line.split() for line in text.splitlines()] == [
+        ["class", "AP"], ["dog", "0.500"], ["[/cat]", "-"], ["mean", "0.500"]]
+
+
+def test_recall_by_threshold_and_number(copied):
+    result = stages_recall(copied)
+    text = printed(recall_table(result))
+    assert "P1.h5 on shapes train:6" in text
+    rows = [line.split() for line in text.splitlines()]
+    for limit in ("5", "20"):
+        values = result["limits"][limit]["areas"]["all"]
+        expected = [limit, *map(number, values["recall"]), number(values["average_recall"])]
+        assert expected in rows
+
+
+def stages_recall(folder):
+    from stages.pipeline.evaluation import recall
+
+    return recall(open_tiny(folder), "P1", (5, 20))

@@ -1,0 +1,200 @@
+"""Stages by several processes: what they make does not depend on how many there are, and none is left behind."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import region_runs
+import torch
+from rank_runs import in_ranks, kill, ranks_of, start
+from tiny_runs import hashes, link_or_copy, open_tiny, write_recipe
+
+from altopt.machine.distributed import Ranks
+from cache.checkpoints import load_checkpoint
+from cache.files import sha256_file
+from stages.pipeline.evaluation import detection_steps
+from stages.pipeline.recipe import read_recipe
+from stages.pipeline.run import Run, help_rank_0
+from stages.shared.step import file_name
+
+FILES = ("P1", "P2", "D2", "D5")
+NETWORKS = ("M1", "M2", "M3", "M4")
+SETS = ("all.iterations=6",)  # of two pictures each, mirror images among them
+
+
+def remake(ranks, folder):
+    """Make every artifact again, each from the inputs that are there: the last one first."""
+    run = open_tiny(folder, *SETS, ranks=ranks, feature_store="on")
+    if ranks.first:
+        for step in reversed([*run.recipe.steps, *detection_steps(run)]):
+            if step.output in (*FILES, *NETWORKS):
+                run.make(step)
+        ranks.announce(None)
+    else:
+        help_rank_0(ranks)
+
+
+def joint(ranks, folder):
+    recipe = read_recipe(str(folder.parent / "tiny.toml"), SETS, "approximate-joint")
+    run = Run(folder, recipe, replace(open_tiny(folder).runtime, ranks=ranks))
+    make(ranks, run, "M1")
+
+
+def make(ranks, run, artifact):
+    """Make one artifact, of several ranks."""
+    if ranks.first:
+        run.make(next(step for step in run.recipe.steps if step.output == artifact))
+        ranks.announce(None)
+    else:
+        help_rank_0(ranks)
+
+
+def remade(count, finished, folder, work=remake):
+    """A copy of the finished run, in which so many processes worked; equal for equal counts."""
+    shutil.copytree(finished, folder, copy_function=link_or_copy)
+    write_recipe(folder.parent / "tiny.toml")
+    if count > 1:
+        in_ranks(count, work, folder)
+    else:
+        with as_many_threads_as_ranks_have():
+            work(Ranks(), folder)
+    return folder
+
+
+@contextmanager
+def as_many_threads_as_ranks_have():
+    """Another number of threads would sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def difference(one, other, artifact):
+    """The largest difference of two networks' weights."""
+    ours, theirs = (load_checkpoint(folder / file_name(artifact))[0] for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def alone(finished, tmp_path_factory):
+    return remade(1, finished, tmp_path_factory.mktemp("alone") / "tiny")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_same_inputs_give_the_same_files_and_weights_that_differ_by_rounding(alone, finished, tmp_path, count):
+    together = remade(count, finished, tmp_path / "tiny")
+    assert hashes(together, *FILES) == hashes(alone, *FILES)
+    assert all(difference(together, alone, artifact) < 1e-5 for artifact in NETWORKS)
+    assert json.loads((together / "M4.json").read_text())["metrics"]["processes"] == count
+    assert (together / "features").is_dir()
+
+
+def test_joint_training_weighs_pictures_and_rois_each_by_their_own(finished, tmp_path):
+    alone, together = (remade(count, finished, tmp_path / str(count) / "tiny", joint) for count in (1, 3))
+    assert difference(together, alone, "M1") < 1e-5
+
+
+def regions(ranks, folder, scheme):
+    for artifact, *_ in reversed(region_runs.STAGES[scheme]):
+        if artifact not in ("S1", "R1"):
+            region_runs.make(folder, artifact, scheme, ranks=ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["spp_net", "rcnn", "fast_rcnn_svm"])
+def test_region_schemes_too(tmp_path, scheme):
+    pytest.importorskip("sklearn")
+    with as_many_threads_as_ranks_have():
+        region_runs.make_all(tmp_path, scheme)
+    before = region_runs.hashes(tmp_path, scheme)
+    alone = tmp_path / "alone"
+    shutil.copytree(tmp_path, alone, ignore=shutil.ignore_patterns("alone"))
+    in_ranks(3, regions, tmp_path, scheme)
+    after = region_runs.hashes(tmp_path, scheme)
+    assert {name for name in before if before[name] != after[name]} <= {"M1"}
+    assert difference(tmp_path, alone, "M1") < 1e-5
+
+
+LONG = ("stage", "1", "--run", "tiny", "--force", "--set", "train_rpn.iterations=60", "--snapshot-seconds", "0",
+        "--log-every", "1")
+
+
+def wait_for_iteration(folder, iteration, launcher):
+    """Return once the log tells of an iteration of the training that has just been started."""
+    log = folder / "log.jsonl"
+    began = log.read_text().count("\n")
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and launcher.poll() is None:
+        events = [json.loads(line) for line in log.read_text().splitlines()[began:]]
+        if any(event["event"] == "progress" and event["iteration"] >= iteration for event in events):
+            return
+        time.sleep(0.02)
+    raise AssertionError(launcher.communicate())
+
+
+def complaints(text):
+    return [line for line in text.splitlines() if line.startswith("altopt: ")]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job_with_a_reason(copied, rank):
+    launcher = start(copied.parents[1], 2, *LONG)
+    wait_for_iteration(copied, 3, launcher)
+    processes = ranks_of(launcher)
+    kill(processes[rank])
+    began = time.monotonic()
+    _, said = launcher.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert launcher.returncode == 6
+    assert complaints(said)
+    assert all("run the same command again" in line for line in complaints(said))
+    assert "Traceback" not in said
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_job_killed_and_then_terminated_goes_on_to_the_same_bytes(copied, count):
+    """In batches of as many pictures, of which none has all: a sum of three has an order."""
+    command = (*LONG, "--set", f"train_rpn.images_per_batch={count}")
+    uninterrupted = start(copied.parents[1], count, *command)
+    uninterrupted.communicate(timeout=300)
+    expected = sha256_file(copied / file_name("M1"))
+    for number, iteration, code in ((signal.SIGKILL, 20, 6), (signal.SIGTERM, 40, 143)):
+        launcher = start(copied.parents[1], count, *command)
+        wait_for_iteration(copied, iteration, launcher)
+        os.kill(ranks_of(launcher)[1], number)
+        _, said = launcher.communicate(timeout=60)
+        assert launcher.returncode == code
+        assert "M1: goes on after iteration" in said or number == signal.SIGKILL
+    assert complaints(said) == ["altopt: stopped by SIGTERM; run the same command again to go on"]
+    last = start(copied.parents[1], count, *command)
+    _, said = last.communicate(timeout=300)
+    assert "M1: goes on after iteration" in said
+    assert (uninterrupted.returncode, last.returncode) == (0, 0)
+    assert sha256_file(copied / file_name("M1")) == expected
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_stay_together(finished, tmp_path):
+    folders = {}
+    for name, count in (("one", 1), ("two", 2), ("three", 3), ("three again", 3)):
+        folders[name] = remade(count, finished, tmp_path / name / "tiny", hundred)
+    for name in ("two", "three"):
+        assert difference(folders[name], folders["one"], "M2") < 1e-5
+    assert hashes(folders["three"], "M2") == hashes(folders["three again"], "M2")
+
+
+def hundred(ranks, folder):
+    run = open_tiny(folder, "train_fast_rcnn.iterations=100", ranks=ranks)
+    make(ranks, run, "M2")
