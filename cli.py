@@ -88,7 +88,7 @@ def main() -> None:
     """Train Faster R-CNN by alternating optimisation: seven stages, each a command, exchanging files in runs/NAME.
 
     \b
-    altopt run-all                      all stages on synthetic pictures, in minutes
+    altopt run-all                      all stages on synthetic images, in minutes
     altopt plan                         what would run, and why
     altopt stage 3 --from M1            make M2 from M0 and M1
     """
@@ -110,13 +110,13 @@ def run_all(given: tuple[str, ...], until: str | None, as_json: bool, **options:
     altopt run-all --from M2 --until P2
     """
     from stages.pipeline.evaluation import summary
-    from stages.pipeline.run import find_step, take_from
+    from stages.pipeline.run import find_step, import_given
 
     run = open_run(options)
     with working_in(run):
         steps = run.recipe.steps
         target = find_step(steps, until) if until else steps[-1]
-        wanted = take_from(run, steps, given, target) if given else steps[: steps.index(target) + 1]
+        wanted = import_given(run, steps, given, target) if given else steps[: steps.index(target) + 1]
         made = run.bring_up_to_date(wanted)
         note_if_nothing(made, run, run.folder)
         if until:
@@ -150,7 +150,7 @@ def stage_command(word: str, step: "Step") -> click.Command:
     @option("--init", metavar="M1", help="Start this stage's weights from another network than the list's.")
     @option("--force", is_flag=True, help="Make the output anew even if it is up to date.")
     def run_stage(given: tuple[str, ...], init: str | None, force: bool, **options: Any) -> None:
-        from stages.pipeline.run import find_step, run_one, take_from
+        from stages.pipeline.run import find_step, import_given, run_one
 
         run = open_run(options)
         target = find_step(run.recipe.steps, word)
@@ -159,7 +159,7 @@ def stage_command(word: str, step: "Step") -> click.Command:
             target = find_step(run.recipe.steps, word)
         with working_in(run):
             if given:
-                made = run.bring_up_to_date(take_from(run, run.recipe.steps, given, target), force=force)
+                made = run.bring_up_to_date(import_given(run, run.recipe.steps, given, target), force=force)
             else:
                 made = run_one(run, target, force)
             note_if_nothing(made, run, target.output)
@@ -269,14 +269,14 @@ def proposals() -> None:
 @AS_OPTION
 @with_options(RUN_OPTIONS)
 @option("--frame", type=click.Choice(FRAMES), help="How the file counts its boxes. Default: as its format does.")
-@option("--allow-missing", is_flag=True, help="Pictures without an entry get no proposals.")
+@option("--allow-missing", is_flag=True, help="Images without an entry get no proposals.")
 @option("--invalid", type=click.Choice(["error", "leave-out"]), default="error", help="What to do with unusable boxes.")
 @JSON_OPTION
 def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, invalid: Any, as_json: bool,
                    **options: Any) -> None:
-    """Take a file's proposals as the run's: checked against the pictures, recall first, then written.
+    """Take a file's proposals as the run's: checked against the images, recall first, then written.
 
-    Read are altopt's HDF5 (.h5), selective search's .mat (of a split, or a folder with one for each picture), pickles
+    Read are altopt's HDF5 (.h5), selective search's .mat (of a split, or a folder with one for each image), pickles
     of py-faster-rcnn, mmdet and detectron2 (.pkl, without executing them), and .json: {"image_ids", "boxes", "scores"}
     or COCO results. Boxes are told apart by --frame: xyxy and xywh are continuous, inclusive-N names the first and the
     last pixel, counted from N.
@@ -297,7 +297,7 @@ def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, i
     else:
         from stages.console.reporting import recall_table
 
-        click.echo(f"{result['file']}: {result['boxes']} proposals on {result['pictures']} pictures, from "
+        click.echo(f"{result['file']}: {result['boxes']} proposals on {result['images']} images, from "
                    f"{result['format']}, read as {result['frame']}")
         show(recall_table(result))
 
@@ -324,7 +324,7 @@ def export_command(artifact: str, file: Path, form: str | None, as_json: bool, *
     if as_json:
         print_json(result)
     else:
-        click.echo(f"{result['file']}: {result['artifact']} as {result['format']}, {result['pictures']} pictures")
+        click.echo(f"{result['file']}: {result['artifact']} as {result['format']}, {result['images']} images")
 
 
 @proposals.command("selective-search")
@@ -482,25 +482,25 @@ def compare(schemes: str | None, variants: Path | None, seeds: int, recipe: str,
 @main.command()
 @click.argument("network", required=False)
 @with_options(RUN_OPTIONS, WORK_OPTIONS[:1])
-@option("--pictures", type=click.IntRange(1), default=8, help="Training pictures to take the gradients on.")
+@option("--images", type=click.IntRange(1), default=8, help="Training images to take the gradients on.")
 @JSON_OPTION
-def probe(network: str | None, pictures: int, as_json: bool, **options: Any) -> None:
+def probe(network: str | None, images: int, as_json: bool, **options: Any) -> None:
     """Show how approximate approximate joint training is, on a network with RPN and detector.
 
     Gradients of its conv layers with and without the path through the proposals' coordinates: angle and size.
 
     \b
-    altopt probe M5 --pictures 16
+    altopt probe M5 --images 16
     """
     from stages.console.reporting import probe_table
     from stages.pipeline.probing import probe as probe_network
 
-    print_result(probe_network(open_run(options), network, pictures), as_json, probe_table)
+    print_result(probe_network(open_run(options), network, images), as_json, probe_table)
 
 
 @main.command()
 @option("--networks", metavar="A,B", help="Some of the networks. Default: all.")
-@option("--sizes", metavar="HxW,...", default="600x800,300x400", help="Height and width of the pictures.")
+@option("--sizes", metavar="HxW,...", default="600x800,300x400", help="Height and width of the images.")
 @option("--contenders", metavar="A,B", help="Some of the stages and torchvision's parts. Default: all.")
 @option("--rounds", type=click.IntRange(1), default=3, help="Steps of each that count, after one that does not.")
 @option("--precision", type=click.Choice(["auto", "float32", "bfloat16", "both"]), default="auto",
@@ -516,7 +516,7 @@ def probe(network: str | None, pictures: int, as_json: bool, **options: Any) -> 
 def bench(save: Path | None, markdown: Path | None, as_json: bool, **options: Any) -> None:
     """Time a step of every stage, part by part, beside torchvision's Faster R-CNN, and reckon the paper's schedule.
 
-    On generated pictures, with random weights, in one process and interleaved. It reports and never judges.
+    On generated images, with random weights, in one process and interleaved. It reports and never judges.
 
     \b
     altopt bench --networks small --sizes 300x400
@@ -549,12 +549,12 @@ def run() -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run a command and return its exit code; unexpected exceptions keep their traceback."""
     from altopt.errors import AltoptError
-    from altopt.machine.distributed import OtherRankError, company
+    from altopt.machine.distributed import OtherRankError, join_processes
     from altopt.machine.interruption import Terminated, raise_on_sigterm
 
     raise_on_sigterm()
     try:
-        with company() as ranks:
+        with join_processes() as ranks:
             if ranks.first:
                 code = main.main(arguments, prog_name="altopt", standalone_mode=False, obj=ranks)
                 ranks.announce(None)

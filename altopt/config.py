@@ -20,7 +20,7 @@ SOLVER = "pfr models/pascal_voc/VGG16/faster_rcnn_alt_opt/*solver*.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The network, and the frame in which it sees pictures and places anchors."""
+    """The network, and the frame in which it sees images and places anchors."""
 
     name: Literal["vgg16", "alexnet", "squeezenet1_1", "small"] = sourced("vgg16", "the network of the paper")
     short_side: int = sourced(600, "Faster R-CNN, section 3.3; pfr TRAIN.SCALES")
@@ -31,7 +31,7 @@ class NetworkConfig:
     rpn_channels: int = sourced(512, "Faster R-CNN, section 3.1; 256 for ZF")
 
     def at_scales(self, scales: Sequence[int], max_side: int) -> "list[NetworkConfig]":
-        """Return the network with the frame of each scale, which is the length of a picture's shorter side."""
+        """Return the network with the frame of each scale, which is the length of an image's shorter side."""
         return [replace(self, short_side=scale, max_side=max_side) for scale in scales]
 
 
@@ -58,8 +58,8 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProposalRule:
-    """How the RPN's boxes become proposals; sides are in pixels of the original picture."""
+class ProposalSettings:
+    """How the RPN's boxes become proposals; sides are in pixels of the original image."""
 
     pre_nms: int = sourced(0, "pfr rpn_generate: no limit (0) for the proposals that stages train on")
     nms: float = sourced(0.7, "Faster R-CNN, section 3.3")
@@ -68,7 +68,7 @@ class ProposalRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionRule:
+class DetectionSettings:
     """How scores and boxes become detections."""
 
     pre_nms: int = sourced(6000, "pfr TEST.RPN_PRE_NMS_TOP_N")
@@ -77,13 +77,13 @@ class DetectionRule:
     min_side: float = sourced(16.0, "pfr RPN_MIN_SIZE")
     score: float = sourced(0.05, "pfr test_net: floor on class scores")
     nms: float = sourced(0.3, "pfr TEST.NMS")
-    per_picture: int = sourced(100, "pfr test_net: detections kept for a picture, over all classes")
+    per_image: int = sourced(100, "pfr test_net: detections kept for an image, over all classes")
     regress_boxes: bool = sourced(True, "Fast R-CNN, section 2.2; false leaves proposals as they are (section 5.1)")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVMRule:
+class SVMSettings:
     """How a class's linear SVM is trained on region features; scores are those of features brought to one norm."""
 
     cost: float = sourced(1e-3, "R-CNN rcnn_train: C")
@@ -98,11 +98,11 @@ class SVMRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegionDetectionRule:
+class RegionDetectionSettings:
     """How the SVMs' scores of proposals, and the regressed boxes, become detections."""
 
-    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
-    score: float = sourced(-1.5, "SPP-net's floor; R-CNN has none, and cuts the worst by 40 boxes a picture and class")
-    per_class: int = sourced(100, "R-CNN rcnn_test, SPP-net: boxes of a class in a picture, before suppression")
+    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions an image")
+    score: float = sourced(-1.5, "SPP-net's floor; R-CNN has none, and cuts the worst by 40 boxes an image and class")
+    per_class: int = sourced(100, "R-CNN rcnn_test, SPP-net: boxes of a class in an image, before suppression")
     nms: float = sourced(0.3, "R-CNN, section 2.2")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")

@@ -18,7 +18,7 @@ class UsageError(AltoptError):
 
 
 class DataError(AltoptError):
-    """A picture or an annotation that cannot be used."""
+    """An image or an annotation that cannot be used."""
 
     exit_code = 3
 

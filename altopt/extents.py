@@ -1,4 +1,4 @@
-"""Sizes known without a picture: of one in the network's frame, and of what the conv layers make of it. No torch here.
+"""Sizes known without an image: of one in the network's frame, and of what the conv layers make of it. No torch here.
 
 So ``altopt plan`` can say at once how much room feature maps will take.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from altopt.config import NetworkConfig
-from altopt.layers import LAYERS, Window
+from altopt.layers import LAYERS, KernelGeometry
 
 VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -18,17 +18,17 @@ def scale_of(size: tuple[int, int], short_side: int, max_side: int) -> float:
 
 
 def input_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return (width, height) of a picture of ``size`` in the input frame."""
+    """Return (width, height) of an image of ``size`` in the input frame."""
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def original_frame(network: NetworkConfig, size: tuple[int, int]) -> NetworkConfig:
-    """Return the network with the frame in which a picture of ``size`` keeps its pixels."""
+    """Return the network with the frame in which an image of ``size`` keeps its pixels."""
     return replace(network, short_side=min(size), max_side=max(size))
 
 
 def map_shape(network: NetworkConfig, size: tuple[int, int], layers: int | None = None) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the map of a picture of (width, height) behind so many layers, or all."""
+    """Return (channels, height, width) of the map of an image of (width, height) behind so many layers, or all."""
     return shape_behind(network.name, input_size(size, scale_of(size, network.short_side, network.max_side)), layers)
 
 
@@ -44,7 +44,7 @@ def shape_behind(name: str, size: tuple[int, int], layers: int | None = None) ->
 
 def maps_bytes(sizes: Iterable[tuple[int, int, int]], network: NetworkConfig, flips: bool, precision: str,
                layers: int | None = None) -> int:
-    """Return the room that the maps of pictures take, given as (width, height, how many of them)."""
+    """Return the room that the maps of images take, given as (width, height, how many of them)."""
     values = 0
     for width, height, count in sizes:
         channels, rows, columns = map_shape(network, (width, height), layers)
@@ -52,7 +52,7 @@ def maps_bytes(sizes: Iterable[tuple[int, int, int]], network: NetworkConfig, fl
     return values * VALUE_BYTES[precision] * (2 if flips else 1)
 
 
-def _after(window: Window, side: int) -> int:
+def _after(window: KernelGeometry, side: int) -> int:
     rest = side + 2 * window.padding - window.size
     steps = -(-rest // window.stride) if window.ceil else rest // window.stride
     if window.ceil and steps * window.stride >= side + window.padding:

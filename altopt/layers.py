@@ -11,7 +11,7 @@ from typing import NamedTuple
 from altopt.errors import UsageError
 
 
-class Window(NamedTuple):
+class KernelGeometry(NamedTuple):
     """How a layer changes the size of a map; ``ceil`` is max pooling's ceil_mode."""
 
     size: int
@@ -29,14 +29,14 @@ class Layer(NamedTuple):
     name: str
     weights: tuple[str, ...] = ()
     channels: int = 0
-    window: Window | None = None
+    window: KernelGeometry | None = None
 
 
 class Conv(NamedTuple):
     """A convolution and a ReLU behind it."""
 
     channels: int
-    window: Window | None = None
+    window: KernelGeometry | None = None
 
 
 class Fire(NamedTuple):
@@ -45,7 +45,7 @@ class Fire(NamedTuple):
     channels: int
 
 
-def _layers(*blocks: Sequence[Conv | Fire | Window | None]) -> tuple[Layer, ...]:
+def _layers(*blocks: Sequence[Conv | Fire | KernelGeometry | None]) -> tuple[Layer, ...]:
     """Return the layers of conv1, conv2, ... in order; a bare window is a pooling, None a layer that only computes."""
     layers = []
     for number, block in enumerate(blocks, 1):
@@ -62,20 +62,20 @@ def _layers(*blocks: Sequence[Conv | Fire | Window | None]) -> tuple[Layer, ...]
     return tuple(layers)
 
 
-_HALF, _THIRD = Window(2, 2), Window(3, 2)
-_CEIL = Window(3, 2, ceil=True)
+_HALF, _THIRD = KernelGeometry(2, 2), KernelGeometry(3, 2)
+_CEIL = KernelGeometry(3, 2, ceil=True)
 LAYERS = {
     "vgg16": _layers(
         [Conv(64), Conv(64)], [_HALF, Conv(128), Conv(128)], [_HALF, Conv(256), Conv(256), Conv(256)],
         [_HALF, Conv(512), Conv(512), Conv(512)], [_HALF, Conv(512), Conv(512), Conv(512)]),
     "alexnet": _layers(
-        [Conv(64, Window(11, 4, 10))], [_THIRD, Conv(192, Window(5, 1, 2))], [_THIRD, Conv(384)], [Conv(256)],
-        [Conv(256)]),
+        [Conv(64, KernelGeometry(11, 4, 10))], [_THIRD, Conv(192, KernelGeometry(5, 1, 2))], [_THIRD, Conv(384)],
+        [Conv(256)], [Conv(256)]),
     "squeezenet1_1": _layers(
-        [Conv(64, Window(3, 2, 8))], [_CEIL, Fire(128), Fire(128)], [_CEIL, Fire(256), Fire(256)],
+        [Conv(64, KernelGeometry(3, 2, 8))], [_CEIL, Fire(128), Fire(128)], [_CEIL, Fire(256), Fire(256)],
         [_CEIL, Fire(384), Fire(384)], [Fire(512), Fire(512), None]),
     "small": _layers(
-        [Conv(24, Window(6, 2, 2))], [_HALF, Conv(32), Conv(32)], [_HALF, Conv(64), Conv(64)],
+        [Conv(24, KernelGeometry(6, 2, 2))], [_HALF, Conv(32), Conv(32)], [_HALF, Conv(64), Conv(64)],
         [_HALF, Conv(128), Conv(128)], [Conv(128), Conv(128)]),
 }
 

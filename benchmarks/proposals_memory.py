@@ -1,7 +1,7 @@
-"""Does the memory that proposals take depend on the number of pictures? ``python -m benchmarks.proposals_memory``.
+"""Does the memory that proposals take depend on the number of images? ``python -m benchmarks.proposals_memory``.
 
-Runs the stage generate_proposals itself on generated pictures, with the small network and random weights, and prints
-the resident memory of the process every so many pictures, and pictures per second, by the clock and by processor time
+Runs the stage generate_proposals itself on generated images, with the small network and random weights, and prints
+the resident memory of the process every so many images, and images per second, by the clock and by processor time
 (on a machine with other work only the latter says much). Needs Linux, for /proc; writes to a temporary folder.
 """
 
@@ -33,7 +33,7 @@ PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 
 @dataclass
 class Memory:
-    """Takes the stage's reports, and a sample at every ``every`` pictures."""
+    """Takes the stage's reports, and a sample at every ``every`` images."""
 
     every: int
 
@@ -42,11 +42,11 @@ class Memory:
         self.samples: list[dict[str, Any]] = []
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Sample, if the report is of a picture whose turn it is."""
-        if event["event"] != "pictures" or event["done"] % self.every:
+        """Sample, if the report is of an image whose turn it is."""
+        if event["event"] != "images" or event["done"] % self.every:
             return
         clock, processor = time.perf_counter() - self.clock, time.process_time() - self.processor
-        self.samples.append({"pictures": event["done"], "resident_mb": round(resident(), 1),
+        self.samples.append({"images": event["done"], "resident_mb": round(resident(), 1),
                              "seconds": round(clock, 2), "processor_seconds": round(processor, 2)})
         print(f"{event['done']:>9}{resident():>13.1f}{event['done'] / clock:>13.1f}{event['done'] / processor:>17.1f}",
               flush=True)
@@ -57,11 +57,11 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE_MB
 
 
-def config_for(pictures: int, width: int, height: int) -> GenerateProposals:
-    """Return the stage's config for so many pictures, each seen as it is."""
+def config_for(images: int, width: int, height: int) -> GenerateProposals:
+    """Return the stage's config for so many images, each seen as it is."""
     network = NetworkConfig(name="small", short_side=min(width, height), max_side=max(width, height),
                             anchor_scales=(1.0, 2.0), rpn_channels=64)
-    data = DataConfig(format="shapes", train=(f"memory:{pictures}",), test=("test:1",), width=width, height=height)
+    data = DataConfig(format="shapes", train=(f"memory:{images}",), test=("test:1",), width=width, height=height)
     return GenerateProposals(network=network, data=data, pre_nms=0, post_nms=300, min_side=4.0)
 
 
@@ -74,19 +74,19 @@ def write_random_network(path: Path, config: GenerateProposals) -> None:
     save_checkpoint(path, network.tensors(PARTS), describe_network(config.network, classes))
 
 
-def measure(pictures: int, every: int, width: int, height: int, threads: int) -> dict[str, Any]:
+def measure(images: int, every: int, width: int, height: int, threads: int) -> dict[str, Any]:
     """Run the stage and return what was seen, JSON-able."""
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the command does
-    config = config_for(pictures, width, height)
+    config = config_for(images, width, height)
     with tempfile.TemporaryDirectory() as folder:
         write_random_network(Path(folder, "M1.safetensors"), config)
-        print(f"{'pictures':>9}{'resident MB':>13}{'pictures/s':>13}{'per processor s':>17}")
+        print(f"{'images':>9}{'resident MB':>13}{'images/s':>13}{'per processor s':>17}")
         memory = Memory(every)
         facts = generate_proposals(Path(folder, "M1.safetensors"), out=Path(folder, "P1.h5"), config=config,
                                    runtime=Runtime(device="cpu", report=memory))
         size = Path(folder, "P1.h5").stat().st_size
-    return {"pictures": pictures, "width": width, "height": height, "threads": threads, "torch": torch.__version__,
+    return {"images": images, "width": width, "height": height, "threads": threads, "torch": torch.__version__,
             "machine": platform.machine(), "proposals": facts["proposals"], "file_mb": round(size / 1e6, 1),
             "samples": memory.samples}
 
@@ -94,14 +94,14 @@ def measure(pictures: int, every: int, width: int, height: int, threads: int) ->
 def main() -> None:
     """Measure and print; the first sample is what the others are held against."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=20_000)
-    parser.add_argument("--every", type=int, default=1000, help="pictures between two samples")
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--every", type=int, default=1000, help="images between two samples")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--height", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples there as well")
     chosen = parser.parse_args()
-    result = measure(chosen.pictures, chosen.every, chosen.width, chosen.height, chosen.threads)
+    result = measure(chosen.images, chosen.every, chosen.width, chosen.height, chosen.threads)
     if result["samples"]:
         first, *others = [each["resident_mb"] for each in result["samples"]]
         print(f"{result['proposals']} proposals in {result['file_mb']} MB; at most "

@@ -1,9 +1,9 @@
 """What RoI pooling costs, and what adding up in a fixed order adds: ``python -m benchmarks.roi_pool [--device cuda]``.
 
-Times forward and backward passes on VGG16's conv5 map of a picture of 608 x 800: of torchvision's op as it is, of
+Times forward and backward passes on VGG16's conv5 map of an image of 608 x 800: of torchvision's op as it is, of
 ``altopt.ops.roi_pool`` (which divides it among threads on the CPU), of what that does on CUDA with ``--deterministic``,
 and the forward pass of ``altopt.ops.roi_pool`` where no gradient is asked for; in turns, and prints the medians. On
-the CPU with one thread (the default) it is processor time, with several the clock's; on CUDA the time between two events.
+the CPU with one thread (the default) it is processor time, with several the clock's; on CUDA that between two events.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TORCHVISION, ALTOPT, IN_ORDER, CONSTANT = WAYS = (
 
 
 def regions(count: int, random: torch.Generator) -> Tensor:
-    """Return boxes ``Tensor[count, 4]`` in pixels of the picture, with sides of 32 to 400."""
+    """Return boxes ``Tensor[count, 4]`` in pixels of the image, with sides of 32 to 400."""
     limit = torch.tensor([SHAPE[3] * STRIDE, SHAPE[2] * STRIDE])
     sides = 32 + torch.rand(count, 2, generator=random) * 368
     corners = torch.rand(count, 2, generator=random) * (limit - sides)

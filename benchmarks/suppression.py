@@ -1,8 +1,8 @@
 """What suppression costs: ``python -m benchmarks.suppression [--device cuda] [--threads 2]``.
 
-Boxes are the anchors of VGG16's map of a picture of 600 x 800, moved by an RPN that has just been drawn or by one that
+Boxes are the anchors of VGG16's map of an image of 600 x 800, moved by an RPN that has just been drawn or by one that
 is sure of a few places; they are sorted, and the best 2000 apart (IoU 0.7) are kept, as for training, or the best 300
-of 6000, as for detection. Times ``altopt.ops.suppression`` and torchvision's op in turns and prints the medians.
+of 6000, as for detection. Times ``altopt.ops.nms`` and torchvision's op in turns and prints the medians.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch import Tensor
 from altopt.config import NetworkConfig
 from altopt.ops import boxes as bx
 from altopt.ops.anchors import reference_anchors, shifted_anchors
-from altopt.ops.suppression import best_apart
+from altopt.ops.nms import nms_keeping_best
 
 WIDTH, HEIGHT, STRIDE = 800, 600, 16
 OVERLAP = 0.7
@@ -32,7 +32,7 @@ def boxes_of(sure: bool, random: torch.Generator) -> tuple[Tensor, Tensor]:
     scores = torch.rand(len(anchors), generator=random)
     if sure:
         objects = torch.rand(6, 2, generator=random) * torch.tensor([WIDTH, HEIGHT])
-        scores -= torch.cdist(bx.centre_form(anchors)[0], objects).amin(dim=1) / 20
+        scores -= torch.cdist(bx.to_cxcywh(anchors)[0], objects).amin(dim=1) / 20
     order = scores.argsort(descending=True)
     return boxes[order], scores[order]
 
@@ -62,7 +62,8 @@ def main() -> None:
             taken: list[tuple[float, float]] = []
             for _ in range(chosen.repeats + 1):
                 theirs, kept = timed(lambda some=some: torchvision.ops.nms(*some, OVERLAP), chosen.device)
-                ours, best = timed(lambda some=some, count=count: best_apart(*some, OVERLAP, count), chosen.device)
+                ours, best = timed(lambda some=some, count=count: nms_keeping_best(*some, OVERLAP, count),
+                                   chosen.device)
                 assert torch.equal(kept[:count], best)
                 taken.append((theirs, ours))
             theirs, ours = (1000 * statistics.median(column) for column in zip(*taken[1:], strict=True))

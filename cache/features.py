@@ -1,6 +1,6 @@
-"""Feature maps on disk: what frozen conv layers make of every picture, computed once and read many times.
+"""Feature maps on disk: what frozen conv layers make of every image, computed once and read many times.
 
-    image_ids  [N]     UTF-8 text: one entry for each map, so a picture may stand there several times
+    image_ids  [N]     UTF-8 text: one entry for each map, so an image may stand there several times
     mirrored   [N]     uint8: 1 for the mirror image
     scales     [N]     int32: which of the scales, counted from 0
     shapes     [N, 3]  int32: channels, height and width of the map
@@ -8,7 +8,7 @@
     values     [V]     float32, or uint16 that holds bfloat16, each map in the order channels, rows, columns
     written    [N]     uint8: cache/preallocated.py
 
-Attributes, all text but the version: "format_version", "conv" and "dataset" (digests), "settings" (JSON: how pictures
+Attributes, all text but the version: "format_version", "conv" and "dataset" (digests), "settings" (JSON: how images
 were brought into the network's frame), "precision" (float32 or bfloat16). A map is stored in the precision that it was
 computed in, so that training on stored maps and on fresh ones is the same training.
 """
@@ -36,7 +36,7 @@ SCHEMA: dict[str, Any] = {
 
 
 class MapKey(NamedTuple):
-    """Which map: of which picture, mirrored or not, at which of the scales."""
+    """Which map: of which image, mirrored or not, at which of the scales."""
 
     image_id: str
     mirrored: bool

@@ -5,7 +5,7 @@ From then on HDF5 has no part in it: values go straight to their places, and not
 threads can write side by side, the file is a whole one whatever kills the process, and in the end its bytes depend
 neither on the order of writing nor on interruptions. It grows under a name of its own beside the output.
 
-Values come in units (a picture, a map). The data set ``written``, uint8 [units], says which are there; a unit counts
+Values come in units (an image, a map). The data set ``written``, uint8 [units], says which are there; a unit counts
 only after its values are on the disk.
 """
 
@@ -158,7 +158,7 @@ class PreallocatedWriter:
         free = shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise ResourceError(f"{self.path} will take {needed:,} bytes, and its disk has {free:,} free: make room, "
-                                "or store less (fewer pictures, scales or proposals, or a smaller type)")
+                                "or store less (fewer images, scales or proposals, or a smaller type)")
 
     def _put(self, name: str, row: int, rows: Array) -> None:
         if rows.nbytes == 0:

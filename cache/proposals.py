@@ -1,7 +1,7 @@
-"""Proposals on disk: an HDF5 file keyed by picture id, written as a stream and read picture by picture.
+"""Proposals on disk: an HDF5 file keyed by image id, written as a stream and read image by image.
 
     image_ids  [N]       UTF-8 text
-    offsets    [N + 1]   int64: picture n owns the rows offsets[n] .. offsets[n + 1] of the next two
+    offsets    [N + 1]   int64: image n owns the rows offsets[n] .. offsets[n + 1] of the next two
     boxes      [K, 4]    float32: continuous x1, y1, x2, y2 in pixels of the original image
     scores     [K]       float32
 
@@ -30,7 +30,7 @@ from cache.files import DeferringFile, atomic_path, canonical_json, file_error
 FORMAT_VERSION = 1
 CHUNK_ROWS = 4096
 CHECK_ROWS = 1 << 16
-EDGE_PIXELS = 1.0  # a resized picture has whole pixels, so a box clipped to it may end a little outside the original
+EDGE_PIXELS = 1.0  # a resized image has whole pixels, so a box clipped to it may end a little outside the original
 DEFLATE_LIMIT = 1100  # a byte of deflate stands for at most 1032; what claims to hold more was never written
 REMEDY = 'make it again ("altopt plan" says how), or bring a file of the schema in cache/proposals.py'
 
@@ -47,7 +47,7 @@ Scores = NDArray[np.float32]
 
 
 class ProposalWriter:
-    """Writes proposals picture by picture, in flat memory; the file appears when the ``with`` block ends well.
+    """Writes proposals image by image, in flat memory; the file appears when the ``with`` block ends well.
 
     ``attributes`` are text, apart from "settings", a JSON-able mapping. The same content and attributes give the same
     bytes. Raises ResourceError when there is no room.
@@ -76,9 +76,9 @@ class ProposalWriter:
         return self
 
     def append(self, image_id: str, boxes: ArrayLike, scores: ArrayLike) -> None:
-        """Add one picture: boxes [K, 4] in pixels of the original image, best first, and scores [K]; K may be 0.
+        """Add one image: boxes [K, 4] in pixels of the original image, best first, and scores [K]; K may be 0.
 
-        Raises ValueError for a picture that was added before and for arrays that do not belong together.
+        Raises ValueError for an image that was added before and for arrays that do not belong together.
         """
         boxes = np.asarray(boxes, np.float32)
         scores = np.asarray(scores, np.float32)
@@ -134,7 +134,7 @@ class ProposalWriter:
 
 
 class ProposalFile:
-    """Reads proposals by picture id, on demand; one open file for each object and process.
+    """Reads proposals by image id, on demand; one open file for each object and process.
 
     It may be shared by threads, sent to worker processes and survive a fork.
     Raises ArtifactError for a file that is missing, corrupt, or anything but plain data in the schema above.
@@ -161,17 +161,17 @@ class ProposalFile:
         return image_id in self._index
 
     def get(self, image_id: str) -> tuple[Boxes, Scores]:
-        """Return boxes float32 [K, 4] in pixels of the original image and scores float32 [K] of one picture."""
+        """Return boxes float32 [K, 4] in pixels of the original image and scores float32 [K] of one image."""
         if image_id not in self._index:
             raise self._missing(image_id)
         number = self._index[image_id]
         return self._read(slice(self._offsets[number], self._offsets[number + 1]))
 
     def check(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Check every row, in flat memory, against the pictures' sizes (width, height).
+        """Check every row, in flat memory, against the images' sizes (width, height).
 
-        Raises ArtifactError when a picture of ``sizes`` has no entry, and for the first box that is not finite, ends
-        before it begins or lies outside its picture, and the first score that is not finite. Other pictures may be in
+        Raises ArtifactError when an image of ``sizes`` has no entry, and for the first box that is not finite, ends
+        before it begins or lies outside its image, and the first score that is not finite. Other images may be in
         the file; their boxes need only be boxes.
         """
         for image_id in sizes:
@@ -202,9 +202,9 @@ class ProposalFile:
     def _check_index(self) -> None:
         offsets, count = self._offsets, len(self.image_ids)
         if len(self._index) != count:
-            raise self._error("image_ids names a picture twice")
+            raise self._error("image_ids names an image twice")
         if len(offsets) != count + 1:
-            raise self._error(f"offsets has {len(offsets)} entries for {count} pictures, not {count + 1}")
+            raise self._error(f"offsets has {len(offsets)} entries for {count} images, not {count + 1}")
         if offsets[0] != 0 or offsets[-1] != self._rows or (np.diff(offsets) < 0).any():
             raise self._error(f"offsets does not rise from 0 to the {self._rows} rows")
 
@@ -213,13 +213,13 @@ class ProposalFile:
         rules = {
             "is not finite": ~(np.isfinite(boxes).all(1) & np.isfinite(scores)),
             "ends before it begins (x1, y1, x2, y2 are expected)": (end < start).any(1),
-            "lies outside its picture": ((start < -EDGE_PIXELS) | (end > limits + EDGE_PIXELS)).any(1),
+            "lies outside its image": ((start < -EDGE_PIXELS) | (end > limits + EDGE_PIXELS)).any(1),
         }
         for rule, broken in rules.items():
             if broken.any():
                 row = int(broken.argmax())
                 box = ", ".join(f"{value:g}" for value in boxes[row])
-                where = f"picture {self.image_ids[owners[row]]}: box ({box}) with score {scores[row]:g}"
+                where = f"image {self.image_ids[owners[row]]}: box ({box}) with score {scores[row]:g}"
                 raise self._error(f"{where} {rule}", "make it again, in pixels of the original image")
 
     def _read(self, rows: slice) -> tuple[Boxes, Scores]:
@@ -257,7 +257,7 @@ class ProposalFile:
         self._open_file, self._columns = None, {}
 
     def _missing(self, image_id: str) -> ArtifactError:
-        return self._error(f"it has no entry for picture {image_id}", "make it for this data set")
+        return self._error(f"it has no entry for image {image_id}", "make it for this data set")
 
     def _error(self, cause: str, remedy: str = REMEDY) -> ArtifactError:
         return _error(self.path, cause, remedy)

@@ -1,7 +1,7 @@
 """Features of regions on disk: what SVMs and box regressors are trained on.
 
     image_ids       [N]      UTF-8 text
-    offsets         [N + 1]  int64: picture n owns the regions offsets[n] .. offsets[n + 1]
+    offsets         [N + 1]  int64: image n owns the regions offsets[n] .. offsets[n + 1]
     pooled_offsets  [N + 1]  int64: and, of them, these pooled regions
     boxes           [R, 4]   float32: continuous x1, y1, x2, y2 in pixels of the original image
     labels          [R]      int32: the class of a region that is an annotated object, -1 for a proposal
@@ -37,7 +37,7 @@ SCHEMA: dict[str, Any] = {
 
 
 class RegionCount(NamedTuple):
-    """How many regions a picture has, and how many of them are kept pooled."""
+    """How many regions an image has, and how many of them are kept pooled."""
 
     regions: int
     pooled: int
@@ -54,8 +54,8 @@ class RegionSizes:
 
 
 @dataclass(frozen=True, eq=False)
-class PictureRegions:
-    """Everything about the regions of one picture; shapes and types as in the file."""
+class ImageRegions:
+    """Everything about the regions of one image; shapes and types as in the file."""
 
     boxes: NDArray[np.float32]
     labels: NDArray[np.int32]
@@ -67,7 +67,7 @@ class PictureRegions:
 
 
 class RegionFeatureWriter(KeyedWriter[str]):
-    """Writes the regions of pictures, whose numbers are known, in any order; the file appears when all are there.
+    """Writes the regions of images, whose numbers are known, in any order; the file appears when all are there.
 
     What an interrupted writer of the same content left is not written again. Raises ResourceError without room.
     """
@@ -90,8 +90,8 @@ class RegionFeatureWriter(KeyedWriter[str]):
         }
         super().__init__(path, attributes, index, columns, counts)
 
-    def write(self, image_id: str, regions: PictureRegions) -> None:
-        """Write one picture; ValueError when its regions are not as many as was said."""
+    def write(self, image_id: str, regions: ImageRegions) -> None:
+        """Write one image; ValueError when its regions are not as many as was said."""
         if (len(regions.boxes), len(regions.pooled)) != self._counts[image_id]:
             raise ValueError(f"{image_id}: {len(regions.boxes)} regions and {len(regions.pooled)} pooled ones, not "
                              f"{self._counts[image_id]}")
@@ -103,7 +103,7 @@ class RegionFeatureWriter(KeyedWriter[str]):
 
 
 class RegionFeatureFile:
-    """Reads regions picture by picture, and pooled regions row by row; never more than is asked for."""
+    """Reads regions image by image, and pooled regions row by row; never more than is asked for."""
 
     def __init__(self, path: Path) -> None:
         self.file = PreallocatedFile(path, SCHEMA)
@@ -122,19 +122,19 @@ class RegionFeatureFile:
         """Return the length of a row of a data set: D or E."""
         return self.file.width(name)
 
-    def rows(self, name: Literal["boxes", "labels", "overlaps", "features"], picture: int) -> NDArray[Any]:
-        """Return the rows that the picture, counted from 0, has in a data set."""
-        return self.file.rows(name, int(self._offsets[picture]), int(self._offsets[picture + 1]))
+    def rows(self, name: Literal["boxes", "labels", "overlaps", "features"], image: int) -> NDArray[Any]:
+        """Return the rows that the image, counted from 0, has in a data set."""
+        return self.file.rows(name, int(self._offsets[image]), int(self._offsets[image + 1]))
 
-    def features(self, picture: int) -> NDArray[np.float32]:
-        """Return the picture's features, float32 [R, D]."""
-        return self.rows("features", picture).astype(np.float32, copy=False)
+    def features(self, image: int) -> NDArray[np.float32]:
+        """Return the image's features, float32 [R, D]."""
+        return self.rows("features", image).astype(np.float32, copy=False)
 
-    def objects(self, picture: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def objects(self, image: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return the classes and the features, float32 [G, D], of the regions that are annotated objects."""
-        labels = self.rows("labels", picture)
+        labels = self.rows("labels", image)
         count = int((labels >= 0).sum())  # objects come first
-        begin = int(self._offsets[picture])
+        begin = int(self._offsets[image])
         return labels[:count], self.file.rows("features", begin, begin + count).astype(np.float32, copy=False)
 
     def pooled_labels(self) -> NDArray[np.int32]:

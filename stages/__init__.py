@@ -45,7 +45,7 @@ RCNN = [
     Step("R1", train_regressors, "F1"),
 ]
 
-# He et al., "Spatial pyramid pooling": conv features once for each picture, only the layers behind them learn.
+# He et al., "Spatial pyramid pooling": conv features once for each image, only the layers behind them learn.
 SPP_NET = [
     Step("P0", selective_search),
     Step("F1", cache_conv_features, "M0"),

@@ -35,13 +35,13 @@ def in_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 
 def _rank(results: Any, rank: int, count: int, port: int, function: Callable[..., Any], arguments: Any) -> None:
-    from altopt.machine.distributed import company
+    from altopt.machine.distributed import join_processes
 
     os.environ.update(LOOPBACK | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     torch.set_num_threads(1)
     try:
-        with company() as ranks:
+        with join_processes() as ranks:
             value = function(ranks, *arguments)
     except BaseException as error:
         value = error

@@ -1,4 +1,4 @@
-"""SPP-net and slow R-CNN on a few small pictures, stage function by stage function, each writing into one folder."""
+"""SPP-net and slow R-CNN on a few small images, stage function by stage function, each writing into one folder."""
 
 import signal
 from dataclasses import dataclass, field, replace

@@ -281,7 +281,7 @@ def test_recall(altopt, copied):
 
 
 def truth_and_detections(folder, boxes):
-    """One picture with one object, and detections of it."""
+    """One image with one object, and detections of it."""
     truth = {"images": [{"id": 1, "width": 100, "height": 100}], "categories": [{"id": 1, "name": "dog"}],
              "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 1600,
                               "iscrowd": 0}]}
@@ -319,7 +319,7 @@ def test_score_of_nonsense(altopt, workplace):
     assert altopt("score", "truth.json", "found.json", "--protocol", "coco", "--iou", "0.7").code == 2
 
 
-def add_voc_picture(folder, id, box):
+def add_voc_image(folder, id, box):
     from PIL import Image
 
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
@@ -338,7 +338,7 @@ def voc_recipe(folder):
 
 
 def test_broken_annotation_exits_with_3(altopt, workplace):
-    add_voc_picture(workplace / "data" / "VOCdevkit" / "VOC2007", "000001", (50, 10, 20, 30))
+    add_voc_image(workplace / "data" / "VOCdevkit" / "VOC2007", "000001", (50, 10, 20, 30))
     voc_recipe(workplace)
     answer = altopt("run-all", "--recipe", "voc.toml", "--data-root", "data")
     assert answer.code == 3
@@ -349,13 +349,13 @@ def test_broken_annotation_exits_with_3(altopt, workplace):
 
 
 def test_sound_annotation_is_trained_on(altopt, workplace):
-    """The same data set with its annotation mended; its test split is the same picture."""
-    add_voc_picture(workplace / "data" / "VOCdevkit" / "VOC2007", "000001", (20, 10, 60, 50))
+    """The same data set with its annotation mended; its test split is the same image."""
+    add_voc_image(workplace / "data" / "VOCdevkit" / "VOC2007", "000001", (20, 10, 60, 50))
     voc_recipe(workplace)
     assert altopt("stage", "0", "--recipe", "voc.toml", "--data-root", "data").code == 0
-    add_voc_picture(workplace / "data" / "VOCdevkit" / "VOC2007", "000001", (20, 10, 60, 51))
+    add_voc_image(workplace / "data" / "VOCdevkit" / "VOC2007", "000001", (20, 10, 60, 51))
     answer = altopt("plan", "--run", "voc", "--data-root", "data", "--json")
-    assert "the pictures or annotations changed" in json.loads(answer.out)["steps"][0]["reasons"][0]
+    assert "the images or annotations changed" in json.loads(answer.out)["steps"][0]["reasons"][0]
 
 
 def test_missing_data_set_exits_with_3(altopt, workplace):
@@ -397,9 +397,9 @@ def test_divergence_exits_with_5_and_keeps_the_batch(altopt, copied):
     assert "its pixels are in M1.diverged.safetensors" in last
     tensors, description = load_checkpoint(copied / "M1.diverged.safetensors")
     assert tensors["images"].shape == (2, 3, 80, 96)
-    assert len(description["pictures"]) == 2
-    for picture in description["pictures"]:
-        assert picture.replace(" mirrored", "") in last
+    assert len(description["images"]) == 2
+    for image in description["images"]:
+        assert image.replace(" mirrored", "") in last
     assert f"iteration {description['iteration'] + 1}:" in last
     assert altopt("stage", "1", "--run", "tiny", "--set", "train_rpn.lr=0.001").code == 0
 
@@ -476,7 +476,7 @@ def test_looking_into_a_busy_folder(altopt, copied, holder):
 
 @pytest.mark.parametrize(("number", "code", "words"), [
     (signal.SIGINT, 130, "stopped by Ctrl-C"), (signal.SIGTERM, 143, "stopped by SIGTERM")])
-@pytest.mark.parametrize("event", ["progress", "pictures"])
+@pytest.mark.parametrize("event", ["progress", "images"])
 def test_signals_exit_with_their_code_and_work_goes_on(altopt, copied, finished, monkeypatch, number, code, words,
                                                        event):
     from stages.console.progress import Reporter

@@ -24,10 +24,10 @@ SIX = TINY.replace("[all]\n", "[all]\nrois_per_batch = 16         # few\n") + ""
 crop_side = 32              # small
 
 [cache_conv_features]
-scales = [80]               # the pictures' own size
+scales = [80]               # the images' own size
 
 [detect_spp_net]
-scales = [80]               # the pictures' own size
+scales = [80]               # the images' own size
 """
 NEEDS = {"rcnn": ("cv2", "sklearn"), "spp-net": ("cv2", "sklearn"), "fast-rcnn": ("cv2",)}
 POSSIBLE = [scheme for scheme in ("rcnn", "spp-net", "fast-rcnn", "alternating", "approximate-joint", "exact-joint")

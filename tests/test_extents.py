@@ -25,7 +25,7 @@ def test_shapes_are_those_that_the_network_makes(name):
         assert map_shape(network, (side, height)) == tuple(features.shape[1:]), side
 
 
-def test_pictures_are_resized_first():
+def test_images_are_resized_first():
     assert map_shape(NetworkConfig(name="vgg16"), (500, 375)) == (512, 37, 50)
     assert map_shape(NetworkConfig(name="vgg16"), (500, 100)) == (512, 12, 62)  # held by the longer side
 

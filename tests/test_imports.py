@@ -94,5 +94,5 @@ def test_nor_where_the_files_of_a_data_set_lie_on_the_disk(copied, altopt, recip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a")
     command = ["plan", "--recipe", recipe, "--run", "tiny", "--data-root", "data"]
-    assert "the pictures or annotations changed" in altopt(*command).out  # so their hashes were looked at
+    assert "the images or annotations changed" in altopt(*command).out  # so their hashes were looked at
     assert answers([command], copied.parents[1], HEAVY) == [f"0 {' '.join(command)}"]

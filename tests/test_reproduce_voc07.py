@@ -20,7 +20,7 @@ from altopt.datasets.voc import VOC_CLASSES
 ROOT = Path(__file__).parents[1]
 FOLDER = "VOCdevkit/VOC2007"
 WIDTH, HEIGHT = 96, 80
-PICTURES = 10  # of each split, with two objects each: every class is in both
+IMAGES = 10  # of each split, with two objects each: every class is in both
 
 # The small network of the tests, a handful of iterations; everything else is as the recipe has it.
 SMALL = {
@@ -31,29 +31,29 @@ SMALL = {
 
 
 def draw(number: int) -> tuple[bytes, str]:
-    """Return a picture with two objects as JPEG, and its annotation."""
+    """Return an image with two objects as JPEG, and its annotation."""
     dice = random.Random(number)
-    picture = Image.new("RGB", (WIDTH, HEIGHT), (90, 90, 90))
+    image = Image.new("RGB", (WIDTH, HEIGHT), (90, 90, 90))
     objects = ""
     for label in (2 * number % 20, (2 * number + 1) % 20):
         x, y, side = dice.randrange(1, 50), dice.randrange(1, 40), dice.randrange(24, 40)
-        ImageDraw.Draw(picture).rectangle((x - 1, y - 1, x + side - 1, y + side - 1), (12 * label, 250 - 12 * label, 0))
+        ImageDraw.Draw(image).rectangle((x - 1, y - 1, x + side - 1, y + side - 1), (12 * label, 250 - 12 * label, 0))
         objects += (f"<object><name>{VOC_CLASSES[label]}</name><difficult>0</difficult><bndbox><xmin>{x}</xmin>"
                     f"<ymin>{y}</ymin><xmax>{x + side}</xmax><ymax>{y + side}</ymax></bndbox></object>")
     file = io.BytesIO()
-    picture.save(file, "JPEG")
+    image.save(file, "JPEG")
     size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
     return file.getvalue(), f"<annotation>{size}{objects}</annotation>"
 
 
 def archive(split: str, first: int) -> bytes:
     """Return a split as the tar file of its own that the official one is."""
-    ids = [f"{number:06}" for number in range(first, first + PICTURES)]
+    ids = [f"{number:06}" for number in range(first, first + IMAGES)]
     files = {f"{FOLDER}/ImageSets/Main/{split}.txt": "".join(f"{id}\n" for id in ids).encode(),
              f"{FOLDER}/ImageSets/Layout/{split}.txt": b"not for detection"}
     for id in ids:
-        picture, annotation = draw(int(id))
-        files |= {f"{FOLDER}/JPEGImages/{id}.jpg": picture, f"{FOLDER}/Annotations/{id}.xml": annotation.encode()}
+        image, annotation = draw(int(id))
+        files |= {f"{FOLDER}/JPEGImages/{id}.jpg": image, f"{FOLDER}/Annotations/{id}.xml": annotation.encode()}
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for name, content in files.items():
@@ -63,7 +63,7 @@ def archive(split: str, first: int) -> bytes:
     return file.getvalue()
 
 
-ARCHIVES = {"VOCtrainval.tar": archive("trainval", 0), "VOCtest.tar": archive("test", PICTURES)}
+ARCHIVES = {"VOCtrainval.tar": archive("trainval", 0), "VOCtest.tar": archive("test", IMAGES)}
 
 
 class Checkout:

@@ -24,8 +24,8 @@ data_root = "."
 
 [network]
 name = "small"              # nine convolutions
-short_side = 80             # the pictures' own size
-max_side = 96               # the pictures' own size
+short_side = 80             # the images' own size
+max_side = 96               # the images' own size
 anchor_scales = [1.5, 3]    # squares of 24 and 48 px
 rpn_channels = 8            # few
 

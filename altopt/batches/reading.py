@@ -1,4 +1,4 @@
-"""Which pictures make up iteration t, as a function of (seed, stage, t), and reading them ahead of time."""
+"""Which images make up iteration t, as a function of (seed, stage, t), and reading them ahead of time."""
 
 import time
 from collections import deque
@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture to train on; with flips, its mirror image is an entry of its own."""
+    """An image to train on; with flips, its mirror image is an entry of its own."""
 
     id: str
     flipped: bool
@@ -29,7 +29,7 @@ class Entry:
 class BatchOrder:
     """The batches of an endless training run, epoch after epoch, each entry once in an epoch.
 
-    Landscape pictures are batched with landscape ones, which saves padding. What is left over of either kind goes
+    Landscape images are batched with landscape ones, which saves padding. What is left over of either kind goes
     together, and the last batch of an epoch may be short: any number of entries works with any batch size.
     """
 
@@ -57,7 +57,7 @@ class BatchOrder:
         return [groups[k] for k in torch.randperm(len(groups), generator=random).tolist()]
 
 
-class Ahead(Iterator[Made]):
+class Prefetcher(Iterator[Made]):
     """Iterate over ``make(item)`` in order while threads work on the next ones; ``waited`` is seconds spent waiting.
 
     Threads, not processes: decoding and resizing release the interpreter, an exception reaches the caller as it is,
@@ -98,7 +98,7 @@ class Ahead(Iterator[Made]):
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> "Ahead[Made]":
+    def __enter__(self) -> "Prefetcher[Made]":
         """Return itself; leaving the block closes it."""
         return self
 

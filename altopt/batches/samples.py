@@ -1,7 +1,7 @@
 """From data sets to network input: resizing, flipping, and batches.
 
-Two frames: a picture's *original* pixels, in which data sets, proposal files and detections keep their boxes, and the
-*input* frame, the resized picture that the network sees. ``Sample.scale`` leads from the first to the second, and this
+Two frames: an image's *original* pixels, in which data sets, proposal files and detections keep their boxes, and the
+*input* frame, the resized image that the network sees. ``Sample.scale`` leads from the first to the second, and this
 module is the only place that multiplies by it.
 """
 
@@ -27,12 +27,12 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture as the network sees it, boxes in the input frame.
+    """One image as the network sees it, boxes in the input frame.
 
-    ``pixels`` is uint8 ``Tensor[3, H, W]``; ``objects`` ``Tensor[G, 4]``; ``classes`` int64 ``Tensor[G]`` from 0;
+    ``pixels`` is uint8 ``Tensor[3, H, W]``; ``gt_boxes`` ``Tensor[G, 4]``; ``gt_labels`` int64 ``Tensor[G]`` from 0;
     ``proposals`` ``Tensor[K, 4]`` or None; ``scale`` is input pixels for one original pixel.
     A sample with ``features``, the stored map ``Tensor[C, h, w]`` behind the first ``layers`` conv layers (None: all of
-    them), has no picture: its pixels are one zero, repeated without memory, and only their size means something.
+    them), has no image: its pixels are one zero, repeated without memory, and only their size means something.
     ``anchors`` and ``rois`` are what the losses are taken on, where that was drawn already.
     """
 
@@ -40,8 +40,8 @@ class Sample:
     flipped: bool
     pixels: Tensor
     scale: float
-    objects: Tensor
-    classes: Tensor
+    gt_boxes: Tensor
+    gt_labels: Tensor
     proposals: Tensor | None = None
     features: Tensor | None = None
     layers: int | None = None
@@ -65,9 +65,9 @@ class Sample:
         return replace(self._mapped(lambda tensor: tensor.to(device, non_blocking=True)), pixels=pixels, features=None)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Sample":
-        """Return the sample with everything changed that is not a picture."""
+        """Return the sample with everything changed that is not an image."""
         return replace(
-            self, objects=change(self.objects), classes=change(self.classes),
+            self, gt_boxes=change(self.gt_boxes), gt_labels=change(self.gt_labels),
             proposals=None if self.proposals is None else change(self.proposals),
             anchors=None if self.anchors is None else self.anchors.mapped(change),
             rois=None if self.rois is None else self.rois.mapped(change),
@@ -81,9 +81,9 @@ class Batch:
     Where the samples carry stored maps, ``maps`` are these, ``Tensor[C, h, w]`` each, and stand in place of what the
     first ``layers`` conv layers (None: all) make of ``images``, which are then blank.
 
-    Where the batch is one rank's slice of a larger one, ``weight`` returns what each of a count of pictures or RoIs has
+    Where the batch is one rank's slice of a larger one, ``weight`` returns what each of a count of images or RoIs has
     in the whole batch's mean, and ``middle`` is where that one's second half begins, counted in the slice
-    (altopt/batches/slices.py).
+    (altopt/batches/local_batches.py).
     """
 
     samples: list[Sample]
@@ -96,8 +96,8 @@ class Batch:
     def groups(self) -> Iterator[range]:
         """Yield which samples go through layers that learn together: neighbours of one size, of one half of the batch.
 
-        Of one size, so that none is padded, and no picture sees another. Of one half, so that a gradient is a sum of
-        two, which has no order, if each half is of one size: as each picture of two is. Then one process computes the
+        Of one size, so that none is padded, and no image sees another. Of one half, so that a gradient is a sum of
+        two, which has no order, if each half is of one size: as each image of two is. Then one process computes the
         same bits as two that have a half each.
         """
         for half in self.halves():
@@ -114,13 +114,13 @@ class Batch:
         return [half for half in (range(middle), range(middle, count)) if half]
 
     def parts(self, losses: Sequence[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-        """Return losses, summed over the batch's pictures, as parts of means over ``count`` pictures or RoIs."""
+        """Return losses, summed over the batch's images, as parts of means over ``count`` images or RoIs."""
         weight = 1 / max(count, 1) if self.weight is None else self.weight(count)
         return {name: weight * torch.stack([each[name] for each in losses]).sum() for name in losses[0]}
 
 
 def resized(image: np.ndarray, scale: float) -> np.ndarray:
-    """Return the picture, uint8 [H, W, 3], scaled bilinearly (with antialiasing where it shrinks)."""
+    """Return the image, uint8 [H, W, 3], scaled bilinearly (with antialiasing where it shrinks)."""
     height, width = image.shape[:2]
     size = input_size((width, height), scale)
     if size == (width, height):
@@ -130,7 +130,7 @@ def resized(image: np.ndarray, scale: float) -> np.ndarray:
 
 def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: bool = False,
                 proposals: np.ndarray | None = None) -> Sample:
-    """Read one picture with its usable objects, and proposals given in the original frame (float32 [K, 4])."""
+    """Read one image with its usable objects, and proposals given in the original frame (float32 [K, 4])."""
     image = dataset.image(id)
     width = image.shape[1]
     scale = scale_of((width, image.shape[0]), network.short_side, network.max_side)
@@ -143,7 +143,7 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
 
 def stored_sample(dataset: Dataset, id: str, network: NetworkConfig, features: Tensor, *, flipped: bool = False,
                   proposals: np.ndarray | None = None, layers: int | None = None) -> Sample:
-    """Return what ``read_sample`` does, with the picture's stored map behind so many layers in its place."""
+    """Return what ``read_sample`` does, with the image's stored map behind so many layers in its place."""
     extent = dataset.size(id)
     scale = scale_of(extent, network.short_side, network.max_side)
     width, height = input_size(extent, scale)
@@ -176,7 +176,7 @@ def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
 
 
 def make_batch(samples: list[Sample], device: torch.device) -> Batch:
-    """Move the samples to the device and stack their pixels, smaller pictures padded with the mean colour.
+    """Move the samples to the device and stack their pixels, smaller images padded with the mean colour.
 
     Samples with stored maps bring those instead.
     """

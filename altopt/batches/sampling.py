@@ -1,6 +1,6 @@
 """What a network is trained on: labels for anchors, samples of RoIs, and their regression targets.
 
-Functions of tensors; randomness is an explicit generator. ``RoISampling`` applies them to the pictures of a batch.
+Functions of tensors; randomness is an explicit generator. ``RoISampling`` applies them to the images of a batch.
 Letters: A anchors, R RoIs, G objects.
 Labels: 1 and above an object (for anchors just 1), 0 background, -1 ignored.
 """
@@ -48,7 +48,7 @@ def choose(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor
     return candidates[order.to(candidates.device)]
 
 
-def sample_anchors(labels: Tensor, count: int, positive_fraction: float, generator: torch.Generator) -> Tensor:
+def subsample_labels(labels: Tensor, count: int, positive_fraction: float, generator: torch.Generator) -> Tensor:
     """Return the labels with all but ``count`` anchors ignored, at most ``positive_fraction`` of them positive.
 
     Places that positives leave empty go to negatives (Faster R-CNN, section 3.1.3: 256 anchors, up to half positive).
@@ -70,7 +70,7 @@ def match_rois(rois: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class RoIRule:
+class RoIThresholds:
     """Which RoIs count as what, in IoU: foreground from ``fg``, background in [``bg_low``, ``bg_high``)."""
 
     fg: float
@@ -78,9 +78,9 @@ class RoIRule:
     bg_low: float
 
 
-def sample_rois(proposals: Tensor, objects: Tensor, classes: Tensor, *, count: int, fg_fraction: float, rule: RoIRule,
-                generator: torch.Generator) -> RoISample:
-    """Return up to ``count`` RoIs of one picture, the objects themselves being candidates too.
+def sample_rois(proposals: Tensor, objects: Tensor, classes: Tensor, *, count: int, fg_fraction: float,
+                rule: RoIThresholds, generator: torch.Generator) -> RoISample:
+    """Return up to ``count`` RoIs of one image, the objects themselves being candidates too.
 
     ``proposals`` is ``Tensor[K, 4]``, ``objects`` ``Tensor[G, 4]`` in the same frame, ``classes`` int64
     ``Tensor[G]`` from 0. At most round(fg_fraction * count) are foreground; background fills the rest as far as there
@@ -103,8 +103,8 @@ def sample_rois(proposals: Tensor, objects: Tensor, classes: Tensor, *, count: i
     return RoISample(rois[kept], labels, deltas, len(fg))
 
 
-def has_samples(proposals: Tensor, objects: Tensor, rule: RoIRule) -> bool:
-    """Return whether a picture has any foreground or background RoI; if not, it cannot be trained on.
+def has_samples(proposals: Tensor, objects: Tensor, rule: RoIThresholds) -> bool:
+    """Return whether an image has any foreground or background RoI; if not, it cannot be trained on.
 
     Objects are RoIs too, and mostly foreground by themselves, so they are looked at first.
     """
@@ -117,27 +117,27 @@ def has_samples(proposals: Tensor, objects: Tensor, rule: RoIRule) -> bool:
 
 @dataclass(frozen=True)
 class RoISampling:
-    """How a picture's RoIs are drawn from its proposals and objects: which count as what, how many, what share."""
+    """How an image's RoIs are drawn from its proposals and objects: which count as what, how many, what share."""
 
-    rule: RoIRule
+    rule: RoIThresholds
     per_image: int
     fg_fraction: float
 
-    def of_picture(self, picture: Sample, proposals: Tensor, *key: object) -> RoISample:
-        """Return the RoIs of one picture; ``proposals`` is ``Tensor[K, 4]`` in the input frame."""
+    def of_image(self, image: Sample, proposals: Tensor, *key: object) -> RoISample:
+        """Return the RoIs of one image; ``proposals`` is ``Tensor[K, 4]`` in the input frame."""
         return sample_rois(
-            proposals, picture.objects, picture.classes, count=self.per_image, fg_fraction=self.fg_fraction,
-            rule=self.rule, generator=randomness.generator(*key, picture.id, picture.flipped),
+            proposals, image.gt_boxes, image.gt_labels, count=self.per_image, fg_fraction=self.fg_fraction,
+            rule=self.rule, generator=randomness.generator(*key, image.id, image.flipped),
         )
 
-    def prepared(self, picture: Sample, *key: object) -> Sample:
-        """Return the picture with its RoIs drawn, in the place of its proposals."""
-        return replace(picture, rois=self._drawn(picture, *key), proposals=None)
+    def prepared(self, image: Sample, *key: object) -> Sample:
+        """Return the image with its RoIs drawn, in the place of its proposals."""
+        return replace(image, rois=self._drawn(image, *key), proposals=None)
 
     def of_batch(self, batch: Batch, *key: object) -> list[RoISample]:
-        """Return the RoIs of each picture of a batch: as prepared, or drawn now from the proposals it was read with."""
+        """Return the RoIs of each image of a batch: as prepared, or drawn now from the proposals it was read with."""
         return [self._drawn(each, *key) if each.rois is None else each.rois for each in batch.samples]
 
-    def _drawn(self, picture: Sample, *key: object) -> RoISample:
-        assert picture.proposals is not None
-        return self.of_picture(picture, picture.proposals, *key)
+    def _drawn(self, image: Sample, *key: object) -> RoISample:
+        assert image.proposals is not None
+        return self.of_image(image, image.proposals, *key)

@@ -1,9 +1,9 @@
-"""Data sets in COCO's format: a json file of instances and a folder of pictures.
+"""Data sets in COCO's format: a json file of instances and a folder of images.
 
 A split "annotations/instances_train2017.json:train2017" is the json file and the folder that its file names start from,
 both below the data root; without a folder they start from the root.
 
-Picture ids are the json's own, as strings. A box may stick out of its picture by MARGIN pixels, as rounding makes it,
+Image ids are the json's own, as strings. A box may stick out of its image by MARGIN pixels, as rounding makes it,
 and is taken as it is; nothing is repaired.
 """
 
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from altopt.datasets.dataset import (
+    IMAGE_SUFFIXES,
     LEAVE_OUT,
-    PICTURE_SUFFIXES,
     Findings,
     Objects,
     below,
     inside,
 )
-from altopt.datasets.picture_files import check_picture, compare_size, read_picture
+from altopt.datasets.image_files import check_image, compare_size, read_image
 from altopt.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ MARGIN = 1.0
 
 
 @dataclass(frozen=True)
-class Picture:
+class Image:
     """One entry of "images" with its annotations as the json spells them; ``source`` is the json file."""
 
     source: Path
@@ -50,10 +50,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Content:
-    """What the json files say: category names by id, pictures by id, and annotations that belong to no picture."""
+    """What the json files say: category names by id, images by id, and annotations that belong to no image."""
 
     categories: dict[int, str]
-    pictures: dict[str, Picture]
+    images: dict[str, Image]
     strays: list[str]
 
 
@@ -85,7 +85,7 @@ class CocoDataset:
 
     @cached_property
     def _sources(self) -> list[tuple[Path, Path]]:
-        """Each split's json file and folder of pictures."""
+        """Each split's json file and folder of images."""
         parts = [split.partition(":") for split in self._splits]
         return [(below(self._root, file), below(self._root, folder)) for file, _, folder in parts]
 
@@ -111,29 +111,29 @@ class CocoDataset:
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
-        """Picture ids in the order of the json files."""
-        return tuple(self._content.pictures)
+        """Image ids in the order of the json files."""
+        return tuple(self._content.images)
 
-    def coco_image_id(self, picture_id: str) -> int | str:
-        """Return the picture's id as the json has it, mostly an int."""
-        return self._content.pictures[picture_id].coco_id
+    def coco_image_id(self, image_id: str) -> int | str:
+        """Return the image's id as the json has it, mostly an int."""
+        return self._content.images[image_id].coco_id
 
-    def size(self, picture_id: str) -> tuple[int, int]:
+    def size(self, image_id: str) -> tuple[int, int]:
         """Return the annotated (width, height)."""
-        return self._content.pictures[picture_id].size
+        return self._content.images[image_id].size
 
-    def image(self, picture_id: str) -> NDArray[np.uint8]:
-        """Return RGB [H, W, 3]; DataError when the picture is unreadable or of another size than annotated."""
-        return read_picture(self._path(picture_id), self.size(picture_id))
+    def image(self, image_id: str) -> NDArray[np.uint8]:
+        """Return RGB [H, W, 3]; DataError when the image is unreadable or of another size than annotated."""
+        return read_image(self._path(image_id), self.size(image_id))
 
-    def _path(self, picture_id: str) -> Path:
-        picture = self._content.pictures[picture_id]
-        return inside(self._root, picture.folder, picture.file_name)
+    def _path(self, image_id: str) -> Path:
+        listed = self._content.images[image_id]
+        return inside(self._root, listed.folder, listed.file_name)
 
-    def objects(self, picture_id: str) -> Objects:
+    def objects(self, image_id: str) -> Objects:
         """Return the objects, without those that cannot be used if these may be left out; else DataError."""
         kept = []
-        for label, annotation, problem in self._judged(picture_id):
+        for label, annotation, problem in self._judged(image_id):
             if problem and self._invalid != "leave-out":
                 raise DataError(f"{label}: {problem}: {LEAVE_OUT}")
             if not problem:
@@ -145,24 +145,24 @@ class CocoDataset:
             areas=[_area(annotation) for annotation in kept],
         )
 
-    def _judged(self, picture_id: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    def _judged(self, image_id: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
         """Yield for each annotation what messages call it, itself, and why it cannot be used, if so."""
-        picture = self._content.pictures[picture_id]
-        for annotation in picture.annotations:
+        listed = self._content.images[image_id]
+        for annotation in listed.annotations:
             category = annotation.get("category_id")
             name = self._content.categories.get(category) if isinstance(category, int) else None
-            label = f"{picture.source}, picture {picture_id}, annotation {annotation.get('id')} ({name or category})"
+            label = f"{listed.source}, image {image_id}, annotation {annotation.get('id')} ({name or category})"
             known = name is not None and category in self._labels
-            yield label, annotation, _problem(annotation, picture.size) if known else "it is of none of the classes"
+            yield label, annotation, _problem(annotation, listed.size) if known else "it is of none of the classes"
 
     def files(self) -> list[Path]:
-        """Return the json files and every picture in the folders, whether or not a json file lists it.
+        """Return the json files and every image in the folders, whether or not a json file lists it.
 
         Reading the list out of the json file of COCO would take longer than most commands.
         """
         jsons = [source for source, _ in self._sources]
         folders = dict.fromkeys(folder for _, folder in self._sources)
-        return jsons + [path for folder in folders for path in _pictures_below(folder)]
+        return jsons + [path for folder in folders for path in _images_below(folder)]
 
     def description(self) -> dict[str, Any]:
         """Return what defines the data set beside its files."""
@@ -174,16 +174,16 @@ class CocoDataset:
         }
 
     def check(self) -> list[str]:
-        """Check every picture's header and every object; see ``Dataset.check``."""
+        """Check every image's header and every object; see ``Dataset.check``."""
         self._compare_categories()
         findings = Findings(unusable=list(self._content.strays))
-        for picture_id in self.ids:
+        for image_id in self.ids:
             try:
-                path = self._path(picture_id)
-                compare_size(path, check_picture(path), self.size(picture_id))
+                path = self._path(image_id)
+                compare_size(path, check_image(path), self.size(image_id))
             except DataError as error:
                 findings.broken.append(str(error))
-            for label, annotation, problem in self._judged(picture_id):
+            for label, annotation, problem in self._judged(image_id):
                 if problem:
                     findings.unusable.append(f"{label}: {problem}")
                 elif thin := _thinness(annotation):
@@ -226,18 +226,18 @@ def _add(content: Content, source: Path, folder: Path, loaded: dict[str, Any]) -
         where = _first_difference(categories, content.categories)
         raise DataError(f"{source} has other categories than the json before it, first {where}: make them agree")
     content.categories.update(categories)
-    by_coco_id: dict[Any, Picture] = {}
+    by_coco_id: dict[Any, Image] = {}
     for entry in loaded["images"]:
-        picture = _picture(source, folder, entry)
-        if str(picture.coco_id) in content.pictures:
-            raise DataError(f"{source}: picture {picture.coco_id} occurs twice in the data set: list it once")
-        content.pictures[str(picture.coco_id)] = by_coco_id[picture.coco_id] = picture
+        image = _image(source, folder, entry)
+        if str(image.coco_id) in content.images:
+            raise DataError(f"{source}: image {image.coco_id} occurs twice in the data set: list it once")
+        content.images[str(image.coco_id)] = by_coco_id[image.coco_id] = image
     for annotation in loaded["annotations"]:
         image_id = annotation.get("image_id")
         if isinstance(image_id, int | str) and image_id in by_coco_id:
             by_coco_id[image_id].annotations.append(annotation)
         else:
-            content.strays.append(f"{source}, annotation {annotation.get('id')}: picture {image_id} is not listed")
+            content.strays.append(f"{source}, annotation {annotation.get('id')}: image {image_id} is not listed")
 
 
 def _categories(source: Path, entries: list[dict[str, Any]]) -> dict[int, str]:
@@ -254,18 +254,18 @@ def _categories(source: Path, entries: list[dict[str, Any]]) -> dict[int, str]:
     return categories
 
 
-def _picture(source: Path, folder: Path, entry: dict[str, Any]) -> Picture:
+def _image(source: Path, folder: Path, entry: dict[str, Any]) -> Image:
     coco_id, file_name = entry.get("id"), entry.get("file_name")
     width, height = entry.get("width"), entry.get("height")
     if type(coco_id) not in (int, str) or not isinstance(file_name, str):
-        raise DataError(f"{source}: picture {coco_id!r} has no id or no file_name: correct it")
+        raise DataError(f"{source}: image {coco_id!r} has no id or no file_name: correct it")
     if type(width) is not int or type(height) is not int or min(width, height) < 1:
-        raise DataError(f"{source}: picture {coco_id!r} has no whole-number width and height: correct it")
-    return Picture(source, folder, file_name, coco_id, (width, height), [])  # type: ignore[arg-type]
+        raise DataError(f"{source}: image {coco_id!r} has no whole-number width and height: correct it")
+    return Image(source, folder, file_name, coco_id, (width, height), [])  # type: ignore[arg-type]
 
 
 def _problem(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
-    """Say by which rule the annotation cannot be used in a picture of this (width, height), if so."""
+    """Say by which rule the annotation cannot be used in an image of this (width, height), if so."""
     bbox = annotation.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(value) for value in bbox):
         return "its bbox is not four numbers"
@@ -275,7 +275,7 @@ def _problem(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
     if min(x, y) < -MARGIN or x + width > size[0] + MARGIN or y + height > size[1] + MARGIN:
         swapped = max(x + width - size[1], y + height - size[0]) <= MARGIN and min(x, y) >= -MARGIN
         hint = " (it would fit with width and height swapped)" if swapped else ""
-        return f"bbox {bbox} leaves the picture of {size[0]} x {size[1]}{hint}"
+        return f"bbox {bbox} leaves the image of {size[0]} x {size[1]}{hint}"
     return None
 
 
@@ -306,9 +306,9 @@ def _first_difference(here: dict[int, str], there: dict[int, str]) -> str:
     return f"id {first}: {here.get(first)} and {there.get(first)}"
 
 
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    """Yield the pictures in a folder and its subfolders, sorted."""
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Yield the images in a folder and its subfolders, sorted."""
     for parent, subfolders, names in os.walk(folder):
         subfolders.sort()
         here = Path(parent)
-        yield from (here / name for name in sorted(names) if name.lower().endswith(PICTURE_SUFFIXES))
+        yield from (here / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES))

@@ -1,9 +1,9 @@
-"""What a data set is: pictures, the objects in them, and a check of both.
+"""What a data set is: images, the objects in them, and a check of both.
 
-Boxes are continuous xyxy in pixels of the original picture: an object covers [x1, x2] x [y1, y2] and its width is
-x2 - x1. N is the number of objects in one picture.
+Boxes are continuous xyxy in pixels of the original image: an object covers [x1, x2] x [y1, y2] and its width is
+x2 - x1. N is the number of objects in one image.
 
-numpy and Pillow are imported by what first makes an array or reads a picture: to say which files a data set consists
+numpy and Pillow are imported by what first makes an array or reads an image: to say which files a data set consists
 of needs neither, so ``altopt plan`` answers at once.
 """
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LEAVE_OUT = 'correct the file, or set invalid = "leave-out" to do without such objects'
 
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """The annotated objects of one picture, in the order of its annotation.
+    """The annotated objects of one image, in the order of its annotation.
 
     boxes float32 [N, 4] xyxy; labels int64 [N], indices into the data set's classes; difficult and crowd bool [N].
     areas float32 [N] is what COCO's size ranges go by (the area of the mask where one is annotated); None: the boxes'.
@@ -71,7 +71,7 @@ class Objects:
 
 
 class Dataset(Protocol):
-    """Pictures and their objects by picture id. Nothing is read before it is asked for; every method is thread-safe."""
+    """Images and their objects by image id. Nothing is read before it is asked for; every method is thread-safe."""
 
     @property
     def name(self) -> str:
@@ -87,18 +87,18 @@ class Dataset(Protocol):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Picture ids, in order."""
+        """Image ids, in order."""
 
-    def coco_image_id(self, picture_id: str) -> int | str:
-        """Return the id that the picture bears in COCO json."""
+    def coco_image_id(self, image_id: str) -> int | str:
+        """Return the id that the image bears in COCO json."""
 
-    def size(self, picture_id: str) -> tuple[int, int]:
+    def size(self, image_id: str) -> tuple[int, int]:
         """Return (width, height) in pixels."""
 
-    def image(self, picture_id: str) -> NDArray[np.uint8]:
+    def image(self, image_id: str) -> NDArray[np.uint8]:
         """Return the pixels, RGB [H, W, 3], as stored: EXIF orientation is ignored. DataError when unreadable."""
 
-    def objects(self, picture_id: str) -> Objects:
+    def objects(self, image_id: str) -> Objects:
         """Return the objects, in arrays of the caller's own; DataError when one cannot be used nor be left out."""
 
     def files(self) -> list[Path]:
@@ -108,7 +108,7 @@ class Dataset(Protocol):
         """Return, JSON-able, what defines the data set beside its files."""
 
     def check(self) -> list[str]:
-        """Look at every picture and object; return warnings, raise one DataError that names the first problem."""
+        """Look at every image and object; return warnings, raise one DataError that names the first problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,16 +175,16 @@ def inside(root: Path, folder: Path, name: str) -> Path:
 def to_coco(dataset: Dataset) -> dict[str, Any]:
     """Return the ground truth as the content of a COCO json file, with "difficult" 0 or 1 as an extension.
 
-    Boxes are [x, y, width, height], continuous; picture ids are ``coco_image_id``'s.
+    Boxes are [x, y, width, height], continuous; image ids are ``coco_image_id``'s.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for picture_id in dataset.ids:
-        width, height = dataset.size(picture_id)
-        image_id = dataset.coco_image_id(picture_id)
-        images.append({"id": image_id, "width": width, "height": height})
-        for annotation in _coco_annotations(dataset.objects(picture_id), dataset.category_ids):
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
+    for image_id in dataset.ids:
+        width, height = dataset.size(image_id)
+        coco_id = dataset.coco_image_id(image_id)
+        images.append({"id": coco_id, "width": width, "height": height})
+        for annotation in _coco_annotations(dataset.objects(image_id), dataset.category_ids):
+            annotations.append({"id": len(annotations) + 1, "image_id": coco_id, **annotation})
     categories = [{"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.classes, strict=True)]
     return {"images": images, "categories": categories, "annotations": annotations}
 

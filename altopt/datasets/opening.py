@@ -35,7 +35,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path
 
 @lru_cache(maxsize=4)
 def _shapes(splits: tuple[str, ...], width: int, height: int, seed: int) -> Dataset:
-    """Return the same data set for the same pictures, so that the stages of a run draw them once, not once each."""
+    """Return the same data set for the same images, so that the stages of a run draw them once, not once each."""
     from altopt.datasets.shapes import ShapesDataset
 
     return ShapesDataset(splits, width=width, height=height, seed=seed)

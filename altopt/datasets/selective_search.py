@@ -1,4 +1,4 @@
-"""Selective search on one picture, by OpenCV's contrib module. No torch here: it runs in processes of its own.
+"""Selective search on one image, by OpenCV's contrib module. No torch here: it runs in processes of its own.
 
 Uijlings et al., "Selective Search for Object Recognition", IJCV 2013. OpenCV merges regions over several colour spaces
 and granularities, and orders their boxes by depth in the hierarchy times a random number. The random numbers are C's
@@ -31,7 +31,7 @@ def require_opencv() -> Any:
 
 
 def selective_search(pixels: NDArray[np.uint8], mode: Mode, seed: int) -> NDArray[np.int32]:
-    """Return distinct boxes int32 [K, 4], x y width height in pixels of this picture, RGB uint8 [H, W, 3].
+    """Return distinct boxes int32 [K, 4], x y width height in pixels of this image, RGB uint8 [H, W, 3].
 
     The order is OpenCV's, the first being the ones to keep. One call at a time in a process: ``rand`` has one state.
     """

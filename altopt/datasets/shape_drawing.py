@@ -1,6 +1,6 @@
-"""How synthetic pictures are drawn: noise, and one to five filled shapes on it.
+"""How synthetic images are drawn: noise, and one to five filled shapes on it.
 
-A picture is the same on every machine: its randomness is PCG64's raw stream, which numpy never changes, and geometry
+An image is the same on every machine: its randomness is PCG64's raw stream, which numpy never changes, and geometry
 and colour are whole-number arithmetic, so there is no rounding that could differ.
 
 Inside a shape, lengths are in half pixels from its centre: then the centres of its pixels are whole numbers.
@@ -55,7 +55,7 @@ class Dice:
 
 
 def draw(seed: str, shapes: Sequence[str], width: int, height: int) -> tuple[NDArray[np.uint8], list[Box], list[int]]:
-    """Return pixels RGB [H, W, 3], boxes xyxy and labels of one picture: noise, and one to five shapes on it."""
+    """Return pixels RGB [H, W, 3], boxes xyxy and labels of one image: noise, and one to five shapes on it."""
     dice = Dice(seed)
     canvas = Canvas(dice, width, height)
     for _ in range(dice.between(1, MAX_OBJECTS)):
@@ -66,7 +66,7 @@ def draw(seed: str, shapes: Sequence[str], width: int, height: int) -> tuple[NDA
 
 
 class Canvas:
-    """A picture in the making: planes int16 [3, H, W], and for each pixel the number of the shape seen there, or 0."""
+    """An image in the making: planes int16 [3, H, W], and for each pixel the number of the shape seen there, or 0."""
 
     def __init__(self, dice: Dice, width: int, height: int) -> None:
         self._dice = dice
@@ -155,7 +155,7 @@ def interpolate(corners: Planes, factor: int) -> Planes:
 
 
 def shape_mask(dice: Dice, name: str, shorter_side: int) -> Mask:
-    """Return the pixels [h, w] of a shape, cut tight, its longer side in SIZES, but 3/4 of the picture at most.
+    """Return the pixels [h, w] of a shape, cut tight, its longer side in SIZES, but 3/4 of the image at most.
 
     u and v are coordinates along the shape's direction (p, q) and across it, times the length of (p, q).
     """

@@ -1,7 +1,7 @@
 """Data sets in the layout of PASCAL VOC: ImageSets/Main/<split>.txt, Annotations/<id>.xml, JPEGImages/<id>.jpg.
 
 A split "2007_trainval" is the list trainval of the folder VOC2007, which lies in the root, in root/VOCdevkit, or is the
-root; a split "train" is that list of the root itself. A list names a picture a line; a second column, the flag of VOC's
+root; a split "train" is that list of the root itself. A list names an image a line; a second column, the flag of VOC's
 per-class lists, is not read.
 
 The files count pixels from 1 and include the last: xmin..xmax becomes [xmin - 1, xmax]. Nothing is repaired.
@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from altopt.datasets.dataset import (
+    IMAGE_SUFFIXES,
     LEAVE_OUT,
-    PICTURE_SUFFIXES,
     Findings,
     Objects,
     below,
     inside,
 )
-from altopt.datasets.picture_files import check_picture, compare_size, picture_size, read_picture
+from altopt.datasets.image_files import check_image, compare_size, image_size, read_image
 from altopt.errors import DataError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class VocDataset:
             return self._train.classes
         if self._dated:
             return VOC_CLASSES
-        found = {obj.name for picture_id in self.ids for obj in self._annotation(picture_id).objects} - {""}
+        found = {obj.name for image_id in self.ids for obj in self._annotation(image_id).objects} - {""}
         if not found:
             raise DataError(f"{self.name} has no object at all: name its classes, or choose another split")
         return tuple(sorted(found))
@@ -109,7 +109,7 @@ class VocDataset:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Picture ids in the order of the lists; DataError when an id occurs twice or a list is missing or empty."""
+        """Image ids in the order of the lists; DataError when an id occurs twice or a list is missing or empty."""
         return tuple(self._folder_of)
 
     @cached_property
@@ -123,29 +123,29 @@ class VocDataset:
     def _folder_of(self) -> dict[str, _Folder]:
         folders: dict[str, _Folder] = {}
         for path, folder in self._lists:
-            for picture_id in _read_list(path):
-                if picture_id in folders:
-                    raise DataError(f"{path}: picture {picture_id} occurs twice in {self.name}: list it once")
-                folders[picture_id] = folder
+            for image_id in _read_list(path):
+                if image_id in folders:
+                    raise DataError(f"{path}: image {image_id} occurs twice in {self.name}: list it once")
+                folders[image_id] = folder
         return folders
 
-    def coco_image_id(self, picture_id: str) -> int | str:
+    def coco_image_id(self, image_id: str) -> int | str:
         """Return the id itself."""
-        return picture_id
+        return image_id
 
-    def size(self, picture_id: str) -> tuple[int, int]:
-        """Return the annotated (width, height), or the picture's own where the annotation has none."""
-        annotated = self._annotation(picture_id).size
-        return annotated or picture_size(self._folder_of[picture_id].pictures[picture_id])
+    def size(self, image_id: str) -> tuple[int, int]:
+        """Return the annotated (width, height), or the image's own where the annotation has none."""
+        annotated = self._annotation(image_id).size
+        return annotated or image_size(self._folder_of[image_id].images[image_id])
 
-    def image(self, picture_id: str) -> NDArray[np.uint8]:
-        """Return RGB [H, W, 3]; DataError when the picture is unreadable or of another size than annotated."""
-        return read_picture(self._folder_of[picture_id].pictures[picture_id], self.size(picture_id))
+    def image(self, image_id: str) -> NDArray[np.uint8]:
+        """Return RGB [H, W, 3]; DataError when the image is unreadable or of another size than annotated."""
+        return read_image(self._folder_of[image_id].images[image_id], self.size(image_id))
 
-    def objects(self, picture_id: str) -> Objects:
+    def objects(self, image_id: str) -> Objects:
         """Return the objects, without those that cannot be used if these may be left out; else DataError."""
         kept: list[Object] = []
-        for label, obj, problem in self._judged(picture_id, self.size(picture_id)):
+        for label, obj, problem in self._judged(image_id, self.size(image_id)):
             if problem and self._invalid != "leave-out":
                 raise DataError(f"{label}: {problem}: {LEAVE_OUT}")
             if not problem:
@@ -157,13 +157,13 @@ class VocDataset:
         )
 
     def files(self) -> list[Path]:
-        """Return lists, annotations and pictures; also the annotations trained on where the classes are found there."""
+        """Return lists, annotations and images; also the annotations trained on where the classes are found there."""
         files = [path for path, _ in self._lists]
-        for picture_id, folder in self._folder_of.items():
-            files += [folder.annotations[picture_id], folder.pictures[picture_id]]
+        for image_id, folder in self._folder_of.items():
+            files += [folder.annotations[image_id], folder.images[image_id]]
         source = self._class_source()
         if source is not None and source is not self:
-            files += [folder.annotations[picture_id] for picture_id, folder in source._folder_of.items()]
+            files += [folder.annotations[image_id] for image_id, folder in source._folder_of.items()]
         return files
 
     def description(self) -> dict[str, Any]:
@@ -182,57 +182,57 @@ class VocDataset:
         return None if self._asked or source._dated else source
 
     def check(self) -> list[str]:
-        """Check every picture's header and every object; see ``Dataset.check``."""
+        """Check every image's header and every object; see ``Dataset.check``."""
         findings = Findings()
         _ = self.classes  # where they must be found, a file that cannot be parsed is reported once
         zeros = 0
-        for picture_id in self.ids:
+        for image_id in self.ids:
             try:
-                zeros += self._check(picture_id, findings)
+                zeros += self._check(image_id, findings)
             except DataError as error:
                 findings.broken.append(str(error))
         hint = f"{zeros} objects start at 0, so these files seem to count from 0: add 1 to all their coordinates"
         return findings.verdict(self.name, self._invalid, hint if zeros >= _MANY_ZEROS else "")
 
-    def _check(self, picture_id: str, findings: Findings) -> int:
-        """Add what one picture has to say; return how many of its objects have a coordinate 0."""
-        folder, annotation = self._folder_of[picture_id], self._annotation(picture_id)
-        size = check_picture(folder.pictures[picture_id])
+    def _check(self, image_id: str, findings: Findings) -> int:
+        """Add what one image has to say; return how many of its objects have a coordinate 0."""
+        folder, annotation = self._folder_of[image_id], self._annotation(image_id)
+        size = check_image(folder.images[image_id])
         if annotation.size:
-            compare_size(folder.pictures[picture_id], size, annotation.size)
+            compare_size(folder.images[image_id], size, annotation.size)
         else:
-            findings.warnings.append(f"{folder.annotations[picture_id]}: no size given, the picture's own is taken")
-        for label, obj, problem in self._judged(picture_id, size):
+            findings.warnings.append(f"{folder.annotations[image_id]}: no size given, the image's own is taken")
+        for label, obj, problem in self._judged(image_id, size):
             if problem:
                 findings.unusable.append(f"{label}: {problem}")
             elif thin := _thinness(obj):
                 findings.warnings.append(f"{label}: {thin}")
         return sum(obj.corners is not None and 0 in obj.corners for obj in annotation.objects)
 
-    def _judged(self, picture_id: str, size: tuple[int, int]) -> Iterator[tuple[str, Object, str | None]]:
+    def _judged(self, image_id: str, size: tuple[int, int]) -> Iterator[tuple[str, Object, str | None]]:
         """Yield for each object what messages call it, itself, and why it cannot be used, if so."""
-        path = self._folder_of[picture_id].annotations[picture_id]
-        for number, obj in enumerate(self._annotation(picture_id).objects, 1):
+        path = self._folder_of[image_id].annotations[image_id]
+        for number, obj in enumerate(self._annotation(image_id).objects, 1):
             yield f"{path}, object {number} ({obj.name})", obj, _problem(obj, size, self.classes)
 
-    def _annotation(self, picture_id: str) -> Annotation:
-        if picture_id not in self._parsed:
-            self._parsed[picture_id] = parse_annotation(self._folder_of[picture_id].annotations[picture_id])
-        return self._parsed[picture_id]
+    def _annotation(self, image_id: str) -> Annotation:
+        if image_id not in self._parsed:
+            self._parsed[image_id] = parse_annotation(self._folder_of[image_id].annotations[image_id])
+        return self._parsed[image_id]
 
 
 class _Files:
-    """The files of one folder by picture id; their extensions are of either case."""
+    """The files of one folder by image id; their extensions are of either case."""
 
     def __init__(self, root: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
         self._root, self._folder, self._suffixes = root, folder, suffixes
 
-    def __getitem__(self, picture_id: str) -> Path:
-        found = self._names.get(picture_id, [])
+    def __getitem__(self, image_id: str) -> Path:
+        found = self._names.get(image_id, [])
         if len(found) != 1:
             cause = f"{len(found)} files are called" if found else "no file is called"
             remedy = "leave one" if found else "bring it, or take the id off the list"
-            raise DataError(f"{self._folder}: {cause} {picture_id!r}, as a list in ImageSets/Main says: {remedy}")
+            raise DataError(f"{self._folder}: {cause} {image_id!r}, as a list in ImageSets/Main says: {remedy}")
         name, is_link = found[0]
         return inside(self._root, self._folder, name) if is_link else self._folder / name
 
@@ -256,7 +256,7 @@ class _Folder:
 
     def __init__(self, root: Path, path: Path) -> None:
         self.annotations = _Files(root, path / "Annotations", (".xml",))
-        self.pictures = _Files(root, path / "JPEGImages", PICTURE_SUFFIXES)
+        self.images = _Files(root, path / "JPEGImages", IMAGE_SUFFIXES)
 
 
 def parse_annotation(path: Path) -> Annotation:
@@ -300,7 +300,7 @@ def _continuous(obj: Object) -> tuple[float, ...]:
 
 
 def _problem(obj: Object, size: tuple[int, int], classes: tuple[str, ...]) -> str | None:
-    """Say by which rule the object cannot be used in a picture of this (width, height), if so."""
+    """Say by which rule the object cannot be used in an image of this (width, height), if so."""
     if obj.name not in classes:
         near = difflib.get_close_matches(obj.name, classes, 1)
         return f'"{obj.name}" is not one of the {len(classes)} classes' + (f' (is it "{near[0]}"?)' if near else "")
@@ -314,7 +314,7 @@ def _problem(obj: Object, size: tuple[int, int], classes: tuple[str, ...]) -> st
         if low < 1:
             return f"{axis}min {low:g}: VOC coordinates start at 1"
         if high > extent:
-            return f"{axis}max {high:g} lies outside the picture of {size[0]} x {size[1]}{swapped}"
+            return f"{axis}max {high:g} lies outside the image of {size[0]} x {size[1]}{swapped}"
     return None
 
 
@@ -346,8 +346,8 @@ def _read_list(path: Path) -> list[str]:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         lists = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt") if "_" not in other.stem)) or "none"
-        raise DataError(f"{path} is no readable list of pictures: choose another split (here are {lists})") from error
+        raise DataError(f"{path} is no readable list of images: choose another split (here are {lists})") from error
     ids = [match[1] for line in lines if (match := _LIST_LINE.fullmatch(line.strip()))]
     if not ids:
-        raise DataError(f"{path} lists no picture: fill it, or choose another split")
+        raise DataError(f"{path} lists no image: fill it, or choose another split")
     return ids

@@ -1,7 +1,7 @@
 """PASCAL VOC2007 as its two official archives, and how they become ``VOCdevkit/VOC2007``.
 
 An archive counts by size and SHA-256, wherever it comes from. Only what detection needs is extracted, into a folder
-of its own first, so that pictures and annotations appear whole; a marker is written last and tells that an archive
+of its own first, so that images and annotations appear whole; a marker is written last and tells that an archive
 is done. The archives share their folders but no file.
 """
 

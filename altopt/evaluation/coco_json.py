@@ -1,6 +1,6 @@
 """Checked reading of COCO json: the fields that ground truth and detections have in common.
 
-Picture and category ids may be whole numbers or texts; they are compared as texts, so 7 and "7" are the same id.
+Image and category ids may be whole numbers or texts; they are compared as texts, so 7 and "7" are the same id.
 """
 
 import json
@@ -15,7 +15,7 @@ from altopt.errors import AltoptError
 
 JsonId = int | str
 Entry = dict[str, Any]
-LARGEST_COORDINATE = 1e9  # far beyond any picture, and small enough for areas to stay finite
+LARGEST_COORDINATE = 1e9  # far beyond any image, and small enough for areas to stay finite
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Detections of pictures, and the COCO results json that carries them between programs.
+"""Detections of images, and the COCO results json that carries them between programs.
 
-Letters: N detections of one picture.
+Letters: N detections of one image.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,9 +19,9 @@ Rows = list[tuple[float, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What a detector found in one picture, in any order.
+    """What a detector found in one image, in any order.
 
-    ``boxes`` [N, 4] are continuous xyxy in pixels of the original picture, ``scores`` [N], ``labels`` int64 [N] index
+    ``boxes`` [N, 4] are continuous xyxy in pixels of the original image, ``scores`` [N], ``labels`` int64 [N] index
     the classes. A detector gives float32; a file gives float64, so that no tie or threshold moves by rounding.
     """
 
@@ -41,18 +41,18 @@ class Detections:
 def read_detections(
     path: Path, image_ids: Iterable[str], category_ids: Sequence[JsonId]
 ) -> dict[str, Detections]:
-    """Detections of every picture in ``image_ids``, in their order, from COCO results json.
+    """Detections of every image in ``image_ids``, in their order, from COCO results json.
 
-    The file is a list of {image_id, category_id, bbox: [x, y, width, height], score}; within a picture its order is
+    The file is a list of {image_id, category_id, bbox: [x, y, width, height], score}; within an image its order is
     kept. ``category_ids`` holds the category id of each class, in the order of the classes. Raises ArtifactError for
     a malformed file, an id that neither list has, a number that is not finite and a negative size.
     """
     file = JsonFile(path, ArtifactError)
     rows: dict[str, Rows] = {image_id: [] for image_id in image_ids}
-    pictures = {image_id: index for index, image_id in enumerate(rows)}
+    images = {image_id: index for index, image_id in enumerate(rows)}
     labels = {str(category_id): label for label, category_id in enumerate(category_ids)}
     for place, entry in file.entries(file.load(), "detections"):
-        image_id = file.known(place, entry, "image_id", pictures)
+        image_id = file.known(place, entry, "image_id", images)
         label = labels[file.known(place, entry, "category_id", labels)]
         rows[image_id].append((*file.box(place, entry), file.number(place, entry, "score"), label))
     return {image_id: _detections(found) for image_id, found in rows.items()}
@@ -66,7 +66,7 @@ def to_coco_results(
     """The list that a COCO results json holds; ``category_ids`` gives the category id of each class.
 
     Nothing is rounded: reading it back gives the same float32 boxes and scores. COCO's own tools compare ids with
-    their type; ``image_id_of`` gives the picture's id as its ground truth has it (a data set's ``coco_image_id``).
+    their type; ``image_id_of`` gives the image's id as its ground truth has it (a data set's ``coco_image_id``).
     Without it an id that reads as a whole number is written as one.
     """
     return [
@@ -82,15 +82,15 @@ def to_xywh(boxes: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def check_pictures(ground_truth: Iterable[str], detections: Iterable[str]) -> None:
-    """Raise DataError when a picture with detections is not one of the ground truth's.
+def check_images(ground_truth: Iterable[str], detections: Iterable[str]) -> None:
+    """Raise DataError when an image with detections is not one of the ground truth's.
 
-    A picture of the ground truth without an entry among the detections has none.
+    An image of the ground truth without an entry among the detections has none.
     """
     foreign = sorted(set(detections) - set(ground_truth))
     if foreign:
-        raise DataError(f"picture {foreign[0]} has detections but no ground truth ({len(foreign)} such pictures): "
-                        "score with the ground truth of the pictures that were detected on")
+        raise DataError(f"image {foreign[0]} has detections but no ground truth ({len(foreign)} such images): "
+                        "score with the ground truth of the images that were detected on")
 
 
 def _detections(rows: Rows) -> Detections:

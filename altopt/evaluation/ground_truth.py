@@ -1,6 +1,6 @@
 """Ground truth as the scorers see it, and its COCO json form.
 
-Letters: N objects of one picture.
+Letters: N objects of one image.
 """
 
 import reprlib
@@ -18,11 +18,11 @@ Rows = list[tuple[float, ...]]
 
 
 class Annotated(Protocol):
-    """The objects of one picture, as far as scoring needs them; a data set's ``Objects`` are such."""
+    """The objects of one image, as far as scoring needs them; a data set's ``Objects`` are such."""
 
     @property
     def boxes(self) -> npt.NDArray[np.floating[Any]]:
-        """[N, 4] continuous xyxy in pixels of the original picture."""
+        """[N, 4] continuous xyxy in pixels of the original image."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
@@ -42,8 +42,8 @@ class Annotated(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class PictureObjects:
-    """The objects of one picture of a file: boxes float64 [N, 4] xyxy, labels int64, flags bool, areas float64 [N]."""
+class ImageObjects:
+    """The objects of one image of a file: boxes float64 [N, 4] xyxy, labels int64, flags bool, areas float64 [N]."""
 
     boxes: npt.NDArray[np.float64]
     labels: npt.NDArray[np.int64]
@@ -54,9 +54,9 @@ class PictureObjects:
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
-    """A ground truth file: objects by picture id, and the classes with their category ids, all in the file's order."""
+    """A ground truth file: objects by image id, and the classes with their category ids, all in the file's order."""
 
-    objects: dict[str, PictureObjects]
+    objects: dict[str, ImageObjects]
     classes: tuple[str, ...]
     category_ids: tuple[JsonId, ...]
 
@@ -76,12 +76,12 @@ def read_ground_truth(path: Path) -> GroundTruth:
     document = file.load()
     if not isinstance(document, dict):
         raise DataError(f"{path} is not COCO ground truth: it must be an object with images, categories, annotations")
-    pictures = _distinct(file, document, "images", "id")
+    images = _distinct(file, document, "images", "id")
     labels = _distinct(file, document, "categories", "id")
     classes = _distinct(file, document, "categories", "name")
-    rows: dict[str, Rows] = {image_id: [] for image_id in pictures}
+    rows: dict[str, Rows] = {image_id: [] for image_id in images}
     for place, entry in file.entries(document.get("annotations"), "annotations"):
-        image_id = file.known(place, entry, "image_id", pictures)
+        image_id = file.known(place, entry, "image_id", images)
         label = labels[file.known(place, entry, "category_id", labels)]
         rows[image_id].append((*_row(file, place, entry), label))
     return GroundTruth(
@@ -110,8 +110,8 @@ def _row(file: JsonFile, place: str, entry: Entry) -> tuple[float, ...]:
     return (*box, area, difficult, file.flag(place, entry, "iscrowd"))
 
 
-def _objects(rows: Rows) -> PictureObjects:
+def _objects(rows: Rows) -> ImageObjects:
     """The objects of rows x1, y1, x2, y2, area, difficult, crowd, label."""
     table = np.array(rows, dtype=np.float64).reshape(-1, 8)
     difficult, crowd = table[:, 5] > 0, table[:, 6] > 0
-    return PictureObjects(table[:, :4], table[:, 7].astype(np.int64), difficult, crowd, areas=table[:, 4])
+    return ImageObjects(table[:, :4], table[:, 7].astype(np.int64), difficult, crowd, areas=table[:, 4])

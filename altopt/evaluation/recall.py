@@ -3,7 +3,7 @@
 Objects and proposals are paired one to one, as py-faster-rcnn's ``evaluate_recall`` does: again and again the object
 whose best remaining proposal overlaps most takes that proposal. Objects outside the area range take no part.
 
-Letters: N objects and K proposals of a picture; L limits, A area ranges, T thresholds.
+Letters: N objects and K proposals of an image; L limits, A area ranges, T thresholds.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,10 +34,10 @@ CONVENTION = "one proposal per object, greedy; IoU >= threshold; difficult and c
 
 @dataclass(frozen=True, eq=False)
 class Recall:
-    """Counts over all pictures: ``objects`` int64 [A], ``covered`` int64 [L, A, T], ``proposals`` int64 [L] used."""
+    """Counts over all images: ``objects`` int64 [A], ``covered`` int64 [L, A, T], ``proposals`` int64 [L] used."""
 
     limits: tuple[int, ...]
-    pictures: int
+    images: int
     objects: npt.NDArray[np.int64]
     covered: npt.NDArray[np.int64]
     proposals: npt.NDArray[np.int64]
@@ -52,17 +52,17 @@ class Recall:
         return mean_of_defined(self.at(limit, area).tolist())
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; NaN is None. ``limits`` maps each limit to proposals per picture and recall per area range."""
+        """JSON-able; NaN is None. ``limits`` maps each limit to proposals per image and recall per area range."""
         return {
             "convention": CONVENTION,
-            "pictures": self.pictures,
+            "images": self.images,
             "thresholds": THRESHOLDS.tolist(),
             "objects": dict(zip(AREA_RANGES, self.objects.tolist(), strict=True)),
             "limits": {str(limit): self._limit_as_dict(limit) for limit in self.limits},
         }
 
     def _limit_as_dict(self, limit: int) -> dict[str, Any]:
-        used = self.proposals[self.limits.index(limit)] / max(self.pictures, 1)
+        used = self.proposals[self.limits.index(limit)] / max(self.images, 1)
         recalls = {
             area: {
                 "average_recall": or_none(self.average(limit, area)),
@@ -70,20 +70,20 @@ class Recall:
             }
             for area in AREA_RANGES
         }
-        return {"proposals_per_picture": float(used), "areas": recalls}
+        return {"proposals_per_image": float(used), "areas": recalls}
 
 
-def proposal_recall(pictures: Iterable[tuple[Boxes, Boxes]], limits: Sequence[int] = LIMITS) -> Recall:
-    """Recall over pictures, each the boxes [N, 4] of its objects and its proposals [K, 4] by descending score.
+def proposal_recall(images: Iterable[tuple[Boxes, Boxes]], limits: Sequence[int] = LIMITS) -> Recall:
+    """Recall over images, each the boxes [N, 4] of its objects and its proposals [K, 4] by descending score.
 
-    Both are continuous xyxy in one frame, that of the original picture (areas are measured in it). Leave difficult
-    and crowd objects out (``ground_truth.counted``). Pictures are taken one at a time and not kept.
+    Both are continuous xyxy in one frame, that of the original image (areas are measured in it). Leave difficult
+    and crowd objects out (``ground_truth.counted``). Images are taken one at a time and not kept.
     """
     count = 0
     objects = np.zeros(len(AREA_RANGES), np.int64)
     covered = np.zeros((len(limits), len(AREA_RANGES), len(THRESHOLDS)), np.int64)
     used = np.zeros(len(limits), np.int64)
-    for boxes, proposals in pictures:
+    for boxes, proposals in images:
         inside = _inside(boxes)  # (A, N)
         overlaps = box_iou(boxes, proposals[: max(limits)])  # (N, K)
         count += 1

@@ -26,10 +26,10 @@ def score(
     plus_one: bool = False,
     devkit_rounding: bool = False,
 ) -> Score:
-    """Score detections, both mappings keyed by picture id.
+    """Score detections, both mappings keyed by image id.
 
     ``iou``, ``strict``, ``plus_one`` and ``devkit_rounding`` vary the VOC rules (``VocRules``). Raises UsageError for
-    an unknown protocol, an IoU outside (0, 1] and VOC options with COCO, DataError for detections of a picture that
+    an unknown protocol, an IoU outside (0, 1] and VOC options with COCO, DataError for detections of an image that
     the ground truth does not have.
     """
     if protocol == "coco":

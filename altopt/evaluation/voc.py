@@ -3,7 +3,7 @@
 Each detection, by descending score, is given to the object of its class that it overlaps most. It is a true positive
 when the IoU passes the threshold and the object has no detection yet, ignored when that object is difficult (or a
 crowd), and a false positive otherwise, even where it also overlaps another object. Detections of equal score keep
-their order: pictures as in the ground truth, and within a picture as given.
+their order: images as in the ground truth, and within an image as given.
 
 A class without any object to find has AP NaN and is left out of the mean. The devkit leaves this open: its 11-point
 sum gives 0 there, its area NaN.
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from altopt.evaluation.average_precision import area_under_envelope, eleven_points
-from altopt.evaluation.detections import Detections, check_pictures
+from altopt.evaluation.detections import Detections, check_images
 from altopt.evaluation.ground_truth import Annotated, counted
 from altopt.evaluation.iou import Boxes, box_iou
 from altopt.evaluation.undefined import mean_of_defined, or_none, ratio
@@ -116,11 +116,11 @@ def score_voc(
     classes: Sequence[str],
     rules: VocRules = VocRules(),
 ) -> VocScore:
-    """Precision, recall and AP of every class; both mappings are keyed by picture id.
+    """Precision, recall and AP of every class; both mappings are keyed by image id.
 
-    A picture without an entry in ``detections`` has none. Raises DataError for detections of an unknown picture.
+    An image without an entry in ``detections`` has none. Raises DataError for detections of an unknown image.
     """
-    check_pictures(ground_truth, detections)
+    check_images(ground_truth, detections)
     found = {image_id: _prepared(one, rules) for image_id, one in detections.items()}
     table = _match(ground_truth, found, rules)
     return VocScore(rules, {name: _class_score(table, label, rules) for label, name in enumerate(classes)})

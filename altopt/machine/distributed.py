@@ -3,14 +3,14 @@
 torchrun starts the same command K times, as ranks 0 to K - 1. Rank 0 alone runs the command: it decides what is stale,
 holds the lock and writes. The others wait for the stages that it announces and take their part in those.
 
-Pictures of a batch are divided among the ranks in order. Losses are means over the pictures or RoIs of the whole batch,
+Images of a batch are divided among the ranks in order. Losses are means over the images or RoIs of the whole batch,
 so each rank weighs its own by its part of the count; gradients are then added up, and every rank takes the same step
-(altopt/batches/slices.py). So K processes train the network that one trains: to the last bit in batches of at most two
-pictures (``Batch.groups`` says why), and else but for the order of sums; and K processes do it twice alike.
+(altopt/batches/local_batches.py). So K processes train the network that one trains: to the last bit in batches of at
+most two images (``Batch.groups`` says why), and else but for the order of sums; and K processes do it twice alike.
 
 A rank that fails says why, once for all, and the others end with its exit code. One that dies without a word is missed
 by the others: every rank leaves a sign of life every few seconds, wherever it is, so no exchange needs a limit of its
-own and a long stage of rank 0 alone may take its time. torch is imported by those who have company.
+own and a long stage of rank 0 alone may take its time. torch is imported by those who have join_processes.
 """
 
 import inspect
@@ -45,7 +45,7 @@ LOST = ("another process of this command died without a word (killed, perhaps fo
         "gone): run the same command again to go on")
 
 
-class Ranks:
+class SingleProcess:
     """One process by itself: what there is to agree on, it decides alone."""
 
     rank, count = 0, 1
@@ -58,23 +58,23 @@ class Ranks:
     def announce(self, task: Any) -> None:
         """Rank 0: give the others a task; None is the end."""
 
-    def same(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value, which is pickled."""
         return value
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank."""
         return [value]
 
-    def total(self, values: "Tensor") -> "Tensor":
+    def all_reduce_sum(self, values: "Tensor") -> "Tensor":
         """Return the sums of a tensor over the ranks, on its device."""
         return values
 
-    def greatest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Return the greatest of the ranks' values."""
         return value
 
-    def wrapped(self, module: "nn.Module") -> "nn.Module":
+    def data_parallel(self, module: "nn.Module") -> "nn.Module":
         """Return the module to call, and to keep until ``backward``: that makes each gradient the sum of the ranks'."""
         return module
 
@@ -86,7 +86,7 @@ class Ranks:
         """Return the device of this rank: each has a GPU of its own. Raises ``UsageError`` where there are too few."""
         return device
 
-    def spread(self, items: Sequence[Item],
+    def map_images(self, items: Sequence[Item],
                work: Callable[[Sequence[Item]], Iterator[Made]]) -> Generator[Made, None, None]:
         """Yield on rank 0 what ``work`` makes of the items, one for each and in their order; elsewhere nothing.
 
@@ -96,7 +96,7 @@ class Ranks:
         yield from work(items)
 
 
-class Company(Ranks):
+class ProcessGroup(SingleProcess):
     """One of several processes, connected by torch.distributed: nccl between GPUs, gloo between CPUs."""
 
     def __init__(self) -> None:
@@ -122,9 +122,9 @@ class Company(Ranks):
 
     def announce(self, task: Any) -> None:
         """Rank 0: give the others a task; None is the end."""
-        self.same(task)
+        self.broadcast(task)
 
-    def same(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value, which is pickled."""
         import torch
         import torch.distributed as dist
@@ -134,7 +134,7 @@ class Company(Ranks):
             dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         return held[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank."""
         import torch.distributed as dist
 
@@ -143,17 +143,17 @@ class Company(Ranks):
             dist.all_gather_object(values, value)
         return values
 
-    def total(self, values: "Tensor") -> "Tensor":
+    def all_reduce_sum(self, values: "Tensor") -> "Tensor":
         """Return the sums of a tensor over the ranks, on its device."""
         return self._reduced(values.clone(), "SUM")
 
-    def greatest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Return the greatest of the ranks' values."""
         import torch
 
         return int(self._reduced(torch.tensor(value), "MAX"))
 
-    def wrapped(self, module: "nn.Module") -> "nn.Module":
+    def data_parallel(self, module: "nn.Module") -> "nn.Module":
         """Return the module to call, and to keep until ``backward``: that makes each gradient the sum of the ranks'.
 
         DistributedDataParallel sends gradients off while earlier layers still work on theirs. It would divide the sum
@@ -223,7 +223,7 @@ class Company(Ranks):
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
 
-    def spread(self, items: Sequence[Item],
+    def map_images(self, items: Sequence[Item],
                work: Callable[[Sequence[Item]], Iterator[Made]]) -> Generator[Made, None, None]:
         """Yield on rank 0 what ``work`` makes of the items, in their order; elsewhere nothing."""
         own = work(items[self.rank :: self.count])
@@ -231,10 +231,10 @@ class Company(Ranks):
             for begin in range(0, len(items), self.count):
                 made = self._collected(next(own, None))
                 yield from made[: len(items) - begin]
-                if not self.same(True):
+                if not self.broadcast(True):
                     return
         except GeneratorExit:
-            self.same(False)
+            self.broadcast(False)
             raise
 
     def fail(self, error: BaseException) -> int | None:
@@ -248,7 +248,7 @@ class Company(Ranks):
         """Leave with the others, whose work is done too."""
         import torch.distributed as dist
 
-        self.gather(None)  # nobody goes before all have come
+        self.all_gather(None)  # nobody goes before all have come
         self._close()
         dist.destroy_process_group()
 
@@ -319,15 +319,15 @@ class OtherRankError(Exception):
 
 
 @contextmanager
-def company() -> Iterator[Ranks]:
+def join_processes() -> Iterator[SingleProcess]:
     """Join the processes that torchrun started together with this one, and end with them; by itself it is alone.
 
     Raises ``OtherRankError`` in the place of whatever ends this rank, if another one failed before.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Ranks()
+        yield SingleProcess()
         return
-    ranks = Company()
+    ranks = ProcessGroup()
     try:
         yield ranks
     except BaseException as error:

@@ -1,6 +1,6 @@
 """Randomness as a function of what it is for, never of what ran before.
 
-Every draw comes from a generator seeded by a key such as (seed, stage, iteration, picture id). A resumed run, a run
+Every draw comes from a generator seeded by a key such as (seed, stage, iteration, image id). A resumed run, a run
 with another number of workers and an uninterrupted run therefore draw the same numbers.
 """
 

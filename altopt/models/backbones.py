@@ -3,7 +3,7 @@
 Each function returns a ``Backbone`` with fresh weights. Blocks are named so that a recipe can say which of them are
 frozen: ``freeze = ["conv1", "conv2"]``.
 
-Feature cell (i, j) should see the picture around (16 j + 8, 16 i + 8), where the anchors are centred and where RoI
+Feature cell (i, j) should see the image around (16 j + 8, 16 i + 8), where the anchors are centred and where RoI
 pooling rounds to. VGG-16 does by itself; networks that pool 3 x 3 without padding see 7.5 px further to the right and
 down, so their first layer pads 8 px more.
 """
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torchvision
 from torch import Tensor, nn
 
-from altopt.models.dropout import PictureDropout
+from altopt.models.dropout import PerImageDropout
 
 STRIDE = 16  # pixels of the input for one cell of the last feature map; the same for every network here
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """``conv``: picture to features, a sequence of named blocks; ``fc``: pooled RoIs to a vector of ``features``."""
+    """``conv``: image to features, a sequence of named blocks; ``fc``: pooled RoIs to a vector of ``features``."""
 
     conv: nn.Sequential
     fc: nn.Sequential
@@ -51,7 +51,7 @@ def squeezenet1_1() -> Backbone:
     """SqueezeNet 1.1 for laptops: its own convolutions, and two small fully connected layers, RoI pool 6 x 6.
 
     Its ImageNet features are large, with a root mean square of 11 to 13 on photographs, and nothing normalises them.
-    Divided by 16 they suit layers drawn anew; without that the first gradients are 17 times as long.
+    Divided by 16 they suit layers re-initialised; without that the first gradients are 17 times as long.
     """
     features = list(torchvision.models.squeezenet1_1(weights=None).features)
     conv1 = features[0]
@@ -64,7 +64,7 @@ def squeezenet1_1() -> Backbone:
 def small() -> Backbone:
     """Nine convolutions of 24 to 128 channels, for the ``shapes`` recipe and for tests; RoI pool 6 x 6.
 
-    The first one takes every second pixel (6 x 6, stride 2), which makes it a quarter of VGG's cost per picture.
+    The first one takes every second pixel (6 x 6, stride 2), which makes it a quarter of VGG's cost per image.
     """
     layers: list[nn.Module] = [nn.Conv2d(3, 24, 6, stride=2, padding=2), nn.ReLU(inplace=True)]
     blocks = [layers]
@@ -101,8 +101,8 @@ def build(name: str) -> Backbone:
 def fully_connected(inputs: int, features: int) -> nn.Sequential:
     """Return fc6 and fc7, from ``inputs`` pooled features to ``features``."""
     return nn.Sequential(OrderedDict([
-        ("fc6", nn.Linear(inputs, features)), ("relu6", nn.ReLU(inplace=True)), ("drop6", PictureDropout(0.5)),
-        ("fc7", nn.Linear(features, features)), ("relu7", nn.ReLU(inplace=True)), ("drop7", PictureDropout(0.5)),
+        ("fc6", nn.Linear(inputs, features)), ("relu6", nn.ReLU(inplace=True)), ("drop6", PerImageDropout(0.5)),
+        ("fc7", nn.Linear(features, features)), ("relu7", nn.ReLU(inplace=True)), ("drop7", PerImageDropout(0.5)),
     ]))
 
 

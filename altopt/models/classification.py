@@ -36,7 +36,7 @@ class CropClassifier(nn.Module):
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return the softmax loss ``cls`` over the crops; each sample's one class is its crop's label."""
         logits = self.score(self.conv(batch.images).mean(dim=(2, 3))).float()
-        return {"cls": F.cross_entropy(logits, torch.cat([sample.classes for sample in batch.samples]))}
+        return {"cls": F.cross_entropy(logits, torch.cat([sample.gt_labels for sample in batch.samples]))}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return plain convolutions under the names that checkpoints use, the normalisations folded in."""
@@ -68,10 +68,10 @@ def folded(block: nn.Module) -> nn.Sequential:
 
 
 def draw_crop(dataset: Dataset, id: str, side: int, background: float, *key: object) -> Sample:
-    """Return a square crop of ``side`` pixels around a random object of the picture, mirrored half of the time.
+    """Return a square crop of ``side`` pixels around a random object of the image, mirrored half of the time.
 
     Its longer side fills between a third and all of the crop, off-centre. With probability ``background``, or when the
-    picture has no usable object, the crop is a random square that no object's centre lies in (label 0).
+    image has no usable object, the crop is a random square that no object's centre lies in (label 0).
     """
     random = generator(*key, id)
     draw = torch.rand(8, generator=random).tolist()
@@ -109,7 +109,7 @@ def _background_square(boxes: np.ndarray, width: int, height: int,
 
 
 def _within(left: float, top: float, size: float, width: int, height: int) -> tuple[float, float, float, float]:
-    """Return the square moved, and if need be shrunk, to lie within the picture."""
+    """Return the square moved, and if need be shrunk, to lie within the image."""
     size = min(size, width, height)
     left, top = min(max(left, 0), width - size), min(max(top, 0), height - size)
     return left, top, left + size, top + size

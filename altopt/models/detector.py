@@ -1,4 +1,4 @@
-"""Faster R-CNN put together: its four parts, how they are filled from tensors, and running them on pictures.
+"""Faster R-CNN put together: its four parts, how they are filled from tensors, and running them on images.
 
 The parts are named as in every checkpoint: ``conv`` (shared layers), ``rpn``, ``fc`` (fc6, fc7) and ``head`` (class
 scores and box deltas). A network may lack parts: an RPN of stage 1 has no head, a Fast R-CNN no rpn.
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from altopt.batches.samples import Batch
-from altopt.config import DetectionRule, NetworkConfig, ProposalRule
+from altopt.config import DetectionSettings, NetworkConfig, ProposalSettings
 from altopt.models import backbones
 from altopt.models.backbones import STRIDE
-from altopt.models.fast_rcnn import FastRCNNHead, detections_of
+from altopt.models.fast_rcnn import FastRCNNHead, postprocess_detections
 from altopt.models.network_parts import NetworkOfParts
-from altopt.models.rpn import RPNHead, proposals_of
+from altopt.models.rpn import RPNHead, make_proposals
 from altopt.ops.roi_sample import pool_rois
 
 PARTS = ("conv", "rpn", "fc", "head")
@@ -39,7 +39,7 @@ class FasterRCNN(NetworkOfParts):
     def fill(self, tensors: Mapping[str, Tensor], random: torch.Generator, fresh: Sequence[str] = ()) -> list[str]:
         """Take each part's weights from the tensors, or draw them anew where they are missing or in ``fresh``.
 
-        Returns the names of the parts drawn anew. ``conv`` is never drawn: a missing layer is a ``KeyError``.
+        Returns the names of the parts re-initialised. ``conv`` is never drawn: a missing layer is a ``KeyError``.
         """
         drawn = []
         for name in PARTS:
@@ -69,7 +69,7 @@ class FasterRCNN(NetworkOfParts):
             self.head.renormalise(means, stds)
 
     def pool(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Return ``Tensor[R, C, P, P]`` for the boxes of each picture, by the op that the network was trained with."""
+        """Return ``Tensor[R, C, P, P]`` for the boxes of each image, by the op that the network was trained with."""
         return pool_rois(features, boxes, self.roi_size, 1 / STRIDE, self.samples_per_bin)
 
 
@@ -90,25 +90,26 @@ def initialise(part: nn.Module, random: torch.Generator) -> None:
 
 
 @torch.inference_mode()
-def propose(network: FasterRCNN, batch: Batch, rule: ProposalRule) -> list[tuple[Tensor, Tensor]]:
-    """Return each picture's proposals ``Tensor[K, 4]`` in the input frame, and scores ``Tensor[K]``, best first."""
+def propose(network: FasterRCNN, batch: Batch, rule: ProposalSettings) -> list[tuple[Tensor, Tensor]]:
+    """Return each image's proposals ``Tensor[K, 4]`` in the input frame, and scores ``Tensor[K]``, best first."""
     return propose_on(network, network.conv(batch.images), batch, rule)
 
 
 @torch.inference_mode()
-def propose_on(network: FasterRCNN, features: Tensor, batch: Batch, rule: ProposalRule) -> list[tuple[Tensor, Tensor]]:
+def propose_on(network: FasterRCNN, features: Tensor, batch: Batch,
+               rule: ProposalSettings) -> list[tuple[Tensor, Tensor]]:
     """Do what ``propose`` does, on features already computed."""
     logits, deltas = network.rpn(features)
     anchors = network.rpn.anchors_for(features)
-    return [proposals_of(logits[b], deltas[b], anchors, s, rule) for b, s in enumerate(batch.samples)]
+    return [make_proposals(logits[b], deltas[b], anchors, s, rule) for b, s in enumerate(batch.samples)]
 
 
 @torch.inference_mode()
 def detect_on(network: FasterRCNN, features: Tensor, batch: Batch, proposals: Sequence[Tensor],
-              rule: DetectionRule) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return each picture's boxes, scores and classes as ``detections_of`` gives them, for ``proposals``.
+              rule: DetectionSettings) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return each image's boxes, scores and classes as ``postprocess_detections`` gives them, for ``proposals``.
 
-    ``features`` is the network's own ``Tensor[B, C, H, W]``, ``proposals`` one ``Tensor[K, 4]`` for each picture in the
+    ``features`` is the network's own ``Tensor[B, C, H, W]``, ``proposals`` one ``Tensor[K, 4]`` for each image in the
     input frame.
     """
     pooled = network.pool(features, proposals)
@@ -116,12 +117,12 @@ def detect_on(network: FasterRCNN, features: Tensor, batch: Batch, proposals: Se
     deltas = network.head.deltas(normalised)
     counts = [len(each) for each in proposals]
     return [
-        detections_of(one_logits, one_deltas, rois, sample.size, rule)
+        postprocess_detections(one_logits, one_deltas, rois, sample.size, rule)
         for one_logits, one_deltas, rois, sample
         in zip(torch.split(logits, counts), torch.split(deltas, counts), proposals, batch.samples, strict=True)
     ]
 
 
-def own_proposals(rule: DetectionRule) -> ProposalRule:
+def own_proposals(rule: DetectionSettings) -> ProposalSettings:
     """Return how a detector makes its own proposals at test time."""
-    return ProposalRule(pre_nms=rule.pre_nms, nms=rule.rpn_nms, post_nms=rule.proposals, min_side=rule.min_side)
+    return ProposalSettings(pre_nms=rule.pre_nms, nms=rule.rpn_nms, post_nms=rule.proposals, min_side=rule.min_side)

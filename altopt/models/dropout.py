@@ -1,4 +1,4 @@
-"""Dropout whose masks belong to pictures: what it drops of a RoI does not depend on the pictures that share a batch."""
+"""Dropout whose masks belong to images: what it drops of a RoI does not depend on the images that share a batch."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from altopt.machine.randomness import seed_of
 from altopt.ops.targets import RoISample
 
 
-class PictureDropout(nn.Dropout):
-    """Dropout that draws a mask for the rows of each picture by itself, from the keys that ``seed_dropout`` gave it.
+class PerImageDropout(nn.Dropout):
+    """Dropout that draws a mask for the rows of each image by itself, from the keys that ``seed_dropout`` gave it.
 
     Without keys it is torch's own. A mask is drawn on the device, by torch's own generator.
     """
 
-    rows: Sequence[tuple[int, int]] = ()  # for each picture: how many rows, and the seed of their mask
+    rows: Sequence[tuple[int, int]] = ()  # for each image: how many rows, and the seed of their mask
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``Tensor[R, D]`` with some values dropped and the others scaled up; in evaluation as it is."""
@@ -30,9 +30,9 @@ class PictureDropout(nn.Dropout):
         return input * torch.cat(masks)
 
 
-def seed_dropout(layers: nn.Module, rois: Sequence[RoISample], pictures: Sequence[Sample], *key: object) -> None:
-    """Tell the layers' dropout how many of the rows to come are each picture's, and what its masks are drawn from."""
+def seed_dropout(layers: nn.Module, rois: Sequence[RoISample], images: Sequence[Sample], *key: object) -> None:
+    """Tell the layers' dropout how many of the rows to come are each image's, and what its masks are drawn from."""
     for number, layer in enumerate(layers.modules()):
-        if isinstance(layer, PictureDropout):
-            layer.rows = [(len(own.labels), seed_of(*key, picture.id, picture.flipped, "dropout", number))
-                          for own, picture in zip(rois, pictures, strict=True)]
+        if isinstance(layer, PerImageDropout):
+            layer.rows = [(len(own.labels), seed_of(*key, image.id, image.flipped, "dropout", number))
+                          for own, image in zip(rois, images, strict=True)]

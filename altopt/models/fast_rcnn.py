@@ -1,6 +1,6 @@
 """Fast R-CNN: the head on pooled regions, its training losses, and what makes detections of its output.
 
-Letters: B pictures, R RoIs, K classes without background, P the RoI-pool grid.
+Letters: B images, R RoIs, K classes without background, P the RoI-pool grid.
 Source: Fast R-CNN, section 2; numbers from py-faster-rcnn.
 """
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from altopt.batches.samples import Batch, Sample
 from altopt.batches.sampling import RoISampling
-from altopt.config import DetectionRule
+from altopt.config import DetectionSettings
 from altopt.models.backbones import STRIDE
 from altopt.models.dropout import seed_dropout
 from altopt.models.frozen import conv_features
@@ -103,7 +103,7 @@ class FastRCNNTraining(nn.Module):
 
 
 def fast_rcnn_losses(head: FastRCNNHead, hidden: Tensor, chosen: Sequence[RoISample]) -> Iterator[dict[str, Tensor]]:
-    """Yield ``roi_losses`` of each picture, from fc7's output for the RoIs of all, ``Tensor[R, D]``."""
+    """Yield ``roi_losses`` of each image, from fc7's output for the RoIs of all, ``Tensor[R, D]``."""
     counts = [len(each.labels) for each in chosen]
     outputs = (each.split(counts) for each in head(hidden))
     for rois, logits, normalised in zip(chosen, *outputs, strict=True):
@@ -111,7 +111,7 @@ def fast_rcnn_losses(head: FastRCNNHead, hidden: Tensor, chosen: Sequence[RoISam
 
 
 def roi_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, chosen: RoISample) -> dict[str, Tensor]:
-    """Return the two losses of one picture's RoIs, each summed over them.
+    """Return the two losses of one image's RoIs, each summed over them.
 
     ``logits`` is ``Tensor[R, K + 1]``, ``normalised`` the deltas as the head has them, ``Tensor[R, K + 1, 4]``.
     """
@@ -122,18 +122,18 @@ def roi_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, chosen: R
     return {"cls": F.cross_entropy(logits, chosen.labels, reduction="sum"), "box": smooth_l1(own, targets, sigma=1.0)}
 
 
-def detections_of(logits: Tensor, deltas: Tensor, rois: Tensor, size: tuple[int, int],
-                  rule: DetectionRule) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a picture's detections, best first: boxes ``Tensor[D, 4]``, scores ``Tensor[D]``, classes ``Tensor[D]``.
+def postprocess_detections(logits: Tensor, deltas: Tensor, rois: Tensor, size: tuple[int, int],
+                  rule: DetectionSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an image's detections, best first: boxes ``Tensor[D, 4]``, scores ``Tensor[D]``, classes ``Tensor[D]``.
 
     ``logits`` is ``Tensor[R, K + 1]``, ``deltas`` ``Tensor[R, K + 1, 4]`` in plain units, ``rois`` ``Tensor[R, 4]`` and
     the result in the input frame, whose ``size`` is (width, height). Classes count from 0. Suppression is class by
-    class; the cut to ``rule.per_picture`` is over all classes.
+    class; the cut to ``rule.per_image`` is over all classes.
     """
     scores = logits.softmax(dim=1)[:, 1:]  # (R, K)
     deltas = deltas[:, 1:] if rule.regress_boxes else torch.zeros_like(deltas[:, 1:])
     boxes = bx.clip(bx.decode(deltas, rois), size)  # (R, K, 4)
     roi, label = torch.nonzero(scores > rule.score, as_tuple=True)
     boxes, scores = boxes[roi, label], scores[roi, label]
-    kept = torchvision.ops.batched_nms(boxes, scores, label, rule.nms)[: rule.per_picture]
+    kept = torchvision.ops.batched_nms(boxes, scores, label, rule.nms)[: rule.per_image]
     return boxes[kept], scores[kept], label[kept]

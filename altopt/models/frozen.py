@@ -1,8 +1,8 @@
-"""Conv layers that do not learn: their map of a picture is the same whenever it is made, so it can be stored.
+"""Conv layers that do not learn: their map of an image is the same whenever it is made, so it can be stored.
 
-For that it must not depend on the pictures that share a batch. It does where they go through the layers together:
-smaller ones are padded, and near the padding other values arise; and convolutions of several pictures sum in another
-order than those of one, which changes last bits. So each picture goes through frozen layers by itself, in its own size.
+For that it must not depend on the images that share a batch. It does where they go through the layers together:
+smaller ones are padded, and near the padding other values arise; and convolutions of several images sum in another
+order than those of one, which changes last bits. So each image goes through frozen layers by itself, in its own size.
 
 What is frozen may be all of a network's layers, or the first ones where the others learn. Layers are counted as the
 blocks hold them, those without weights too.
@@ -35,46 +35,46 @@ def conv_features(conv: nn.Module, batch: Batch) -> list[tuple[range, Tensor]]:
     """
     depth = frozen_depth(conv)
     learning = layers_of(conv)[depth:]
-    maps = picture_maps(conv, batch, depth)
+    maps = image_maps(conv, batch, depth)
     return [(group, _through(learning, _together([maps[b] for b in group]))) for group in batch.groups()]
 
 
 def frozen_features(conv: nn.Module, batch: Batch) -> Tensor:
-    """Return what all layers make of each picture by itself, as one ``Tensor[B, C, h, w]``, zero-padded at the end.
+    """Return what all layers make of each image by itself, as one ``Tensor[B, C, h, w]``, zero-padded at the end.
 
     The layers above see of the padding what they see beyond the edge of one map: the RPN's convolution pads with zeros,
-    anchors outside of a picture are not trained on, and no maximum of RoI pooling changes by a zero, as maps end with a
+    anchors outside of an image are not trained on, and no maximum of RoI pooling changes by a zero, as maps end with a
     ReLU.
     """
-    return stacked_maps(picture_maps(conv, batch))
+    return stacked_maps(image_maps(conv, batch))
 
 
-def picture_maps(conv: nn.Module, batch: Batch, depth: int | None = None) -> list[Tensor]:
-    """Return each picture's map behind so many layers, or all, in its own size: ``Tensor[C, h, w]`` each.
+def image_maps(conv: nn.Module, batch: Batch, depth: int | None = None) -> list[Tensor]:
+    """Return each image's map behind so many layers, or all, in its own size: ``Tensor[C, h, w]`` each.
 
     Without autograd, in the precision that it is computed in. What is stored of it is not made again.
     """
     if batch.maps is None:
         images = [image[:, : sample.size[1], : sample.size[0]]
                   for image, sample in zip(batch.images, batch.samples, strict=True)]
-        return [picture_map(conv, image, 0, depth) for image in images]
+        return [image_map(conv, image, 0, depth) for image in images]
     count = len(layers_of(conv))
     begin, end = (count if each is None else each for each in (batch.layers, depth))
     assert begin <= end, "the stored maps went through layers that learn"
-    return list(batch.maps) if begin == end else [picture_map(conv, each, begin, end) for each in batch.maps]
+    return list(batch.maps) if begin == end else [image_map(conv, each, begin, end) for each in batch.maps]
 
 
 @torch.no_grad()
-def picture_map(conv: nn.Module, image: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
-    """Return what the layers ``begin`` to ``end`` make of one picture, without autograd: ``Tensor[C, h, w]``.
+def image_map(conv: nn.Module, image: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+    """Return what the layers ``begin`` to ``end`` make of one image, without autograd: ``Tensor[C, h, w]``.
 
-    ``image`` is the normalised picture ``Tensor[3, H, W]``, or its map behind the layers before.
+    ``image`` is the normalised image ``Tensor[3, H, W]``, or its map behind the layers before.
     """
     return _through(layers_of(conv)[begin:end], _together([image]))[0]
 
 
 def _together(images: Sequence[Tensor]) -> Tensor:
-    """Return pictures or maps of one size, ``Tensor[C, h, w]`` each, as ``Tensor[B, C, h, w]`` in channels_last layout.
+    """Return images or maps of one size, ``Tensor[C, h, w]`` each, as ``Tensor[B, C, h, w]`` in channels_last layout.
 
     Down to the stride of a batch of one: by that too oneDNN decides how it computes.
     """

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from altopt.batches.samples import Batch, Sample
 from altopt.batches.sampling import RoISampling
-from altopt.config import ProposalRule
+from altopt.config import ProposalSettings
 from altopt.models.backbones import STRIDE
 from altopt.models.detector import FasterRCNN
 from altopt.models.dropout import seed_dropout
 from altopt.models.fast_rcnn import fast_rcnn_losses
 from altopt.models.frozen import conv_features
-from altopt.models.rpn import RPNRule, draw_anchors, kept_boxes, rpn_losses, scored_boxes
+from altopt.models.rpn import AnchorSampling, decode_proposals, filter_proposals, rpn_losses, sample_anchors
 from altopt.ops import boxes as bx
 from altopt.ops.roi_sample import pool_rois
 from altopt.ops.targets import RoISample
@@ -35,7 +35,7 @@ class CoordinatePath:
     """How much of the detector's gradient reaches the RPN through the coordinates of the proposals.
 
     Nothing for ``warmup`` iterations; in the next ``warmup`` ones its share rises in a straight line to all of it. A
-    picture's gradient, in loss per pixel of the input over all its proposals, is first cut to the norm ``clip`` (0: it
+    image's gradient, in loss per pixel of the input over all its proposals, is first cut to the norm ``clip`` (0: it
     is not).
     """
 
@@ -49,7 +49,7 @@ class CoordinatePath:
         return min(1.0, max(0.0, (iteration + 1 - self.warmup) / self.warmup))
 
     def limited(self, gradient: Tensor, share: float) -> Tensor:
-        """Return what passes of a gradient with respect to a picture's proposals, ``Tensor[K, 4]``."""
+        """Return what passes of a gradient with respect to an image's proposals, ``Tensor[K, 4]``."""
         if self.clip:
             gradient = gradient * (self.clip / gradient.norm()).clamp(max=1)
         return gradient * share
@@ -58,7 +58,7 @@ class CoordinatePath:
 class JointTraining(nn.Module):
     """The whole network, from a batch to four losses; exact with a ``path``, approximate without."""
 
-    def __init__(self, network: FasterRCNN, *, anchors: RPNRule, proposals: ProposalRule, rois: RoISampling,
+    def __init__(self, network: FasterRCNN, *, anchors: AnchorSampling, proposals: ProposalSettings, rois: RoISampling,
                  weights: Mapping[str, float], path: CoordinatePath | None, key: tuple[object, ...]) -> None:
         super().__init__()
         self.conv, self.rpn, self.fc, self.head = network.conv, network.rpn, network.fc, network.head
@@ -82,7 +82,8 @@ class JointTraining(nn.Module):
             anchors = self.rpn.anchors_for(features)
             samples, rois = [batch.samples[b] for b in group], []
             for sample, logits, deltas in zip(samples, *self.rpn(features), strict=True):
-                chosen = sample.anchors or draw_anchors(sample, anchors, self.anchors, *self.key, "anchors", iteration)
+                chosen = sample.anchors or sample_anchors(sample, anchors, self.anchors, *self.key, "anchors",
+                                                          iteration)
                 of_rpn.append(rpn_losses(logits, deltas, chosen, self.anchors))
                 rois.append(self._sample(sample, self._proposals(logits, deltas, anchors, sample, share), iteration))
             pooled = pool_rois(features, [each.rois for each in rois], self.roi_size, 1 / STRIDE, self.samples_per_bin)
@@ -97,9 +98,9 @@ class JointTraining(nn.Module):
         return self.rpn.with_anchors(sample, self.anchors, *self.key, "anchors", iteration)
 
     def _proposals(self, logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample, share: float) -> Tensor:
-        """Return a picture's proposals, ``Tensor[K, 4]`` in the input frame; with a share, they carry a gradient."""
+        """Return an image's proposals, ``Tensor[K, 4]`` in the input frame; with a share, they carry a gradient."""
         with torch.no_grad():
-            kept = kept_boxes(*scored_boxes(logits, deltas, anchors, sample), sample, self.proposals)
+            kept = filter_proposals(*decode_proposals(logits, deltas, anchors, sample), sample, self.proposals)
         chosen = deltas[kept] if share else deltas[kept].detach()
         proposals = bx.clip(bx.decode(chosen, anchors[kept]), sample.size)
         if self.path and proposals.requires_grad:
@@ -114,5 +115,5 @@ class JointTraining(nn.Module):
         A target says how to get from the RoI to its object, so it moves with the RoI as much as the pooled features do:
         the derivative of the loss needs both, and the targets are not detached.
         """
-        return self.rois.of_picture(sample, proposals, *self.key, "rois", iteration)
+        return self.rois.of_image(sample, proposals, *self.key, "rois", iteration)
 

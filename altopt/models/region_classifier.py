@@ -1,6 +1,6 @@
 """The networks of SPP-net and slow R-CNN: conv layers, fully connected layers on regions, and a softmax over classes.
 
-They differ in what the fully connected layers see: SPP-net pools a pyramid from the map of the whole picture, R-CNN
+They differ in what the fully connected layers see: SPP-net pools a pyramid from the map of the whole image, R-CNN
 runs the conv layers on each warped region by itself. Boxes are the regressors' business (altopt/training/ridge.py), and
 after the fine-tuning SVMs take the softmax's place (altopt/training/svm.py).
 
@@ -45,7 +45,7 @@ class RegionClassifier(NetworkOfParts):
             self.head = nn.Sequential(OrderedDict([("cls_score", nn.Linear(backbone.features, classes + 1))]))
 
     def fill(self, tensors: Mapping[str, Tensor], random: torch.Generator, fresh: Sequence[str] = ()) -> list[str]:
-        """Take each layer's weights from the tensors; return the layers that are drawn anew.
+        """Take each layer's weights from the tensors; return the layers that are re-initialised.
 
         Those are the layers of parts in ``fresh``, layers that are missing, and layers of another shape: fc6, when a
         pyramid takes the place of the RoI grid that it was trained on. A missing layer of ``conv`` is a ``KeyError``.
@@ -67,7 +67,7 @@ class RegionClassifier(NetworkOfParts):
         return drawn
 
     def pool_pyramids(self, features: Tensor, boxes: Sequence[Tensor], levels: Sequence[int]) -> Tensor:
-        """Return what fc6 sees of regions on whole pictures' maps ``Tensor[B, C, H, W]``: ``Tensor[R, E]``."""
+        """Return what fc6 sees of regions on whole images' maps ``Tensor[B, C, H, W]``: ``Tensor[R, E]``."""
         return pyramid_pool(features, boxes, levels, 1 / STRIDE)
 
     def pool_crops(self, crops: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class PyramidTraining(nn.Module):
 
 
 class WarpedTraining(nn.Module):
-    """Slow R-CNN's fine-tuning: the whole network on warped regions of pictures in their original frame."""
+    """Slow R-CNN's fine-tuning: the whole network on warped regions of images in their original frame."""
 
     def __init__(self, network: RegionClassifier, side: int, regions: RoISampling, key: tuple[object, ...]) -> None:
         super().__init__()

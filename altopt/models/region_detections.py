@@ -1,4 +1,4 @@
-"""From SVM scores and regressed boxes to the detections of a picture (R-CNN, section 2.2).
+"""From SVM scores and regressed boxes to the detections of an image (R-CNN, section 2.2).
 
 Letters: R regions, K classes, D detections.
 """
@@ -7,13 +7,13 @@ import torch
 import torchvision
 from torch import Tensor
 
-from altopt.config import RegionDetectionRule
+from altopt.config import RegionDetectionSettings
 from altopt.ops import boxes as bx
 
 
 def region_detections(scores: Tensor, deltas: Tensor, regions: Tensor, size: tuple[int, int],
-                      rule: RegionDetectionRule) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a picture's detections, best first: boxes ``Tensor[D, 4]``, scores ``Tensor[D]``, classes ``Tensor[D]``.
+                      rule: RegionDetectionSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an image's detections, best first: boxes ``Tensor[D, 4]``, scores ``Tensor[D]``, classes ``Tensor[D]``.
 
     ``scores`` is ``Tensor[R, K]``, ``deltas`` ``Tensor[R, K, 4]``; ``regions`` ``Tensor[R, 4]`` and the result are in
     the original frame, whose ``size`` is (width, height). Of each class the ``rule.per_class`` best above the floor go

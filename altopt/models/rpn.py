@@ -1,6 +1,6 @@
 """The region proposal network: two modules, one that computes and one that scores, and what makes proposals of it.
 
-Letters: B pictures, H and W of the feature map, A anchors at a position, N = H * W * A anchors in all.
+Letters: B images, H and W of the feature map, A anchors at a position, N = H * W * A anchors in all.
 Source: Faster R-CNN, section 3.1; numbers from py-faster-rcnn.
 """
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from altopt.batches.samples import Batch, Sample
-from altopt.batches.sampling import label_anchors, sample_anchors
-from altopt.config import NetworkConfig, ProposalRule
+from altopt.batches.sampling import label_anchors, subsample_labels
+from altopt.config import NetworkConfig, ProposalSettings
 from altopt.extents import shape_behind
 from altopt.machine.randomness import generator
 from altopt.models.backbones import STRIDE
 from altopt.models.frozen import conv_features
 from altopt.ops import boxes as bx
 from altopt.ops.anchors import reference_anchors, shifted_anchors
-from altopt.ops.suppression import best_apart
+from altopt.ops.nms import nms_keeping_best
 from altopt.ops.targets import AnchorSample
 
 
@@ -55,11 +55,11 @@ class RPNHead(nn.Module):
         """Return all anchors of a feature map, ``Tensor[N, 4]`` in the input frame."""
         return all_anchors(self.network, features.shape[2], features.shape[3], features.device)
 
-    def with_anchors(self, sample: Sample, rule: "RPNRule", *key: object) -> Sample:
+    def with_anchors(self, sample: Sample, rule: "AnchorSampling", *key: object) -> Sample:
         """Return the sample with the anchors to train on, drawn where it lies, before any network has seen it."""
         _, height, width = shape_behind(self.network.name, sample.size)
-        anchors = all_anchors(self.network, height, width, sample.objects.device)
-        return replace(sample, anchors=draw_anchors(sample, anchors, rule, *key))
+        anchors = all_anchors(self.network, height, width, sample.gt_boxes.device)
+        return replace(sample, anchors=sample_anchors(sample, anchors, rule, *key))
 
 
 @lru_cache(maxsize=64)
@@ -74,7 +74,7 @@ def all_anchors(network: NetworkConfig, height: int, width: int, device: torch.d
 
 
 @dataclass(frozen=True)
-class RPNRule:
+class AnchorSampling:
     """How anchors are labelled, sampled and scored."""
 
     positive: float
@@ -88,20 +88,20 @@ class RPNRule:
 class RPNTraining(nn.Module):
     """Convolutional layers and RPN head, from a batch to the RPN's two losses."""
 
-    def __init__(self, conv: nn.Sequential, rpn: RPNHead, rule: RPNRule, key: tuple[object, ...]) -> None:
+    def __init__(self, conv: nn.Sequential, rpn: RPNHead, rule: AnchorSampling, key: tuple[object, ...]) -> None:
         super().__init__()
         self.conv, self.rpn, self.rule, self.key = conv, rpn, rule, key
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Return ``rpn_cls``, softmax loss over the sampled anchors, and ``rpn_box``, smooth L1 over positive ones.
 
-        Both are divided by the number of sampled anchors of a picture, and averaged over the pictures.
+        Both are divided by the number of sampled anchors of an image, and averaged over the images.
         """
         losses = []
         for group, features in conv_features(self.conv, batch):
             for b, logits, deltas in zip(group, *self.rpn(features), strict=True):
                 sample = batch.samples[b]
-                chosen = sample.anchors or draw_anchors(sample, self.rpn.anchors_for(features), self.rule, *self.key,
+                chosen = sample.anchors or sample_anchors(sample, self.rpn.anchors_for(features), self.rule, *self.key,
                                                         iteration)
                 losses.append(rpn_losses(logits, deltas, chosen, self.rule))
         return batch.parts(losses, len(batch.samples))
@@ -111,19 +111,19 @@ class RPNTraining(nn.Module):
         return self.rpn.with_anchors(sample, self.rule, *self.key, iteration)
 
 
-def draw_anchors(sample: Sample, anchors: Tensor, rule: RPNRule, *key: object) -> AnchorSample:
-    """Return which of ``anchors``, ``Tensor[N, 4]``, a picture trains on, as key and picture decide."""
-    labels, matched = label_anchors(anchors, sample.objects, sample.size, rule.positive, rule.negative)
-    labels = sample_anchors(labels, rule.anchors_per_image, rule.positive_fraction,
+def sample_anchors(sample: Sample, anchors: Tensor, rule: AnchorSampling, *key: object) -> AnchorSample:
+    """Return which of ``anchors``, ``Tensor[N, 4]``, an image trains on, as key and image decide."""
+    labels, matched = label_anchors(anchors, sample.gt_boxes, sample.size, rule.positive, rule.negative)
+    labels = subsample_labels(labels, rule.anchors_per_image, rule.positive_fraction,
                             generator(*key, sample.id, sample.flipped))
     used = torch.nonzero(labels >= 0)[:, 0]
     positive = torch.nonzero(labels == 1)[:, 0]
-    deltas = bx.encode(sample.objects[matched[positive]], anchors[positive])
+    deltas = bx.encode(sample.gt_boxes[matched[positive]], anchors[positive])
     return AnchorSample(used, labels[used], positive, deltas)
 
 
-def rpn_losses(logits: Tensor, deltas: Tensor, chosen: AnchorSample, rule: RPNRule) -> dict[str, Tensor]:
-    """Return the RPN's two losses of one picture, ``Tensor[N, 2]`` logits and ``Tensor[N, 4]`` deltas."""
+def rpn_losses(logits: Tensor, deltas: Tensor, chosen: AnchorSample, rule: AnchorSampling) -> dict[str, Tensor]:
+    """Return the RPN's two losses of one image, ``Tensor[N, 2]`` logits and ``Tensor[N, 4]`` deltas."""
     count = max(len(chosen.used), 1)
     classification = F.cross_entropy(logits[chosen.used], chosen.labels, reduction="sum") / count
     box = smooth_l1(deltas[chosen.positive], chosen.deltas, rule.sigma) / count
@@ -140,29 +140,29 @@ def smooth_l1(predicted: Tensor, target: Tensor, sigma: float) -> Tensor:
     return F.smooth_l1_loss(predicted, target, beta=1 / sigma**2, reduction="sum")
 
 
-def proposals_of(logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample,
-                 rule: ProposalRule) -> tuple[Tensor, Tensor]:
-    """Return a picture's proposals, ``Tensor[K, 4]`` in the input frame, and scores ``Tensor[K]``, best first.
+def make_proposals(logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample,
+                 rule: ProposalSettings) -> tuple[Tensor, Tensor]:
+    """Return an image's proposals, ``Tensor[K, 4]`` in the input frame, and scores ``Tensor[K]``, best first.
 
     ``logits`` is ``Tensor[N, 2]``, ``deltas`` ``Tensor[N, 4]``. Order of work as in py-faster-rcnn: decode, clip, drop
     small, sort, cut, suppress, cut. Border-crossing anchors take part. Boxes that do not stay finite are dropped.
     """
-    boxes, scores = scored_boxes(logits, deltas, anchors, sample)
-    kept = kept_boxes(boxes, scores, sample, rule)
+    boxes, scores = decode_proposals(logits, deltas, anchors, sample)
+    kept = filter_proposals(boxes, scores, sample, rule)
     return boxes[kept], scores[kept]
 
 
-def scored_boxes(logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
-    """Return what becomes of all anchors of a picture: clipped boxes ``Tensor[N, 4]``, and scores ``Tensor[N]``."""
+def decode_proposals(logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Return what becomes of all anchors of an image: clipped boxes ``Tensor[N, 4]``, and scores ``Tensor[N]``."""
     return bx.clip(bx.decode(deltas, anchors), sample.size), logits.softmax(dim=1)[:, 1]
 
 
-def kept_boxes(boxes: Tensor, scores: Tensor, sample: Sample, rule: ProposalRule) -> Tensor:
-    """Return which of a picture's boxes, ``Tensor[N, 4]``, become proposals: int64 ``Tensor[K]``, best first."""
+def filter_proposals(boxes: Tensor, scores: Tensor, sample: Sample, rule: ProposalSettings) -> Tensor:
+    """Return which of an image's boxes, ``Tensor[N, 4]``, become proposals: int64 ``Tensor[K]``, best first."""
     usable = bx.large_enough(boxes, rule.min_side * sample.scale) & scores.isfinite()
     candidates = torch.nonzero(usable)[:, 0]
     order = scores[candidates].argsort(descending=True, stable=True)
     if rule.pre_nms:
         order = order[: rule.pre_nms]
     candidates = candidates[order]
-    return candidates[best_apart(boxes[candidates], scores[candidates], rule.nms, rule.post_nms)]
+    return candidates[nms_keeping_best(boxes[candidates], scores[candidates], rule.nms, rule.post_nms)]

@@ -1,6 +1,6 @@
 """torchvision's FasterRCNN with the layers and weights of a network of altopt: what speed is compared with.
 
-It does the same work in torchvision's own manner: float pictures in 0..1 that it normalises, resizes and pads to a
+It does the same work in torchvision's own manner: float images in 0..1 that it normalises, resizes and pads to a
 multiple of 32 itself, RoIAlign in place of RoI pooling, sigmoid scores in the RPN, no dropout. Anchors, numbers of
 proposals and of samples, thresholds and frozen layers are altopt's.
 """
@@ -15,12 +15,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign
 
 from altopt.batches.samples import Sample
-from altopt.config import DetectionRule, NetworkConfig, ProposalRule
+from altopt.config import DetectionSettings, NetworkConfig, ProposalSettings
 from altopt.models.detector import FasterRCNN
 
 
-def torchvision_detector(network: FasterRCNN, config: NetworkConfig, training: ProposalRule,
-                         detection: DetectionRule, rois_per_image: int) -> TorchvisionFasterRCNN:
+def torchvision_detector(network: FasterRCNN, config: NetworkConfig, training: ProposalSettings,
+                         detection: DetectionSettings, rois_per_image: int) -> TorchvisionFasterRCNN:
     """Return torchvision's detector with a copy of the network's weights, frozen where those are.
 
     The network's RPN has as many channels as its conv layers, since torchvision knows no other number.
@@ -39,7 +39,7 @@ def torchvision_detector(network: FasterRCNN, config: NetworkConfig, training: P
         rpn_nms_thresh=training.nms, box_roi_pool=MultiScaleRoIAlign(["0"], network.roi_size, sampling_ratio=2),
         box_head=TwoMLPHead(fc6.in_features, features), box_predictor=FastRCNNPredictor(features, classes),
         box_score_thresh=detection.score, box_nms_thresh=detection.nms,
-        box_detections_per_img=detection.per_picture, box_batch_size_per_image=rois_per_image,
+        box_detections_per_img=detection.per_image, box_batch_size_per_image=rois_per_image,
     )
     _copy_heads(network, detector)
     return detector
@@ -68,4 +68,4 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
 def torchvision_input(sample: Sample, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a sample as torchvision takes it: pixels in 0..1, ``Tensor[3, H, W]``, and boxes with labels from 1."""
     pixels = sample.pixels.to(device).float() / 255
-    return pixels, {"boxes": sample.objects.to(device), "labels": sample.classes.to(device) + 1}
+    return pixels, {"boxes": sample.gt_boxes.to(device), "labels": sample.gt_labels.to(device) + 1}

@@ -34,7 +34,7 @@ def iou(boxes: Tensor, others: Tensor) -> Tensor:
     return torch.where(intersection > 0, intersection / union, torch.zeros_like(union))
 
 
-def centre_form(boxes: Tensor) -> tuple[Tensor, Tensor]:
+def to_cxcywh(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the centres and the sizes of the boxes, each ``Tensor[N, 2]`` in (x, y) order."""
     sizes = boxes[:, 2:] - boxes[:, :2]
     return boxes[:, :2] + 0.5 * sizes, sizes
@@ -45,8 +45,8 @@ def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
 
     The inverse of ``decode``, exactly: py-faster-rcnn's pair loses a pixel at the right and lower edge.
     """
-    centres, sizes = centre_form(boxes)
-    anchor_centres, anchor_sizes = centre_form(anchors)
+    centres, sizes = to_cxcywh(boxes)
+    anchor_centres, anchor_sizes = to_cxcywh(anchors)
     return torch.cat([(centres - anchor_centres) / anchor_sizes, torch.log(sizes / anchor_sizes)], dim=1)
 
 
@@ -56,7 +56,7 @@ def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
     ``deltas`` is ``Tensor[N, 4]`` or, with one set of deltas for each class, ``Tensor[N, K, 4]``; the result has its
     shape. Growth is limited to a factor of 62.5 at a time (Detectron's guard; the original has none and overflows).
     """
-    centres, sizes = centre_form(anchors)
+    centres, sizes = to_cxcywh(anchors)
     if deltas.dim() == 3:
         centres, sizes = centres[:, None], sizes[:, None]
     new_centres = centres + deltas[..., :2] * sizes
@@ -65,14 +65,14 @@ def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
 
 
 def clip(boxes: Tensor, size: tuple[float, float]) -> Tensor:
-    """Return the boxes cut off at the picture's edges; ``boxes`` is ``Tensor[..., 4]``, ``size`` (width, height)."""
+    """Return the boxes cut off at the image's edges; ``boxes`` is ``Tensor[..., 4]``, ``size`` (width, height)."""
     width, height = size
     limits = boxes.new_tensor([width, height, width, height])
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def flip(boxes: Tensor, width: float) -> Tensor:
-    """Return the boxes of the picture mirrored left to right; ``Tensor[N, 4]``, ``width`` in the boxes' frame."""
+    """Return the boxes of the image mirrored left to right; ``Tensor[N, 4]``, ``width`` in the boxes' frame."""
     return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
 
 
@@ -82,6 +82,6 @@ def large_enough(boxes: Tensor, side: float) -> Tensor:
 
 
 def inside(boxes: Tensor, size: tuple[float, float]) -> Tensor:
-    """Return which boxes lie wholly within a picture of ``size`` (width, height): -> ``BoolTensor[N]``."""
+    """Return which boxes lie wholly within an image of ``size`` (width, height): -> ``BoolTensor[N]``."""
     width, height = size
     return (boxes[:, 0] >= 0) & (boxes[:, 1] >= 0) & (boxes[:, 2] <= width) & (boxes[:, 3] <= height)

@@ -1,6 +1,6 @@
 """Spatial pyramid pooling of regions (SPP-net, section 2.2): one vector of fixed length from a region of any size.
 
-Letters: B pictures, R regions, C channels. Each level L is RoI pooling to L x L bins, by the op that every stage uses.
+Letters: B images, R regions, C channels. Each level L is RoI pooling to L x L bins, by the op that every stage uses.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ def bins(levels: Sequence[int]) -> int:
 def pyramid_pool(features: Tensor, boxes: Sequence[Tensor], levels: Sequence[int], spatial_scale: float) -> Tensor:
     """Return ``Tensor[sum of R_b, C * bins]``: level after level, each in the order channels, rows, columns.
 
-    ``features`` is ``Tensor[B, C, H, W]``, ``boxes`` for each picture ``Tensor[R_b, 4]`` in pixels of the input frame.
+    ``features`` is ``Tensor[B, C, H, W]``, ``boxes`` for each image ``Tensor[R_b, 4]`` in pixels of the input frame.
     """
     return torch.cat([roi_pool(features, boxes, level, spatial_scale).flatten(1) for level in levels], dim=1)
 

@@ -30,7 +30,7 @@ LEAST_MAPS = 16_384  # RoIs times channels for a thread: with fewer, to divide c
 def roi_pool(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatial_scale: float) -> Tensor:
     """Max-pool each region of interest to a grid of ``output_size`` x ``output_size`` bins.
 
-    ``features`` is ``Tensor[B, C, H, W]``; ``boxes`` holds, for each picture of the batch, ``Tensor[R_b, 4]`` xyxy in
+    ``features`` is ``Tensor[B, C, H, W]``; ``boxes`` holds, for each image of the batch, ``Tensor[R_b, 4]`` xyxy in
     pixels of the network's input, and ``spatial_scale`` is 1 / stride. Returns ``Tensor[sum of R_b, C, P, P]``, in
     the boxes' order. There is no gradient with respect to the boxes.
 
@@ -84,11 +84,11 @@ class _PoolInThreads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         rois, *places = ctx.saved_tensors
-        pictures, _, height, width = ctx.shape
+        images, _, height, width = ctx.shape
 
         def spread(gradient: Tensor, places: Tensor) -> Tensor:
             spread: Tensor = torch.ops.torchvision._roi_pool_backward(
-                gradient, rois, places, *ctx.grid, pictures, places.shape[1], height, width)
+                gradient, rois, places, *ctx.grid, images, places.shape[1], height, width)
             return spread
 
         gradients = torch.split(gradient, [each.shape[1] for each in places], dim=1)
@@ -134,5 +134,5 @@ class _PoolInOrder(torch.autograd.Function):
         return total.view(ctx.shape), None, None, None
 
 
-def _with_index(boxes: Tensor, picture: int) -> Tensor:
-    return torch.cat([boxes.new_full((len(boxes), 1), picture), boxes], dim=1)  # (R_b, 5)
+def _with_index(boxes: Tensor, image: int) -> Tensor:
+    return torch.cat([boxes.new_full((len(boxes), 1), image), boxes], dim=1)  # (R_b, 5)

@@ -6,7 +6,7 @@ which varies with the point. As in RoI pooling the gradient of a bin follows its
 that point, and to the box edges that the point moves with.
 Source: Faster R-CNN, section 3.2, which asks for such an op; Girshick, "Training R-CNNs of various velocities".
 
-Letters: B pictures, R RoIs, P bins and S sample points to a side, C channels, H and W of the feature map.
+Letters: B images, R RoIs, P bins and S sample points to a side, C channels, H and W of the feature map.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,20 @@ def roi_sample(features: Tensor, boxes: Sequence[Tensor], output_size: int, spat
                samples_per_bin: int) -> Tensor:
     """Sample each region of interest to a grid of P x P bins, each the maximum of S x S points evenly spread in it.
 
-    ``features`` is ``Tensor[B, C, H, W]``; ``boxes`` holds, for each picture of the batch, ``Tensor[R_b, 4]`` xyxy in
+    ``features`` is ``Tensor[B, C, H, W]``; ``boxes`` holds, for each image of the batch, ``Tensor[R_b, 4]`` xyxy in
     pixels of the network's input; ``spatial_scale`` is 1 / stride, ``output_size`` P, ``samples_per_bin`` S. Returns
     ``Tensor[sum of R_b, C, P, P]``, in the boxes' order, with gradients for the features and for the boxes.
 
-    Cell (i, j) of the features stands for the point (16 j + 8, 16 i + 8) of the picture. Beyond the centres of the
+    Cell (i, j) of the features stands for the point (16 j + 8, 16 i + 8) of the image. Beyond the centres of the
     outermost cells the value is theirs; a bin with no point on the map is 0, as an empty bin of RoI pooling is.
     """
     precise = features.to(torch.promote_types(features.dtype, torch.float32))  # bfloat16 is too coarse for coordinates
     rois = torch.cat(list(boxes)).to(precise.dtype) * spatial_scale  # (R, 4) in units of cells
-    picture = torch.repeat_interleave(torch.tensor([len(each) for each in boxes])).to(rois.device)  # (R,)
+    image = torch.repeat_interleave(torch.tensor([len(each) for each in boxes])).to(rois.device)  # (R,)
     height, width = features.shape[2:]
     x = _points(rois[:, 0], rois[:, 2], output_size * samples_per_bin)  # (R, P*S)
     y = _points(rois[:, 1], rois[:, 3], output_size * samples_per_bin)  # (R, P*S)
-    pooled = F.max_pool2d(_interpolated(precise, picture, x, y), samples_per_bin)  # (R, C, P, P)
+    pooled = F.max_pool2d(_interpolated(precise, image, x, y), samples_per_bin)  # (R, C, P, P)
     on_map = _touched(y, height, output_size)[:, :, None] & _touched(x, width, output_size)[:, None, :]  # (R, P, P)
     return (pooled * on_map[:, None]).to(features.dtype)
 
@@ -54,8 +54,8 @@ def _points(start: Tensor, end: Tensor, count: int) -> Tensor:
     return start[:, None] + (end - start)[:, None] * middles
 
 
-def _interpolated(features: Tensor, picture: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return the features at every (x, y), ``Tensor[R, Q]`` each, of each RoI's picture: ``Tensor[R, C, Q, Q]``.
+def _interpolated(features: Tensor, image: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return the features at every (x, y), ``Tensor[R, Q]`` each, of each RoI's image: ``Tensor[R, C, Q, Q]``.
 
     A point is a weighted sum of four cells, which is what an embedding bag computes: on the CPU that takes half of
     grid_sample's time or less, and on the GPU its backward pass, unlike grid_sample's, adds up in a fixed order, as
@@ -64,7 +64,7 @@ def _interpolated(features: Tensor, picture: Tensor, x: Tensor, y: Tensor) -> Te
     channels, height, width = features.shape[1:]
     rows, row_shares = _neighbours(y, height)  # (R, Q, 2)
     columns, column_shares = _neighbours(x, width)  # (R, Q, 2)
-    rows = rows + (picture * height)[:, None, None]
+    rows = rows + (image * height)[:, None, None]
     cells = rows[:, :, None, :, None] * width + columns[:, None, :, None, :]  # (R, Q, Q, 2, 2)
     shares = row_shares[:, :, None, :, None] * column_shares[:, None, :, None, :]  # (R, Q, Q, 2, 2)
     table = features.permute(0, 2, 3, 1).reshape(-1, channels)  # (B*H*W, C)

@@ -1,7 +1,7 @@
-"""What one picture's losses are taken on: anchors, or RoIs, and what should become of them.
+"""What one image's losses are taken on: anchors, or RoIs, and what should become of them.
 
-They depend on the picture's objects (and proposals) and on a key, never on what the network computes, but for joint
-training's RoIs. So they are drawn where pictures are read, and a step need not wait to learn how many there are.
+They depend on the image's objects (and proposals) and on a key, never on what the network computes, but for joint
+training's RoIs. So they are drawn where images are read, and a step need not wait to learn how many there are.
 Letters: M anchors, R RoIs, F of either that are positive.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class AnchorSample:
-    """The anchors of one picture that an RPN step trains on.
+    """The anchors of one image that an RPN step trains on.
 
     ``used``: int64 ``Tensor[M]``, which anchors; ``labels``: int64 ``Tensor[M]``, 1 an object, 0 background;
     ``positive``: int64 ``Tensor[F]``, those with label 1; ``deltas``: ``Tensor[F, 4]``, to their objects.
@@ -31,7 +31,7 @@ class AnchorSample:
 
 @dataclass(frozen=True, eq=False)
 class RoISample:
-    """The RoIs of one picture that a Fast R-CNN step trains on, the ``foreground`` first ones being objects.
+    """The RoIs of one image that a Fast R-CNN step trains on, the ``foreground`` first ones being objects.
 
     ``rois``: ``Tensor[R, 4]``; ``labels``: int64 ``Tensor[R]``, 0 background, class + 1 otherwise;
     ``deltas``: ``Tensor[R, 4]``, not normalised, meaningful in the first ``foreground`` rows.

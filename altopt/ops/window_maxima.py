@@ -1,11 +1,11 @@
 """RoI pooling on the CPU where nothing is learned from it: each bin's maximum from four cells of a table.
 
 A maximum over any window of a map is the maximum of four windows that cover it, whose sides are powers of two. These
-are tabulated once for a picture, by vector instructions on all of torch's threads, each size from the one half as
+are tabulated once for an image, by vector instructions on all of torch's threads, each size from the one half as
 large; then a bin costs four rows of the tables, however many cells it has. The kernel of torchvision, which looks at
 every cell of every bin, takes about three times as long, but says where the maxima were, as the backward pass needs.
 
-Letters: B pictures, C channels, R RoIs, P bins on a side.
+Letters: B images, C channels, R RoIs, P bins on a side.
 """
 
 import torch
@@ -25,8 +25,8 @@ def pool_by_tables(features: Tensor, rois: Tensor, output_size: int, spatial_sca
     corners = _rounded(rois[:, 1:] * spatial_scale)
     rows = _spans(corners[:, 1], corners[:, 3], output_size, height)  # (2, R, P)
     columns = _spans(corners[:, 0], corners[:, 2], output_size, width)
-    for picture, maps in enumerate(features):
-        own = torch.nonzero(rois[:, 0] == picture)[:, 0]
+    for image, maps in enumerate(features):
+        own = torch.nonzero(rois[:, 0] == image)[:, 0]
         if len(own):
             tables = _Tables(maps, rows[:, own], columns[:, own])
             for some in torch.split(torch.arange(len(own)), ROIS_AT_ONCE):
@@ -35,7 +35,7 @@ def pool_by_tables(features: Tensor, rois: Tensor, output_size: int, spatial_sca
 
 
 class _Tables:
-    """The maxima of all windows of a picture's maps whose sides are powers of two, up to those that the bins need."""
+    """The maxima of all windows of an image's maps whose sides are powers of two, up to those that the bins need."""
 
     def __init__(self, maps: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Tabulate ``maps``, ``Tensor[C, H, W]``, for bins that begin and end at ``rows`` and ``columns``.

@@ -1,6 +1,6 @@
-"""What every reader of proposals gives: picture by picture, in altopt's frame, best first.
+"""What every reader of proposals gives: image by image, in altopt's frame, best first.
 
-Letters: K boxes of one picture.
+Letters: K boxes of one image.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,28 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from altopt.errors import ArtifactError
-from altopt.proposal_formats.frames import Frame, to_continuous
+from altopt.proposal_formats.box_formats import Frame, to_continuous
 
 Boxes = NDArray[np.float32]
 Scores = NDArray[np.float32]
-Raw = tuple[str, Any, Any]  # picture id, boxes in the file's frame, scores or None
+RawProposals = tuple[str, Any, Any]  # image id, boxes in the file's frame, scores or None
 
 
-class Incoming:
-    """Proposals of a file: iterating gives (picture id, boxes float32 [K, 4] continuous xyxy, scores float32 [K]).
+class ProposalFileReader:
+    """Proposals of a file: iterating gives (image id, boxes float32 [K, 4] continuous xyxy, scores float32 [K]).
 
-    ``frame`` is the convention of the file's boxes. Pictures without scores get ranks, from 1 down to 1 / K, and are
-    counted in ``unscored``. The pictures are read as they are asked for, once; ArtifactError for what is no box.
+    ``frame`` is the convention of the file's boxes. Images without scores get ranks, from 1 down to 1 / K, and are
+    counted in ``unscored``. The images are read as they are asked for, once; ArtifactError for what is no box.
     """
 
-    def __init__(self, path: Path, form: str, frame: Frame, pictures: Iterable[Raw]) -> None:
+    def __init__(self, path: Path, form: str, frame: Frame, images: Iterable[RawProposals]) -> None:
         self.path, self.form, self.frame = path, form, frame
         self.unscored = 0
-        self._pictures = pictures
+        self._images = images
 
     def __iter__(self) -> Iterator[tuple[str, Boxes, Scores]]:
-        """Give the pictures in the file's order."""
-        for image_id, raw_boxes, raw_scores in self._pictures:
+        """Give the images in the file's order."""
+        for image_id, raw_boxes, raw_scores in self._images:
             boxes = to_continuous(self._numbers(image_id, raw_boxes, (4,)), self.frame)
             if raw_scores is None:
                 self.unscored += 1
@@ -43,7 +43,7 @@ class Incoming:
     def _best_first(self, image_id: str, boxes: Boxes, raw_scores: Any) -> tuple[Boxes, Scores]:
         scores = self._numbers(image_id, raw_scores, ()).astype(np.float32)
         if len(scores) != len(boxes):
-            raise self._error(f"picture {image_id} has {len(boxes)} boxes and {len(scores)} scores")
+            raise self._error(f"image {image_id} has {len(boxes)} boxes and {len(scores)} scores")
         if (np.diff(scores) > 0).any():
             order = np.argsort(-scores, kind="stable")
             return boxes[order], scores[order]
@@ -60,7 +60,7 @@ class Incoming:
         array = array if row else array.reshape(-1)
         if array.dtype.kind not in "iuf" or array.shape[1:] != row:
             what = "boxes of four numbers" if row else "scores"
-            raise self._error(f"picture {image_id} has an array {list(array.shape)} of {array.dtype} for its {what}")
+            raise self._error(f"image {image_id} has an array {list(array.shape)} of {array.dtype} for its {what}")
         return array
 
     def _error(self, cause: str) -> ArtifactError:
@@ -73,9 +73,9 @@ def rank_scores(count: int) -> Scores:
 
 
 def in_order(path: Path, found: int, ids: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the picture ids that a file without ids goes by; ArtifactError unless it has as many pictures."""
+    """Return the image ids that a file without ids goes by; ArtifactError unless it has as many images."""
     if found == len(ids):
         return ids
-    mirrored = ", twice as many: leave the mirrored pictures out" if found == 2 * len(ids) else ""
-    raise ArtifactError(f"{path} has no picture ids, so it goes by the order of the split, but it holds {found} "
-                        f"pictures and the split {len(ids)}{mirrored}: bring the file of this split, or one with ids")
+    mirrored = ", twice as many: leave the mirrored images out" if found == 2 * len(ids) else ""
+    raise ArtifactError(f"{path} has no image ids, so it goes by the order of the split, but it holds {found} "
+                        f"images and the split {len(ids)}{mirrored}: bring the file of this split, or one with ids")

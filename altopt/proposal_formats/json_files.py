@@ -3,7 +3,7 @@
     {"image_ids": ["000005", ...], "boxes": [[[x1, y1, x2, y2], ...], ...], "scores": [[0.9, ...], ...]}
     [{"image_id": 5, "bbox": [x, y, width, height], "score": 0.9}, ...]
 
-In the first the lists have an entry for each picture; "scores" may be missing, and "frame" may name another convention
+In the first the lists have an entry for each image; "scores" may be missing, and "frame" may name another convention
 than continuous x1 y1 x2 y2.
 """
 
@@ -14,14 +14,14 @@ from typing import IO, Any
 
 from altopt.errors import ArtifactError
 from altopt.evaluation.coco_json import JsonFile
-from altopt.proposal_formats.frames import FRAMES
-from altopt.proposal_formats.incoming import Boxes, Incoming, Scores
+from altopt.proposal_formats.box_formats import FRAMES
+from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, Scores
 
-Pictures = Iterable[tuple[str, Boxes, Scores]]
+Images = Iterable[tuple[str, Boxes, Scores]]
 
 
-def read_json(path: Path, ids: tuple[str, ...]) -> Incoming:
-    """Return the proposals of a json file of either form; it names its pictures, so ``ids`` is not needed.
+def read_json(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
+    """Return the proposals of a json file of either form; it names its images, so ``ids`` is not needed.
 
     Raises ArtifactError for a file that is not json, or of another form.
     """
@@ -35,17 +35,17 @@ def read_json(path: Path, ids: tuple[str, ...]) -> Incoming:
                         "altopt proposals import --help for what is read")
 
 
-def write_json(file: IO[bytes], pictures: Pictures) -> None:
+def write_json(file: IO[bytes], images: Images) -> None:
     """Write altopt's plain form; numbers are exact, so that reading gives the same float32."""
     ids, boxes, scores = [], [], []
-    for image_id, each, score in pictures:
+    for image_id, each, score in images:
         ids.append(image_id)
         boxes.append(each.tolist())
         scores.append(score.tolist())
     file.write(json.dumps({"image_ids": ids, "frame": "xyxy", "boxes": boxes, "scores": scores}).encode())
 
 
-def _plain(path: Path, document: dict[str, Any]) -> Incoming:
+def _plain(path: Path, document: dict[str, Any]) -> ProposalFileReader:
     ids, boxes = document["image_ids"], document["boxes"]
     scores = document.get("scores")
     frame = document.get("frame", "xyxy")
@@ -56,11 +56,11 @@ def _plain(path: Path, document: dict[str, Any]) -> Incoming:
             raise ArtifactError(f"{path}: {name} is no list with an entry for each of image_ids: export it again")
     if frame not in FRAMES:
         raise ArtifactError(f"{path}: its frame {frame!r} is none of {', '.join(FRAMES)}: write one of them")
-    return Incoming(path, "altopt's json", frame,
+    return ProposalFileReader(path, "altopt's json", frame,
                     zip(map(str, ids), boxes, [None] * len(ids) if scores is None else scores, strict=True))
 
 
-def _coco_results(file: JsonFile, document: list[Any]) -> Incoming:
+def _coco_results(file: JsonFile, document: list[Any]) -> ProposalFileReader:
     boxes: dict[str, list[Any]] = {}
     scores: dict[str, list[float]] = {}
     for place, entry in file.entries(document, "results"):
@@ -70,5 +70,5 @@ def _coco_results(file: JsonFile, document: list[Any]) -> Incoming:
         boxes.setdefault(image_id, []).append(entry["bbox"])
         if "score" in entry:
             scores.setdefault(image_id, []).append(file.number(place, entry, "score"))
-    return Incoming(file.path, "COCO results json", "xywh",
+    return ProposalFileReader(file.path, "COCO results json", "xywh",
                     ((image_id, rows, scores.get(image_id)) for image_id, rows in boxes.items()))

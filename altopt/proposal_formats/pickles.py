@@ -8,8 +8,8 @@ from typing import IO, Any
 import numpy as np
 
 from altopt.errors import ArtifactError
-from altopt.proposal_formats.frames import Frame, to_inclusive
-from altopt.proposal_formats.incoming import Boxes, Incoming, Raw, Scores, in_order
+from altopt.proposal_formats.box_formats import Frame, to_inclusive
+from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, RawProposals, Scores, in_order
 from altopt.proposal_formats.safe_pickle import load_pickle
 
 OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron's and early detectron2's
@@ -18,10 +18,10 @@ PROTOCOL = 2  # the last that Python 2, and with it py-faster-rcnn, can read
 RECONSTRUCT = b"c%s.multiarray\n_reconstruct\n"
 
 
-def read_pickle(path: Path, ids: tuple[str, ...]) -> Incoming:
+def read_pickle(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
     """Return the proposals of a pickle, read without executing it; ``ids`` is the split's order, for one without ids.
 
-    A list holds an array [K, 4] for each picture, or [K, 5] with the scores last. Raises ArtifactError.
+    A list holds an array [K, 4] for each image, or [K, 5] with the scores last. Raises ArtifactError.
     """
     content = load_pickle(path)
     if isinstance(content, dict):
@@ -29,18 +29,18 @@ def read_pickle(path: Path, ids: tuple[str, ...]) -> Incoming:
     if not isinstance(content, list):
         raise ArtifactError(f"{path} holds neither a list of arrays nor a dict with ids and boxes: see "
                             "altopt proposals import --help for what is read")
-    return Incoming(path, "a list of arrays, as py-faster-rcnn's", "inclusive-0",
+    return ProposalFileReader(path, "a list of arrays, as py-faster-rcnn's", "inclusive-0",
                     _listed(in_order(path, len(content), ids), content))
 
 
-def write_py_faster_rcnn(file: IO[bytes], pictures: Iterable[tuple[str, Boxes, Scores]]) -> None:
-    """Write a list of arrays [K, 4] of inclusive pixels counted from 0, in the pictures' order, without scores."""
-    _dump(file, [to_inclusive(boxes) for _, boxes, _ in pictures])
+def write_py_faster_rcnn(file: IO[bytes], images: Iterable[tuple[str, Boxes, Scores]]) -> None:
+    """Write a list of arrays [K, 4] of inclusive pixels counted from 0, in the images' order, without scores."""
+    _dump(file, [to_inclusive(boxes) for _, boxes, _ in images])
 
 
-def write_detectron2(file: IO[bytes], pictures: Iterable[tuple[str, Boxes, Scores]]) -> None:
+def write_detectron2(file: IO[bytes], images: Iterable[tuple[str, Boxes, Scores]]) -> None:
     """Write a dict of boxes, scores and ids; ``objectness_logits`` are the scores as they are, for their order."""
-    kept = list(pictures)
+    kept = list(images)
     _dump(file, {"boxes": [boxes for _, boxes, _ in kept], "objectness_logits": [scores for *_, scores in kept],
                  "ids": [image_id for image_id, *_ in kept], "bbox_mode": 0})
 
@@ -56,7 +56,7 @@ def _dump(file: IO[bytes], content: Any) -> None:
     file.write(raw.replace(RECONSTRUCT % b"numpy._core", RECONSTRUCT % b"numpy.core", 1))
 
 
-def _detectron2(path: Path, content: dict[str, Any]) -> Incoming:
+def _detectron2(path: Path, content: dict[str, Any]) -> ProposalFileReader:
     columns: list[Any] = [content.get(name) for name in ("ids", "boxes", "objectness_logits")]
     if columns[2] is None and isinstance(columns[1], list | np.ndarray):
         columns[2] = [None] * len(columns[1])
@@ -67,7 +67,7 @@ def _detectron2(path: Path, content: dict[str, Any]) -> Incoming:
     if mode not in BOX_MODES:
         raise ArtifactError(f"{path} has bbox_mode {mode}: it is 0 (x1 y1 x2 y2) or 1 (x y width height)")
     ids, boxes, scores = columns
-    return Incoming(path, "a dict with ids, as detectron2's", BOX_MODES[mode],
+    return ProposalFileReader(path, "a dict with ids, as detectron2's", BOX_MODES[mode],
                     zip(map(_id, ids), boxes, scores, strict=True))
 
 
@@ -75,7 +75,7 @@ def _id(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _listed(ids: Sequence[str], arrays: Sequence[Any]) -> Iterator[Raw]:
+def _listed(ids: Sequence[str], arrays: Sequence[Any]) -> Iterator[RawProposals]:
     for image_id, values in zip(ids, arrays, strict=True):
         if isinstance(values, np.ndarray) and values.shape[1:] == (5,):
             yield image_id, values[:, :4], values[:, 4]

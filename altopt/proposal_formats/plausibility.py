@@ -1,6 +1,6 @@
 """Do the coordinates look as they are said to be? Counts over all boxes, and what the counts give away.
 
-Letters: K boxes of one picture.
+Letters: K boxes of one image.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from altopt.evaluation.recall import proposal_recall
-from altopt.proposal_formats.frames import Frame
+from altopt.proposal_formats.box_formats import Frame
 from altopt.proposal_formats.incoming import Boxes, Scores
 
 EDGE_PIXELS = 1.0  # what a box may stick out by, as rounding makes it
-TRIED_PICTURES = 100
+TRIED_IMAGES = 100
 LIMIT = 2000
 BETTER = 0.1  # the gain in average recall from which on another reading of the numbers is worth a word
-WRAPPED = 65000.0  # beyond any picture: what a negative number in uint16 becomes
+WRAPPED = 65000.0  # beyond any image: what a negative number in uint16 becomes
 
 Reading = Callable[[Boxes], NDArray[np.float32]]
 # Frame to name, what is done to the numbers in words, and how continuous boxes look after it.
@@ -29,7 +29,7 @@ READINGS: dict[Frame, tuple[str, Reading]] = {
 
 
 class Plausibility:
-    """What the boxes of a file are like, as its frame reads them, counted picture by picture."""
+    """What the boxes of a file are like, as its frame reads them, counted image by image."""
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
@@ -44,13 +44,13 @@ class Plausibility:
         self._tried: list[tuple[NDArray[Any], Boxes]] = []
 
     def usable(self, image_id: str, boxes: Boxes, scores: Scores, size: tuple[int, int]) -> NDArray[np.bool_]:
-        """Count the boxes [K, 4] of a picture of this (width, height); return bool [K], which of them can be used."""
+        """Count the boxes [K, 4] of an image of this (width, height); return bool [K], which of them can be used."""
         limits = np.array(size, np.float32)
         start, end = boxes[:, :2], boxes[:, 2:]
         rules = {
             "not finite": ~np.isfinite(np.column_stack([boxes, scores])),
             "ending before they begin": end < start,
-            "outside their picture": (start < -EDGE_PIXELS) | (end > limits + EDGE_PIXELS),
+            "outside their image": (start < -EDGE_PIXELS) | (end > limits + EDGE_PIXELS),
         }
         for rule, broken in rules.items():
             self._count_unusable(rule, broken, image_id, boxes, size)
@@ -61,8 +61,8 @@ class Plausibility:
         return np.asarray(usable)
 
     def try_readings(self, objects: NDArray[Any], boxes: Boxes) -> None:
-        """Keep the objects [N, 4] and proposals of the first pictures, to read their numbers in other ways."""
-        if len(self._tried) < TRIED_PICTURES and len(objects):
+        """Keep the objects [N, 4] and proposals of the first images, to read their numbers in other ways."""
+        if len(self._tried) < TRIED_IMAGES and len(objects):
             self._tried.append((objects, boxes))
 
     def warnings(self) -> list[str]:
@@ -88,11 +88,11 @@ class Plausibility:
         if not self.first_unusable:
             box = boxes[rows[0]]
             wrapped = ", a negative number that went through uint16" if (box > WRAPPED).any() else ""
-            self.first_unusable = (f"({', '.join(f'{value:g}' for value in box)}{wrapped}) of picture {image_id}, "
+            self.first_unusable = (f"({', '.join(f'{value:g}' for value in box)}{wrapped}) of image {image_id}, "
                                    f"{size[0]} x {size[1]} pixels")
 
     def _count_edges(self, start: NDArray[Any], beyond: NDArray[Any]) -> None:
-        """Count boxes that begin at -1 or 0 and that end -1, 0 or 1 pixel beyond the picture's edge."""
+        """Count boxes that begin at -1 or 0 and that end -1, 0 or 1 pixel beyond the image's edge."""
         for place in (-1, 0):
             self.begin[place] = self.begin.get(place, 0) + int((start == place).any(1).sum())
         for place in (-1, 0, 1):
@@ -113,10 +113,10 @@ class Plausibility:
             return (f"every x1 and y1 is at least 1 and {out} boxes end one pixel outside: they look counted from 1 "
                     "(--frame inclusive-1)")
         if self.frame == "xyxy" and self.least_begin >= 1 and last:
-            return (f"every x1 and y1 is at least 1 though {last} boxes end at the picture's edge: they look like "
+            return (f"every x1 and y1 is at least 1 though {last} boxes end at the image's edge: they look like "
                     "pixels counted from 1 (--frame inclusive-1)")
         if self.frame == "xyxy" and self.begin.get(0, 0) and before and not last:
-            return (f"{self.begin[0]} boxes begin at 0, {before} end one pixel before the picture's edge, none at it: "
+            return (f"{self.begin[0]} boxes begin at 0, {before} end one pixel before the image's edge, none at it: "
                     "they look like inclusive pixels (--frame inclusive-0)")
         return ""
 
@@ -130,7 +130,7 @@ class Plausibility:
             if other > as_read + BETTER:
                 option = "inclusive-1" if frame == self.frame else frame
                 return (f"average recall is {as_read:.2f} as read and {other:.2f} with {words}, on the first "
-                        f"{len(self._tried)} pictures with objects: the boxes look like that (--frame {option})")
+                        f"{len(self._tried)} images with objects: the boxes look like that (--frame {option})")
         return ""
 
     def _recall(self, reading: Reading) -> float:

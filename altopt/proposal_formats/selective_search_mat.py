@@ -1,9 +1,9 @@
-"""Selective search's boxes in MATLAB files: a whole split as fast-rcnn ships it, or a picture in each file.
+"""Selective search's boxes in MATLAB files: a whole split as fast-rcnn ships it, or an image in each file.
 
 A whole split has the cells ``boxes`` and ``images`` (without: the split's order), boxes y1 x1 y2 x2 counted from 1.
-The file of one picture has the matrix ``boxes``, x1 y1 x2 y2 counted from 0, as fast-rcnn's demo has them; it is named
-after the picture, and a folder of them stands for a split. ``scores`` may be there too, of the same form.
-MATLAB's version 7.3 is HDF5 and read picture by picture; older ones need scipy, which reads them whole.
+The file of one image has the matrix ``boxes``, x1 y1 x2 y2 counted from 0, as fast-rcnn's demo has them; it is named
+after the image, and a folder of them stands for a split. ``scores`` may be there too, of the same form.
+MATLAB's version 7.3 is HDF5 and read image by image; older ones need scipy, which reads them whole.
 """
 
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from altopt.errors import ArtifactError, UsageError
-from altopt.proposal_formats.incoming import Incoming, Raw, in_order
+from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals, in_order
 
-ONE = "a selective-search .mat of one picture"
+ONE = "a selective-search .mat of one image"
 WHOLE = "a selective-search .mat of a whole split"
 NAMES = ("boxes", "images", "scores")
 REMEDY = "save it again in MATLAB with -v7 or -v7.3"
 
 
-def read_mat(path: Path, ids: tuple[str, ...]) -> Incoming:
+def read_mat(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
     """Return the proposals of a .mat file, or of a folder of them; ``ids`` is the split's order.
 
     Raises ArtifactError for a file of another content, UsageError where scipy is needed and missing.
@@ -30,17 +30,17 @@ def read_mat(path: Path, ids: tuple[str, ...]) -> Incoming:
     if path.is_dir():
         files = sorted(path.glob("*.mat"))
         if not files:
-            raise ArtifactError(f"{path} holds no .mat file: name the folder that has one for each picture")
-        return Incoming(path, f"{ONE} each", "inclusive-0", map(_one_picture, files))
+            raise ArtifactError(f"{path} holds no .mat file: name the folder that has one for each image")
+        return ProposalFileReader(path, f"{ONE} each", "inclusive-0", map(_one_image, files))
     if _is_hdf5(path):
         return _version_73(path, ids)
     content = _version_5(path)
     if content["boxes"].dtype != object:
-        return Incoming(path, ONE, "inclusive-0", [_raw(path, content)])
+        return ProposalFileReader(path, ONE, "inclusive-0", [_raw(path, content)])
     cells = content["boxes"].ravel()
     names = [_name(each) for each in content["images"].ravel()] if "images" in content else None
     scores = content["scores"].ravel() if "scores" in content else [None] * len(cells)
-    return Incoming(path, WHOLE, "yxyx-inclusive-1",
+    return ProposalFileReader(path, WHOLE, "yxyx-inclusive-1",
                     zip(_ids(path, len(cells), names, ids), cells, scores, strict=True))
 
 
@@ -52,14 +52,14 @@ def _ids(path: Path, count: int, names: list[str] | None, ids: tuple[str, ...]) 
     return tuple(names)
 
 
-def _one_picture(path: Path) -> Raw:
+def _one_image(path: Path) -> RawProposals:
     if _is_hdf5(path):
         with _opened(path) as file:
             return _raw_of_73(path, file)
     return _raw(path, _version_5(path))
 
 
-def _raw(path: Path, content: dict[str, Any]) -> Raw:
+def _raw(path: Path, content: dict[str, Any]) -> RawProposals:
     return path.stem.removesuffix("_boxes"), content["boxes"], content.get("scores")
 
 
@@ -96,21 +96,22 @@ def _is_hdf5(path: Path) -> bool:
     return bool(h5py.is_hdf5(path))
 
 
-def _version_73(path: Path, ids: tuple[str, ...]) -> Incoming:
+def _version_73(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
     with _opened(path) as file:
         boxes = _variable(path, file, "boxes")
         if boxes.dtype.kind != "O":
-            return Incoming(path, ONE, "inclusive-0", [_raw_of_73(path, file)])
+            return ProposalFileReader(path, ONE, "inclusive-0", [_raw_of_73(path, file)])
         names = [_characters(path, file[each]) for each in _cells(path, file, "images")] if "images" in file else None
-        return Incoming(path, WHOLE, "yxyx-inclusive-1", _cells_of_73(path, _ids(path, boxes.size, names, ids)))
+        own = _ids(path, boxes.size, names, ids)
+        return ProposalFileReader(path, WHOLE, "yxyx-inclusive-1", _cells_of_73(path, own))
 
 
-def _raw_of_73(path: Path, file: Any) -> Raw:
+def _raw_of_73(path: Path, file: Any) -> RawProposals:
     names = ["boxes", *({"scores"} & file.keys())]
     return _raw(path, {name: _matrix(path, _variable(path, file, name)) for name in names})
 
 
-def _cells_of_73(path: Path, ids: tuple[str, ...]) -> Iterator[Raw]:
+def _cells_of_73(path: Path, ids: tuple[str, ...]) -> Iterator[RawProposals]:
     with _opened(path) as file:
         scores = _cells(path, file, "scores") if "scores" in file else [None] * len(ids)
         for image_id, box_cell, score_cell in zip(ids, _cells(path, file, "boxes"), scores, strict=True):

@@ -23,7 +23,7 @@ class BoxStatistics:
         self.squares = torch.zeros(classes + 1, 4, dtype=torch.float64)
 
     def add(self, proposals: Tensor, objects: Tensor, classes: Tensor) -> None:
-        """Take in one picture: ``Tensor[K, 4]``, ``Tensor[G, 4]`` in one frame, int64 ``Tensor[G]`` from 0."""
+        """Take in one image: ``Tensor[K, 4]``, ``Tensor[G, 4]`` in one frame, int64 ``Tensor[G]`` from 0."""
         rois = torch.cat([objects, proposals])
         overlap, matched = match_rois(rois, objects)
         used = torch.nonzero(overlap >= self.overlap)[:, 0]
@@ -51,11 +51,11 @@ def fixed_statistics(classes: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(classes + 1, 4), torch.tensor(FIXED_STDS).expand(classes + 1, 4).clone()
 
 
-def measure(pictures: Iterable[tuple[Tensor, Tensor, Tensor, float]], classes: int, overlap: float,
+def measure(images: Iterable[tuple[Tensor, Tensor, Tensor, float]], classes: int, overlap: float,
             flips: bool) -> tuple[Tensor, Tensor]:
-    """Return the statistics over (proposals, objects, classes, picture width), mirror images included if ``flips``."""
+    """Return the statistics over (proposals, objects, classes, image width), mirror images included if ``flips``."""
     statistics = BoxStatistics(classes, overlap)
-    for proposals, objects, labels, width in pictures:
+    for proposals, objects, labels, width in images:
         statistics.add(proposals, objects, labels)
         if flips:
             statistics.add(bx.flip(proposals, width), bx.flip(objects, width), labels)

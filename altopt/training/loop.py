@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from altopt.batches.reading import Ahead
+from altopt.batches.local_batches import LocalBatches
+from altopt.batches.reading import Prefetcher
 from altopt.batches.samples import Batch, Sample, make_batch
-from altopt.batches.slices import Slices
 from altopt.config import TrainingConfig
 from altopt.errors import DivergedError
 from altopt.layers import names_matching
-from altopt.machine.distributed import Ranks
+from altopt.machine.distributed import SingleProcess
 from altopt.machine.randomness import seed_of
 
 LAG = {"cuda": 1}  # by kind of device
@@ -38,7 +38,7 @@ class Snapshots(Protocol):
 
 @runtime_checkable
 class Prepares(Protocol):
-    """A module that draws what it trains on before it sees the picture."""
+    """A module that draws what it trains on before it sees the image."""
 
     def prepare(self, sample: Sample, iteration: int) -> Sample:
         """Return the sample with what was drawn; may be called from any thread."""
@@ -83,7 +83,7 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.SGD
 def train(module: nn.Module, read: Callable[[int], list[Sample]], config: TrainingConfig, *, key: tuple[object, ...],
           device: torch.device, workers: int = 0, snapshots: Snapshots | None = None,
           report: Callable[[Progress], None] | None = None, report_every: int = 20,
-          diverged: Callable[[Batch, int], str] | None = None, slices: Slices[Any] | None = None) -> float:
+          diverged: Callable[[Batch, int], str] | None = None, slices: LocalBatches[Any] | None = None) -> float:
     """Train the module in place for ``config.iterations`` and return the seconds it took, resumed parts included.
 
     ``module(batch, iteration)`` returns a dict of losses; ``read(iteration)`` the iteration's samples, called from
@@ -93,13 +93,13 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
 
     Losses are looked at ``LAG`` steps late, so that a GPU always has the next step to work on.
     """
-    ranks = slices.ranks if slices else Ranks()
+    ranks = slices.ranks if slices else SingleProcess()
     module.to(device).to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(module, config)
     start, spent = _resume(module, optimizer, snapshots)
     meter = _Meter(config, start, spent)
-    compute = ranks.wrapped(module)
-    taken: deque[Taken] = deque()
+    compute = ranks.data_parallel(module)
+    taken: deque[PendingStep] = deque()
 
     def read_prepared(iteration: int) -> list[Sample]:
         return prepared(module, read(iteration), iteration, device)
@@ -111,14 +111,14 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
             own, losses = step.losses()
             if not math.isfinite(sum(losses.values())):
                 raise DivergedError(_divergence(own, step.batch, step.iteration, config, diverged, ranks))
-            meter.add(losses, slices.pictures(step.iteration) if slices else len(step.batch.samples), ahead.waited)
+            meter.add(losses, slices.images(step.iteration) if slices else len(step.batch.samples), ahead.waited)
 
-    with Ahead(read_prepared, range(start, config.iterations), workers) as ahead:
+    with Prefetcher(read_prepared, range(start, config.iterations), workers) as ahead:
         for iteration in range(start, config.iterations):
             batch = make_batch(next(ahead), device)
             if slices:
                 batch = slices.begin(batch, iteration)
-            taken.append(take_step(compute, optimizer, batch, config, iteration, key, ranks))
+            taken.append(train_step(compute, optimizer, batch, config, iteration, key, ranks))
             done = iteration + 1
             reporting = done % report_every == 0 or done == config.iterations
             settle(0 if reporting else LAG.get(device.type, 0))
@@ -137,7 +137,7 @@ def prepared(module: nn.Module, samples: Sequence[Sample], iteration: int, devic
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
+class PendingStep:
     """A step that was taken; its losses are on their way from the device until somebody looks at them."""
 
     iteration: int
@@ -154,8 +154,8 @@ class Taken:
         return own, whole
 
 
-def take_step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig, iteration: int,
-              key: tuple[object, ...], ranks: Ranks) -> Taken:
+def train_step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig, iteration: int,
+              key: tuple[object, ...], ranks: SingleProcess) -> PendingStep:
     """Take a step, unless its losses or those of an earlier step are not finite; nothing here waits for the device.
 
     The optimizer asks ``found_inf`` on the device, as it does for a gradient scaler.
@@ -173,30 +173,30 @@ def take_step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, confi
     if config.clip_gradient:
         nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.clip_gradient)
     own = parts.detach().double()
-    whole = ranks.total(own)
+    whole = ranks.all_reduce_sum(own)
     broken = (~whole.sum().isfinite()).float()
     optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", broken), broken)  # type: ignore[attr-defined]
     optimizer.step()
     values = torch.stack([own, whole]).to("cpu", non_blocking=True)
     arrived = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-    return Taken(iteration, batch, tuple(losses), values, arrived)
+    return PendingStep(iteration, batch, tuple(losses), values, arrived)
 
 
 def _divergence(losses: dict[str, float], batch: Batch, iteration: int, config: TrainingConfig,
-                diverged: Callable[[Batch, int], str] | None, ranks: Ranks) -> str:
+                diverged: Callable[[Batch, int], str] | None, ranks: SingleProcess) -> str:
     """Return what to say of losses that are not finite: on every rank what the first says whose own are not."""
     text = None
     if ranks.count == 1 or not math.isfinite(sum(losses.values())):
         where = diverged(batch, iteration) if diverged else ""
         text = _broken(losses, batch, where)
-    found = next(filter(None, ranks.gather(text)), "the total loss is not finite")
+    found = next(filter(None, ranks.all_gather(text)), "the total loss is not finite")
     return f"iteration {iteration + 1}: {found}: lower the learning rate ({config.lr:g}), warm up, or clip gradients"
 
 
 def _broken(losses: dict[str, float], batch: Batch, where: str) -> str:
-    pictures = ", ".join(sample.id + (" (mirrored)" if sample.flipped else "") for sample in batch.samples)
+    images = ", ".join(sample.id + (" (mirrored)" if sample.flipped else "") for sample in batch.samples)
     broken = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
-    return f"{broken or 'the total loss is not finite'} on {pictures}{where}"
+    return f"{broken or 'the total loss is not finite'} on {images}{where}"
 
 
 def state_of(module: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Linear SVMs on region features, one for each class, with hard negative mining (R-CNN, section 2.3 and appendix B).
 
-Letters: K classes, D features, R regions of a picture. Everything here is numpy, as the solver wants it; the solver is
+Letters: K classes, D features, R regions of an image. Everything here is numpy, as the solver wants it; the solver is
 scikit-learn's, which is liblinear, the one of the original. It is an extra that altopt does without elsewhere.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from altopt.config import SVMRule
+from altopt.config import SVMSettings
 from altopt.errors import UsageError
 
 Floats = NDArray[np.floating[Any]]
@@ -24,7 +24,7 @@ class MinedSVM:
     training; ``unconverged`` counts trainings that reached ``rule.max_iterations``.
     """
 
-    def __init__(self, positives: Floats, rule: SVMRule, seed: int) -> None:
+    def __init__(self, positives: Floats, rule: SVMSettings, seed: int) -> None:
         self.rule, self.seed = rule, seed
         self.positives = positives
         self.negatives: Floats = positives[:0]
@@ -41,7 +41,7 @@ class MinedSVM:
         return scores
 
     def see(self, features: Floats, scores: Floats) -> None:
-        """Take in a picture's negatives [R, D]: all of the first, and of later ones those whose scores [R] are high.
+        """Take in an image's negatives [R, D]: all of the first, and of later ones those whose scores [R] are high.
 
         Trains after the first one, and whenever more than ``rule.retrain_after`` have been added.
         """
@@ -69,7 +69,7 @@ class MinedSVM:
 
 
 def mine(svms: Sequence[MinedSVM], features: Floats, overlaps: Floats) -> None:
-    """Show a picture's regions [R, D] to the SVM of every class; ``overlaps`` [R, K] are IoUs with its objects."""
+    """Show an image's regions [R, D] to the SVM of every class; ``overlaps`` [R, K] are IoUs with its objects."""
     unknown = np.zeros(features.shape[1], np.float32)
     weights = np.stack([unknown if svm.weights is None else svm.weights for svm in svms])  # (K, D)
     scores = features @ weights.T + np.array([svm.bias for svm in svms], np.float32)  # (R, K)
@@ -89,7 +89,7 @@ def require_solver() -> tuple[Any, type[Warning]]:
     return LinearSVC, ConvergenceWarning
 
 
-def fit(rows: Floats, labels: NDArray[np.integer[Any]], rule: SVMRule,
+def fit(rows: Floats, labels: NDArray[np.integer[Any]], rule: SVMSettings,
         seed: int) -> tuple[NDArray[np.float32], float, bool]:
     """Return weights float32 [D], bias, and whether the solver converged, for ``labels`` [N] of 1 and -1.
 

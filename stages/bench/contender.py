@@ -33,7 +33,7 @@ class Contender(ABC):
     """Something that takes steps; what ``prepare`` and ``finish`` do around a step is not timed."""
 
     identity: Identity
-    pictures: int
+    images: int
     watch: Stopwatch
     module: nn.Module
     optimizer: torch.optim.Optimizer | None = None

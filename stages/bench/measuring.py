@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from altopt.config import NETWORKS
-from altopt.datasets.shapes import SMALLEST_PICTURE
+from altopt.datasets.shapes import SMALLEST_IMAGE
 from altopt.errors import UsageError
 from altopt.stopwatch import Stopwatch
 from stages.bench import stage_contenders, torchvision_contenders
@@ -79,7 +79,7 @@ def measure(plan: Plan, command: str, say: Callable[[str], None]) -> dict[str, A
     machine = machine_facts(list(plan.devices))
     results = []
     for network, size in itertools.product(plan.networks, plan.sizes):
-        say(f"{network}, pictures of {_text(size)}")
+        say(f"{network}, images of {_text(size)}")
         results += _measured(plan, network, size, say)
     return {"version": FORMAT_VERSION, "command": command, "machine": machine, "settings": plan.as_dict(),
             "results": results}
@@ -129,9 +129,9 @@ def _size(text: str) -> tuple[int, int]:
     """Return (width, height) of "600x800", which is height by width, as the paper's sizes are given."""
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip())
     size = (int(found[2]), int(found[1])) if found else (0, 0)
-    if min(size) < SMALLEST_PICTURE:
-        raise UsageError(f"{text!r} is no size of pictures: write HEIGHTxWIDTH, such as 600x800, of at least "
-                         f"{SMALLEST_PICTURE} pixels each")
+    if min(size) < SMALLEST_IMAGE:
+        raise UsageError(f"{text!r} is no size of images: write HEIGHTxWIDTH, such as 600x800, of at least "
+                         f"{SMALLEST_IMAGE} pixels each")
     return size
 
 

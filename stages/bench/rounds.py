@@ -88,7 +88,7 @@ class Measured:
         held = self.contender.held()
         return {
             "name": identity.name, "precision": identity.precision, "store": identity.store,
-            "compiled": identity.compiled, "pictures": self.contender.pictures,
+            "compiled": identity.compiled, "images": self.contender.images,
             "seconds": statistics.median(self.seconds), "least": min(self.seconds), "greatest": max(self.seconds),
             "processor_seconds": statistics.median(self.processor), "steps": len(self.seconds),
             "parts": parts, "shares": {name: parts[name] / total for name in PARTS},

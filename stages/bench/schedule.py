@@ -7,11 +7,11 @@ from stages.steps.fast_rcnn import TrainFastRCNN
 from stages.steps.joint import TrainApproximateJoint
 from stages.steps.rpn import TrainRPN
 
-PICTURES = 5011  # VOC 2007 trainval; proposals are made of upright pictures only
-ENTRIES = 2 * PICTURES  # with mirror images
+IMAGES = 5011  # VOC 2007 trainval; proposals are made of upright images only
+ENTRIES = 2 * IMAGES  # with mirror images
 RPN_STEPS, FAST_RCNN_STEPS = TrainRPN.iterations, TrainFastRCNN.iterations  # py-faster-rcnn: 80,000 and 40,000
 JOINT_STEPS = TrainApproximateJoint.iterations  # py-faster-rcnn: 70,000
-ITER_SIZE = 2  # pictures whose gradients py-faster-rcnn's end2end solver for VGG16 adds up before a step
+ITER_SIZE = 2  # images whose gradients py-faster-rcnn's end2end solver for VGG16 adds up before a step
 
 Rows = Sequence[dict[str, Any]]
 
@@ -27,10 +27,10 @@ class Figures:
         row = self._row(name, precision, store, compiled)
         return None if row is None else row[self.clock]
 
-    def of_several(self, pictures: int, name: str, precision: str, *, store: bool = False) -> float | None:
-        """Return the seconds of a step that adds up the gradients of so many pictures, and updates weights once."""
+    def of_several(self, images: int, name: str, precision: str, *, store: bool = False) -> float | None:
+        """Return the seconds of a step that adds up the gradients of so many images, and updates weights once."""
         row = self._row(name, precision, store, compiled=False)
-        return None if row is None else pictures * row[self.clock] - (pictures - 1) * row["parts"]["optimizer"]
+        return None if row is None else images * row[self.clock] - (images - 1) * row["parts"]["optimizer"]
 
     def _row(self, name: str, precision: str, store: bool, compiled: bool) -> dict[str, Any] | None:
         for row in self.rows:
@@ -41,7 +41,7 @@ class Figures:
     def map_seconds(self, precision: str, name: str = "feature_store", *, store: bool = False) -> float | None:
         """Return the seconds that one map of a store costs; with ``store``, from maps of fewer layers."""
         row = self._row(name, precision, store, compiled=False)
-        return None if row is None else row[self.clock] / row["pictures"]
+        return None if row is None else row[self.clock] / row["images"]
 
 
 def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
@@ -81,9 +81,9 @@ def schedule(figures: Figures, precision: str, front: bool) -> dict[str, Any]:
     fronts = _times(ENTRIES, figures.map_seconds(precision, "front_store")) if front else 0.0
     maps = _times(ENTRIES, figures.map_seconds(precision, store=front))
     stages = {
-        "front": fronts, "M1": stage(RPN_STEPS, "train_rpn", front), "P1": stage(PICTURES, "generate_proposals"),
+        "front": fronts, "M1": stage(RPN_STEPS, "train_rpn", front), "P1": stage(IMAGES, "generate_proposals"),
         "M2": stage(FAST_RCNN_STEPS, "train_fast_rcnn", front), "store": maps,
-        "M3": stage(RPN_STEPS, "train_rpn_frozen_conv", True), "P2": stage(PICTURES, "generate_proposals", True),
+        "M3": stage(RPN_STEPS, "train_rpn_frozen_conv", True), "P2": stage(IMAGES, "generate_proposals", True),
         "M4": stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv", True),
     }
     plain = _sum(stage(RPN_STEPS, "train_rpn"), stages["P1"], stage(FAST_RCNN_STEPS, "train_fast_rcnn"),

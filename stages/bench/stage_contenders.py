@@ -1,6 +1,6 @@
 """Every stage's own step.
 
-A step is what the stage does for one batch, from reading the pictures on, by the functions that the stage itself calls:
+A step is what the stage does for one batch, from reading the images on, by the functions that the stage itself calls:
 the modules that it trains, the training loop's step, the store, what makes proposals and detections. Weights are drawn
 at random and the learning rate is 0, so that all contenders keep equal weights; the arithmetic is that of any rate.
 """
@@ -16,10 +16,10 @@ from torch import nn
 
 from altopt.batches.samples import Sample, make_batch
 from altopt.config import TrainingConfig
-from altopt.machine.distributed import Ranks
+from altopt.machine.distributed import SingleProcess
 from altopt.models.detector import FasterRCNN
 from altopt.models.joint import CoordinatePath
-from altopt.training.loop import make_optimizer, prepared, state_of, take_step
+from altopt.training.loop import make_optimizer, prepared, state_of, train_step
 from cache.checkpoints import save_checkpoint
 from cache.snapshots import save_snapshot
 from stages.bench.compiled_trunk import CompiledTrunk
@@ -52,14 +52,14 @@ class Trained(Contender):
     snapshot: Path
 
     def step(self, iteration: int) -> None:
-        """Read the pictures, make a batch of them, take a step."""
+        """Read the images, make a batch of them, take a step."""
         assert isinstance(self.optimizer, torch.optim.SGD)
         with self.watch.part("decode"):
             samples = self.read(iteration)
         samples = prepared(self.module, samples, iteration, self.device)
         with self.watch.part("decode"):
             batch = make_batch(samples, self.device)
-        take_step(self.module, self.optimizer, batch, self.config, iteration, (0, self.identity.name), Ranks())
+        train_step(self.module, self.optimizer, batch, self.config, iteration, (0, self.identity.name), SingleProcess())
 
     def write_snapshot(self) -> None:
         """Write a snapshot, as the training loop does from time to time, and remove it."""
@@ -70,14 +70,14 @@ class Trained(Contender):
 
 @dataclass(kw_only=True)
 class Computed(Contender):
-    """A stage that computes something for each picture and learns nothing."""
+    """A stage that computes something for each image and learns nothing."""
 
     read: Callable[[int], list[Sample]]
     compute: Callable[[Any, int], None]
     device: torch.device
 
     def step(self, iteration: int) -> None:
-        """Read the picture, make a batch of it, compute."""
+        """Read the image, make a batch of it, compute."""
         with self.watch.part("decode"):
             batch = make_batch(self.read(iteration), self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.identity.precision == "bfloat16"):
@@ -139,7 +139,7 @@ class _Trainings:
         module, optimizer = self.made[key]
         read = place.reader(config.images_per_batch, proposals="fast_rcnn" in identity.name,
                             store=place.store(network, identity.precision) if identity.store else None)
-        return Trained(identity=identity, pictures=config.images_per_batch, watch=place.watch, module=module,
+        return Trained(identity=identity, images=config.images_per_batch, watch=place.watch, module=module,
                        optimizer=optimizer, read=read, config=config, device=place.device,
                        snapshot=place.folder / "snapshot.safetensors")
 
@@ -164,7 +164,7 @@ def _exact(network: FasterRCNN, config: Any, key: tuple[object, ...]) -> nn.Modu
 
 
 def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterator[Contender]:
-    """Yield what learns nothing: proposals from pictures and from stored maps, the store, detection."""
+    """Yield what learns nothing: proposals from images and from stored maps, the store, detection."""
     network = place.frozen
     shared: dict[str, Any] = {"watch": place.watch, "module": network}
     rule, detection = place.config(GenerateProposals, precision), place.config(Detect, precision)
@@ -183,20 +183,20 @@ def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterat
     if "generate_proposals" in names:
         for store in (False, True):
             read = place.reader(1, store=place.store(network, precision) if store else None)
-            yield Computed(identity=Identity("generate_proposals", precision, store), pictures=1, read=read,
+            yield Computed(identity=Identity("generate_proposals", precision, store), images=1, read=read,
                            compute=propose, device=place.device, **shared)
-    pictures = len(place.dataset.ids)
+    images = len(place.dataset.ids)
     if "front_store" in names:
-        yield Called(identity=Identity("front_store", precision), pictures=pictures,
+        yield Called(identity=Identity("front_store", precision), images=images,
                      function=partial(place.build_store, place.learning, precision, "front"), **shared)
     if "feature_store" in names:
-        yield Called(identity=Identity("feature_store", precision), pictures=pictures,
+        yield Called(identity=Identity("feature_store", precision), images=images,
                      function=partial(place.build_store, place.frozen, precision), **shared)
         place.build_store(place.learning, precision, f"on front {precision}")
-        yield Called(identity=Identity("feature_store", precision, store=True), pictures=pictures,
+        yield Called(identity=Identity("feature_store", precision, store=True), images=images,
                      function=partial(place.build_store, place.frozen, precision, f"on front {precision}"), **shared)
     if "detect" in names:
-        yield Computed(identity=Identity("detect", precision), pictures=1, read=place.reader(1), compute=detect,
+        yield Computed(identity=Identity("detect", precision), images=1, read=place.reader(1), compute=detect,
                        device=place.device, **(shared | {"module": detector}))
 
 
@@ -210,5 +210,5 @@ def _assembling(place: Workplace) -> Contender:
     description = describe_network(place.network, place.dataset.classes)
     for path, parts in zip(paths, (("conv", "fc", "head"), ("conv", "rpn")), strict=False):
         save_checkpoint(path, network.tensors(parts), description)
-    return Called(identity=Identity("add_rpn_layers", "float32"), pictures=0, watch=place.watch, module=network,
+    return Called(identity=Identity("add_rpn_layers", "float32"), images=0, watch=place.watch, module=network,
                   function=assemble, steps=1)

@@ -29,8 +29,8 @@ RATIOS = {
 }
 SCHEDULE = {
     "alternating": "alternating, seven stages", "alternating_without_store": "alternating, no store",
-    "approximate_joint": "joint, one picture a step", "approximate_joint_without_store": "joint, one, no store",
-    "approximate_joint_iter_size_2": "joint, two pictures a step",
+    "approximate_joint": "joint, one image a step", "approximate_joint_without_store": "joint, one, no store",
+    "approximate_joint_iter_size_2": "joint, two images a step",
     "approximate_joint_iter_size_2_without_store": "joint, two, no store",
     "alternating_over_joint": "alternating / joint, one",
     "alternating_over_joint_iter_size_2": "alternating / joint, two",

@@ -29,13 +29,13 @@ class TorchvisionTrained(Contender):
     device: torch.device
 
     def step(self, iteration: int) -> None:
-        """Read the picture and take a step."""
+        """Read the image and take a step."""
         assert self.optimizer is not None
         with self.watch.part("decode"):
-            pictures, targets = zip(*(torchvision_input(each, self.device) for each in self.read(iteration)),
+            images, targets = zip(*(torchvision_input(each, self.device) for each in self.read(iteration)),
                                     strict=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.identity.precision == "bfloat16"):
-            losses: dict[str, Tensor] = self.module(list(pictures), list(targets))
+            losses: dict[str, Tensor] = self.module(list(images), list(targets))
             total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
@@ -44,18 +44,18 @@ class TorchvisionTrained(Contender):
 
 @dataclass(kw_only=True)
 class TorchvisionDetecting(Contender):
-    """torchvision's detector on a picture."""
+    """torchvision's detector on an image."""
 
     read: Callable[[int], list[Sample]]
     device: torch.device
 
     @torch.inference_mode()
     def step(self, iteration: int) -> None:
-        """Read the picture and detect."""
+        """Read the image and detect."""
         with self.watch.part("decode"):
-            pictures = [torchvision_input(each, self.device)[0] for each in self.read(iteration)]
+            images = [torchvision_input(each, self.device)[0] for each in self.read(iteration)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.identity.precision == "bfloat16"):
-            found = self.module(pictures)
+            found = self.module(images)
         for each in found:
             for tensor in each.values():
                 tensor.cpu()
@@ -70,7 +70,7 @@ def torchvision_contenders(place: Workplace, names: set[str]) -> Iterator[Conten
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=joint.momentum, weight_decay=joint.weight_decay)
     _watch_torchvision(place.watch, model, optimizer)
-    shared: dict[str, Any] = {"pictures": 1, "watch": place.watch, "module": model, "read": place.reader(1),
+    shared: dict[str, Any] = {"images": 1, "watch": place.watch, "module": model, "read": place.reader(1),
                               "device": place.device, "keeps_memory": False}
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
     for precision in precisions:

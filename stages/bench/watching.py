@@ -16,14 +16,14 @@ from altopt.stopwatch import Stopwatch
 from cache.features import FeatureMapWriter
 
 WATCHED = [
-    (altopt.models.rpn, "label_anchors", "sampling"), (altopt.models.rpn, "sample_anchors", "sampling"),
+    (altopt.models.rpn, "label_anchors", "sampling"), (altopt.models.rpn, "subsample_labels", "sampling"),
     (altopt.batches.sampling, "sample_rois", "sampling"),
     (altopt.models.fast_rcnn, "roi_pool", "roi_pool"), (altopt.models.joint, "pool_rois", "roi_pool"),
-    (altopt.models.detector, "pool_rois", "roi_pool"), (altopt.models.detector, "proposals_of", "rpn"),
-    (altopt.models.joint, "scored_boxes", "rpn"), (altopt.models.joint, "kept_boxes", "rpn"),
-    (altopt.models.detector, "detections_of", "head"), (altopt.models.rpn, "conv_features", "trunk"),
+    (altopt.models.detector, "pool_rois", "roi_pool"), (altopt.models.detector, "make_proposals", "rpn"),
+    (altopt.models.joint, "decode_proposals", "rpn"), (altopt.models.joint, "filter_proposals", "rpn"),
+    (altopt.models.detector, "postprocess_detections", "head"), (altopt.models.rpn, "conv_features", "trunk"),
     (altopt.models.fast_rcnn, "conv_features", "trunk"), (altopt.models.joint, "conv_features", "trunk"),
-    (altopt.models.frozen, "frozen_features", "trunk"), (stages.shared.feature_maps, "picture_maps", "trunk"),
+    (altopt.models.frozen, "frozen_features", "trunk"), (stages.shared.feature_maps, "image_maps", "trunk"),
     (stages.shared.feature_maps, "make_batch", "decode"), (stages.shared.feature_store, "read_sample", "decode"),
     (stages.shared.feature_store, "stored_sample", "decode"), (FeatureMapWriter, "write", "write"),
     (FeatureMapWriter, "__exit__", "write"), (cache.checkpoints, "save_checkpoint", "write"),

@@ -1,4 +1,4 @@
-"""Where contenders meet: one network, one size of picture, one device, and what they share of it."""
+"""Where contenders meet: one network, one size of image, one device, and what they share of it."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ from altopt.training.box_statistics import fixed_statistics
 from altopt.training.loop import freeze, layers_named
 from cache.proposals import ProposalWriter
 from stages.bench.contender import Precision
-from stages.bench.pictures import PROPOSALS, data_config, draw_pictures, write_proposals
+from stages.bench.images import PROPOSALS, data_config, draw_images, write_proposals
 from stages.shared.feature_store import FeatureStore
 from stages.shared.step import Runtime
 from stages.shared.training import CachedProposals
@@ -30,7 +30,7 @@ from stages.shared.training import CachedProposals
 
 @dataclass
 class Workplace:
-    """Everything that the contenders of one network, size of picture and device share; a context for its files."""
+    """Everything that the contenders of one network, size of image and device share; a context for its files."""
 
     network_name: str
     size: tuple[int, int]
@@ -43,7 +43,7 @@ class Workplace:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
-        self.dataset = draw_pictures(self.folder, self.size)
+        self.dataset = draw_images(self.folder, self.size)
         write_proposals(self.folder / "P.h5", self.dataset)
         self.cached = CachedProposals(self.folder / "P.h5", self.dataset, PROPOSALS)
         with torch.device("meta"):
@@ -85,7 +85,7 @@ class Workplace:
 
     def reader(self, count: int, proposals: bool = False,
                store: FeatureStore | None = None) -> Callable[[int], list[Sample]]:
-        """Return what reads the pictures of an iteration, or their stored maps, as the training stages do."""
+        """Return what reads the images of an iteration, or their stored maps, as the training stages do."""
         def read_one(id: str) -> Sample:
             boxes = self.cached.get(id) if proposals else None
             if store is not None:
@@ -96,7 +96,7 @@ class Workplace:
         return lambda iteration: [read_one(ids[(iteration + k) % len(ids)]) for k in range(count)]
 
     def store(self, network: FasterRCNN, precision: Precision) -> FeatureStore:
-        """Return the store of what a network's frozen layers make of the pictures, built when first asked for."""
+        """Return the store of what a network's frozen layers make of the images, built when first asked for."""
         key = frozen_depth(network.conv), precision
         if key not in self.stores:
             self.stores[key] = self._new_store(f"stored{key[0]}", *key)
@@ -108,7 +108,7 @@ class Workplace:
                             self.dataset, self.runtime, layers=depth, precision=precision, device=self.device)
 
     def build_store(self, network: FasterRCNN, precision: Precision, name: str = "built") -> None:
-        """Build such a store anew, of all pictures; from maps of fewer layers where the folder of that name has any."""
+        """Build such a store anew, of all images; from maps of fewer layers where the folder of that name has any."""
         depth = frozen_depth(network.conv)
         for path in (self.folder / name / "features").glob(f"{depth:02d}-*.h5"):
             path.unlink()

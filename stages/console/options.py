@@ -44,12 +44,12 @@ def start_processes(ctx: click.Context, parameter: click.Parameter, count: int) 
 WORK_OPTIONS = [
     option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."),
     option("--workers", type=click.IntRange(0, 64), default=None,
-           help="Threads that read pictures ahead, or processes of selective search. Default: one thread, and a "
+           help="Threads that read images ahead, or processes of selective search. Default: one thread, and a "
                 "process for each processor."),
     option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, help="Between snapshots inside a stage."),
     option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),
     option("--feature-store", type=click.Choice(["auto", "on", "off"]), default="auto",
-           help="Keep on disk what frozen conv layers make of the pictures; auto: where it pays and fits."),
+           help="Keep on disk what frozen conv layers make of the images; auto: where it pays and fits."),
     option("--processes", type=click.IntRange(1), default=1, callback=start_processes,
            help="Work as so many processes, on the CPU or with a GPU each; the same as starting with torchrun."),
     option("--deterministic", is_flag=True,
@@ -87,14 +87,14 @@ def open_run(options: dict[str, Any]) -> "Run":
 
 def work_runtime(options: dict[str, Any]) -> "Runtime":
     """Return the runtime that ``WORK_OPTIONS`` ask for; it reports to stderr."""
-    from altopt.machine.distributed import Ranks
+    from altopt.machine.distributed import SingleProcess
     from stages.shared.step import Runtime
 
     return Runtime(device=options["device"], workers=options.get("workers"),
                    snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
                    feature_store=options.get("feature_store", "auto"), report=reporter(),
                    deterministic=options.get("deterministic", False),
-                   ranks=click.get_current_context().find_object(Ranks) or Ranks())
+                   ranks=click.get_current_context().find_object(SingleProcess) or SingleProcess())
 
 
 @contextmanager

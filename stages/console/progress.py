@@ -47,8 +47,8 @@ class Reporter:
             text = (f"{losses}  lr {event['lr']:.2g}  {event['images_per_second']:.1f} images/s  "
                     f"wait {event['wait_share']:.0%}")
             self._advance(artifact, event["iteration"], event["iterations"], text, event["seconds"])
-        elif kind == "pictures":
-            self._advance(artifact, event["done"], event["total"], event.get("what", "pictures"), None)
+        elif kind == "images":
+            self._advance(artifact, event["done"], event["total"], event.get("what", "images"), None)
         elif kind == "finished":
             self.close()
             self.line(f"{artifact}: done in {duration(event['seconds'])}")
@@ -59,7 +59,7 @@ class Reporter:
         elif kind == "note":
             self.line(event["text"])
         elif kind == "weights" and event["drawn"]:
-            self.line(f"{artifact}: drawn anew: {', '.join(event['drawn'])}")
+            self.line(f"{artifact}: re-initialised: {', '.join(event['drawn'])}")
         elif kind == "warning":
             self.line(f"warning: {event['text']}")
 

@@ -11,11 +11,11 @@ from stages.pipeline.plan import duration
 def summary_tables(summary: dict[str, Any]) -> list[Table]:
     """Return what run-all ends with: scores, recall of the proposals, time of each stage."""
     scores = Table(title="Detection on the test split", box=None, pad_edge=False, title_justify="left")
-    for heading in ("network", "protocol", "mAP", "recall@0.5 of its proposals", "s/picture"):
+    for heading in ("network", "protocol", "mAP", "recall@0.5 of its proposals", "s/image"):
         scores.add_column(heading)
     for each in summary["scores"]:
         scores.add_row(each["name"], each["protocol"], number(each["map"]), number(each["recall_at_0.5"]),
-                       f"{each['seconds_per_picture']:.3f}")
+                       f"{each['seconds_per_image']:.3f}")
     recalls = Table(title="Proposals on the training split: recall at IoU 0.5", box=None, pad_edge=False,
                     title_justify="left")
     recalls.add_column("file")
@@ -81,7 +81,7 @@ def comparison_table(headings: list[str], rows: list[list[str]]) -> Table:
 
 def probe_table(result: dict[str, Any]) -> Table:
     """Return, block by block, the exact gradient beside the approximate one: of the detector's losses, and of all."""
-    title = (f"{result['network']}, {len(result['pictures'])} pictures: gradient with the path through the proposals' "
+    title = (f"{result['network']}, {len(result['images'])} images: gradient with the path through the proposals' "
              "coordinates beside that without")
     table = Table(title=escape(title), box=None, pad_edge=False, title_justify="left")
     for heading in ("losses", "block", "cosine", "norm with / without"):

@@ -27,7 +27,7 @@ from stages.shared.step import Runtime
 
 @dataclass(frozen=True)
 class Slides:
-    """What the slides report for VOC07 with VGG16: mAP in per cent, hours on a K40, seconds for a test picture."""
+    """What the slides report for VOC07 with VGG16: mAP in per cent, hours on a K40, seconds for a test image."""
 
     map: float | None = None
     fine_tuning: float | None = None
@@ -53,7 +53,7 @@ COSTS = {"M": "fine_tuning", "P": "proposals", "F": "features", "S": "classifier
 
 @dataclass(frozen=True)
 class Outcome:
-    """One variant with one seed: mAP, seconds by kind of work, seconds for a test picture, bytes, iterations.
+    """One variant with one seed: mAP, seconds by kind of work, seconds for a test image, bytes, iterations.
 
     ``training`` is what the slides count: all that is made from a network, so neither M0 nor proposals of other origin.
     ``classifiers`` are SVMs and box regressors. ``bytes`` is what the scheme keeps on disk, detections and the test
@@ -145,10 +145,10 @@ def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -
     for step in steps[: steps.index(detection)]:
         if step.output.startswith("D") or run.verdict(step).valid:
             continue
-        if not any(run.take_over(step, other) for other in others):
+        if not any(run.reuse(step, other) for other in others):
             run.bring_up_to_date([step])
     score = evaluate(run, detection, run.protocol)
-    return Outcome(variant.name, variant.scheme, seed, score["map"], test_seconds=score["seconds_per_picture"],
+    return Outcome(variant.name, variant.scheme, seed, score["map"], test_seconds=score["seconds_per_image"],
                    **_costs(run))
 
 
@@ -170,7 +170,7 @@ def _costs(run: Run) -> dict[str, Any]:
 def _adopt(run: Run, files: dict[str, Path]) -> None:
     names = {step.output for step in [*run.recipe.steps, *run.recipe.detections]}
     for name in files.keys() & names:
-        run.adopt(name, files[name], f"--from {name}={files[name]}")
+        run.import_artifact(name, files[name], f"--from {name}={files[name]}")
 
 
 def rows(results: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -209,7 +209,7 @@ def _csv(table: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-HEADINGS = ["scheme", "seeds", "mAP", "training", "fine-tuning", "features", "SVMs, boxes", "proposals", "s/picture",
+HEADINGS = ["scheme", "seeds", "mAP", "training", "fine-tuning", "features", "SVMs, boxes", "proposals", "s/image",
             "disk", "iterations"]
 
 

@@ -73,7 +73,7 @@ def _score(run: Run, step: Step, protocol: Any, metrics: dict[str, Any]) -> dict
     dataset = open_dataset(run.recipe.config(step).data, "test", run.runtime.data_root)
     found = read_detections(run.path(step.output), dataset.ids, dataset.category_ids)
     result = score(protocol, {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
-    return {"name": name_of(run, step), "pictures": len(dataset.ids), **result.as_dict(), **metrics}
+    return {"name": name_of(run, step), "images": len(dataset.ids), **result.as_dict(), **metrics}
 
 
 def beside_published(run: Run) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ WRITERS: dict[str, Callable[[IO[bytes], Iterator[tuple[str, Boxes, Scores]]], No
 def export_proposals(run: Run, artifact: str, target: Path, form: str | None = None) -> dict[str, Any]:
     """Write a run's proposals to ``target``; the format is told by the suffix unless it is named.
 
-    A list for py-faster-rcnn has no picture ids and goes by the data set's order, so the data set must be there.
+    A list for py-faster-rcnn has no image ids and goes by the data set's order, so the data set must be there.
     """
     split_of(artifact)
     path = run.path(artifact)
@@ -40,4 +40,4 @@ def export_proposals(run: Run, artifact: str, target: Path, form: str | None = N
             ids = open_split(run, artifact).ids if chosen == "py-faster-rcnn" else file.image_ids
             with temporary.open("wb") as output:
                 WRITERS[chosen](output, ((image_id, *file.get(image_id)) for image_id in ids))
-        return {"artifact": artifact, "file": str(target), "format": chosen, "pictures": len(file)}
+        return {"artifact": artifact, "file": str(target), "format": chosen, "images": len(file)}

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from altopt.datasets.dataset import PICTURE_SUFFIXES, Dataset
+from altopt.datasets.dataset import IMAGE_SUFFIXES, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import LIMITS, Recall, proposal_recall
-from altopt.proposal_formats.frames import FRAMES, Frame
-from altopt.proposal_formats.incoming import Incoming, Raw
+from altopt.proposal_formats.box_formats import FRAMES, Frame
+from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals
 from altopt.proposal_formats.json_files import read_json
 from altopt.proposal_formats.pickles import read_pickle
 from altopt.proposal_formats.plausibility import Plausibility
@@ -23,17 +23,17 @@ from cache.proposals import ProposalFile, ProposalWriter
 from stages.pipeline.run import Run
 from stages.shared.step import split_of
 
-Reader = Callable[[Path, tuple[str, ...]], Incoming]
-NAMED = 3  # pictures that a message names
+Reader = Callable[[Path, tuple[str, ...]], ProposalFileReader]
+NAMED = 3  # images that a message names
 SHOWN = (0, 2, 4, 6, 8)  # of the thresholds: IoU 0.5, 0.6, ... 0.9
 
 
-def read_hdf5(path: Path, ids: tuple[str, ...]) -> Incoming:
+def read_hdf5(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
     """Return the proposals of an HDF5 file of the schema in cache/proposals.py."""
-    return Incoming(path, "altopt's HDF5", "xyxy", _pictures_of(path))
+    return ProposalFileReader(path, "altopt's HDF5", "xyxy", _images_of(path))
 
 
-def _pictures_of(path: Path) -> Iterator[Raw]:
+def _images_of(path: Path) -> Iterator[RawProposals]:
     with ProposalFile(path) as file:
         for image_id in file.image_ids:
             yield image_id, *file.get(image_id)
@@ -52,7 +52,7 @@ def open_split(run: Run, artifact: str) -> Dataset:
     return open_dataset(data, split_of(artifact), run.runtime.data_root)
 
 
-def read_proposals(path: Path, ids: tuple[str, ...], frame: Frame | None = None) -> Incoming:
+def read_proposals(path: Path, ids: tuple[str, ...], frame: Frame | None = None) -> ProposalFileReader:
     """Return the proposals of a file of any known format, by its suffix; ``frame`` overrules the format's own."""
     if not path.exists():
         raise ArtifactError(f"{path} is not there: check the path")
@@ -69,7 +69,7 @@ def import_proposals(run: Run, source: Path, artifact: str, *, frame: Frame | No
                      invalid: Literal["error", "leave-out"] = "error") -> dict[str, Any]:
     """Make the proposals of ``source`` the run's artifact, given from outside; return what was found.
 
-    The recall and what looks wrong are reported before anything is written. Raises ArtifactError for pictures without
+    The recall and what looks wrong are reported before anything is written. Raises ArtifactError for images without
     an entry (unless ``allow_missing``: they get no proposals), and for boxes that cannot be used (unless ``invalid``
     is "leave-out").
     """
@@ -80,22 +80,23 @@ def import_proposals(run: Run, source: Path, artifact: str, *, frame: Frame | No
     if source.is_file():
         attributes["source_sha256"] = sha256_file(source)
     with ProposalWriter(run.path(artifact), attributes) as writer:
-        entrance = Entrance(dataset, incoming, writer, allow_missing)
-        recall = proposal_recall(entrance.pictures(), LIMITS)
+        entrance = ProposalImporter(dataset, incoming, writer, allow_missing)
+        recall = proposal_recall(entrance.images(), LIMITS)
         for text in (recall_line(dataset, recall), *entrance.remarks()):
             run.runtime.report(text)
         if invalid == "error" and (problem := entrance.plausibility.problem()):
             raise ArtifactError(f"{source} is not imported: {problem}: say how its boxes count with --frame "
                                 f"({', '.join(FRAMES)}), or do without such boxes with --invalid leave-out")
-    run.adopt(artifact, None, f"imported from {source.name}, {incoming.form}, read as {incoming.frame}")
+    run.import_artifact(artifact, None, f"imported from {source.name}, {incoming.form}, read as {incoming.frame}")
     return {"artifact": artifact, "file": str(run.path(artifact)), "format": incoming.form, "frame": incoming.frame,
             "proposals": run.path(artifact).name, "split": dataset.name, **entrance.facts(), **recall.as_dict()}
 
 
-class Entrance:
-    """Where the pictures of a file are matched with those of a data set, their boxes looked at, and both written."""
+class ProposalImporter:
+    """Where the images of a file are matched with those of a data set, their boxes looked at, and both written."""
 
-    def __init__(self, dataset: Dataset, incoming: Incoming, writer: ProposalWriter, allow_missing: bool) -> None:
+    def __init__(self, dataset: Dataset, incoming: ProposalFileReader, writer: ProposalWriter,
+                 allow_missing: bool) -> None:
         self.dataset, self.incoming, self.writer, self.allow_missing = dataset, incoming, writer, allow_missing
         self.plausibility = Plausibility(incoming.frame)
         self.foreign: list[str] = []
@@ -104,8 +105,8 @@ class Entrance:
         self.kept = 0
         self._names = _spellings(dataset)
 
-    def pictures(self) -> Iterator[tuple[NDArray[Any], NDArray[np.float32]]]:
-        """Write picture by picture, and give the objects to be found and the proposals of each."""
+    def images(self) -> Iterator[tuple[NDArray[Any], NDArray[np.float32]]]:
+        """Write image by image, and give the objects to be found and the proposals of each."""
         seen: set[str] = set()
         for name, boxes, scores in self.incoming:
             image_id = self._match(name)
@@ -113,7 +114,7 @@ class Entrance:
                 self.foreign.append(name)
                 continue
             if image_id in seen:
-                raise ArtifactError(f"{self.incoming.path} has two entries for picture {image_id}: join them")
+                raise ArtifactError(f"{self.incoming.path} has two entries for image {image_id}: join them")
             seen.add(image_id)
             usable = self.plausibility.usable(image_id, boxes, scores, self.dataset.size(image_id))
             objects = self._objects(image_id)
@@ -127,23 +128,23 @@ class Entrance:
         """Return what is worth saying of the file, as events to report."""
         texts = self.plausibility.warnings()
         if self.foreign:
-            texts.append(f"{len(self.foreign)} pictures of the file are not in {self.dataset.name} and are left out: "
+            texts.append(f"{len(self.foreign)} images of the file are not in {self.dataset.name} and are left out: "
                          f"{_some(self.foreign)}")
         if self.missing:
-            texts.append(f"{len(self.missing)} pictures get no proposals: {_some(self.missing)}")
+            texts.append(f"{len(self.missing)} images get no proposals: {_some(self.missing)}")
         if self.incoming.unscored:
-            texts.append(f"{self.incoming.unscored} pictures have no scores: the order of their boxes stands for them")
+            texts.append(f"{self.incoming.unscored} images have no scores: the order of their boxes stands for them")
         return [{"event": "warning", "text": text} for text in texts]
 
     def facts(self) -> dict[str, Any]:
         """Return the counts, JSON-able."""
-        return {"boxes": self.kept, "boxes_left_out": self.left_out, "pictures_foreign": len(self.foreign),
-                "pictures_missing": len(self.missing), "pictures_without_scores": self.incoming.unscored}
+        return {"boxes": self.kept, "boxes_left_out": self.left_out, "images_foreign": len(self.foreign),
+                "images_missing": len(self.missing), "images_without_scores": self.incoming.unscored}
 
     def _match(self, name: str) -> str | None:
-        """Return the data set's id for a file's: as it is, or without the folder and suffix of a picture."""
+        """Return the data set's id for a file's: as it is, or without the folder and suffix of an image."""
         path = PurePosixPath(name)
-        short = path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
+        short = path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
         return self._names.get(name) or self._names.get(short)
 
     def _objects(self, image_id: str) -> NDArray[Any]:
@@ -158,7 +159,7 @@ class Entrance:
     def _without_proposals(self) -> Iterator[tuple[NDArray[Any], NDArray[np.float32]]]:
         if self.missing and not self.allow_missing:
             foreign = f" (it names {_some(self.foreign)}, which are not)" if self.foreign else ""
-            share = f"{len(self.missing)} of {len(self.dataset.ids)} pictures"
+            share = f"{len(self.missing)} of {len(self.dataset.ids)} images"
             raise ArtifactError(f"{self.incoming.path} has no entry for {share} of {self.dataset.name}, such as "
                                 f"{_some(self.missing)}{foreign}: bring a file of this split, or give them no "
                                 "proposals with --allow-missing")
@@ -173,7 +174,7 @@ def recall_line(dataset: Dataset, recall: Recall) -> dict[str, Any]:
 
 
 def _spellings(dataset: Dataset) -> dict[str, str]:
-    """Return {spelling: id}: a picture's id, and the one that it bears in COCO json."""
+    """Return {spelling: id}: an image's id, and the one that it bears in COCO json."""
     return {str(dataset.coco_image_id(image_id)): image_id for image_id in dataset.ids} | {id: id for id in dataset.ids}
 
 

@@ -10,10 +10,10 @@ from stages.shared.step import Step
 from stages.steps.joint import PARTS, joint_training, train_exact_joint
 
 
-def probe(run: Run, word: str | None, pictures: int) -> dict[str, Any]:
+def probe(run: Run, word: str | None, images: int) -> dict[str, Any]:
     """Return the gradients of a network's conv layers with the coordinate path beside those without.
 
-    ``word`` names a network with all four parts (by default the last one of the run), ``pictures`` is how many of the
+    ``word`` names a network with all four parts (by default the last one of the run), ``images`` is how many of the
     training split they are taken on. RoIs, losses and weights are those of the recipe's ``train_exact_joint``.
     """
     from altopt.batches.samples import make_batch, read_sample
@@ -31,11 +31,11 @@ def probe(run: Run, word: str | None, pictures: int) -> dict[str, Any]:
     network = inference.networks[0]
     network.samples_per_bin = config.samples_per_bin
     module = joint_training(network, config, CoordinatePath(warmup=0, clip=0.0), (config.seed, "probe")).eval()
-    ids = _some(inference.dataset.ids, pictures, config.seed)
+    ids = _some(inference.dataset.ids, images, config.seed)
     batches = (make_batch([read_sample(inference.dataset, id, config.network)], inference.device) for id in ids)
     with inference.autocast():
         rows = compare_gradients(module, batches)
-    return {"network": artifact, "pictures": ids, "rows": [asdict(row) for row in rows]}
+    return {"network": artifact, "images": ids, "rows": [asdict(row) for row in rows]}
 
 
 def _some(ids: Sequence[str], count: int, seed: int) -> list[str]:

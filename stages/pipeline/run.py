@@ -14,12 +14,12 @@ from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, DataError
 from altopt.machine.allocation import keep_freed_memory
 from altopt.machine.determinism import fixed_order
-from altopt.machine.distributed import Ranks
+from altopt.machine.distributed import SingleProcess
 from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import Record, differences, plain, read_record, write_record
 from stages.pipeline.recipe import Recipe
 from stages.shared.feature_plan import remember_sizes
-from stages.shared.step import Runtime, Step, file_name, unheard
+from stages.shared.step import Runtime, Step, file_name, ignore_event
 
 State = Literal["done", "given", "missing", "stale", "waits", "not needed"]
 PACKAGES = ("altopt", "torch", "torchvision", "numpy", "h5py", "pillow", "safetensors")
@@ -118,7 +118,7 @@ class Run:
         reasons += differences(record.config, key_of(step, self.recipe.config(step)))
         data = self.data_digest(step)
         if data is not None and record.data is not None and data != record.data:
-            reasons.append(f"the pictures or annotations changed (sha256 {data[:8]} here, {record.data[:8]} recorded)")
+            reasons.append(f"the images or annotations changed (sha256 {data[:8]} here, {record.data[:8]} recorded)")
         return reasons
 
     def data_digest(self, step: Step) -> str | None:
@@ -149,11 +149,12 @@ class Run:
         data = self.data_digest(step)
         runtime = dataclasses.replace(
             self.runtime, inputs_key=json.dumps([hashes, data]), data_digest=data or "",
-            report=lambda event: self.report(step, event), ranks=self.runtime.ranks if step.divided else Ranks())
+            report=lambda event: self.report(step, event),
+            ranks=self.runtime.ranks if step.divided else SingleProcess())
         self.report(step, {"event": "started", "stage": step.name, "inputs": list(inputs)})
         started = time.perf_counter()
         stage = partial(step.stage, *(self.path(name) for name in inputs), out=self.path(step.output), config=config)
-        runtime.ranks.announce((stage, dataclasses.replace(runtime, report=unheard, ranks=Ranks())))
+        runtime.ranks.announce((stage, dataclasses.replace(runtime, report=ignore_event, ranks=SingleProcess())))
         facts = _carried_out(stage, runtime)
         seconds = facts.get("train_seconds", 0.0) or time.perf_counter() - started
         record = self._write_record(step.output, step.name, step.config_class.version,  # type: ignore[attr-defined]
@@ -172,7 +173,7 @@ class Run:
         return record
 
     def check_data(self, config: Any) -> None:
-        """Look at every picture and object of the split before time is spent on it; warnings are reported once."""
+        """Look at every image and object of the split before time is spent on it; warnings are reported once."""
         split = getattr(config, "split", None)
         if split is None or split in self._checked:
             return
@@ -202,7 +203,7 @@ class Run:
                 made.append(step)
         return made
 
-    def take_over(self, step: Step, other: "Run") -> bool:
+    def reuse(self, step: Step, other: "Run") -> bool:
         """Take a step's output from another run if that made it from equal inputs in the same way; say whether."""
         record = other.record(step.output)
         if record is None or record.given is not None or not other.path(step.output).is_file():
@@ -224,10 +225,10 @@ class Run:
             self.report(step, {"event": "reason", "text": f"taken over from {other.folder}"})
         return alike
 
-    def adopt(self, artifact: str, source: Path | None, why: str) -> None:
+    def import_artifact(self, artifact: str, source: Path | None, why: str) -> None:
         """Take an artifact as given: the one in the folder, or ``source``, which is copied in after a look at it."""
         if source is not None:
-            _bring_in(artifact, source, self.path(artifact), self.recipe)
+            _import_file(artifact, source, self.path(artifact), self.recipe)
         elif not self.path(artifact).is_file():
             raise ArtifactError(f"{file_name(artifact)} is not in {self.folder}: give a file with "
                                 f"--from {artifact}=FILE, or make it with altopt stage {artifact}")
@@ -241,7 +242,7 @@ class Run:
         """Pass a stage's report on with its name, and keep it in log.jsonl (progress inside a split is not kept)."""
         event = {"artifact": step.output, **event}
         self.runtime.report(event)
-        if event["event"] != "pictures":
+        if event["event"] != "images":
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"time": round(time.time(), 3), **plain(event)}) + "\n")
 
@@ -253,9 +254,9 @@ class Run:
             write_text_atomic(path, text)
 
 
-def help_rank_0(ranks: Ranks) -> None:
+def help_rank_0(ranks: SingleProcess) -> None:
     """Take part in every stage that rank 0 announces, until it has no more."""
-    while (task := ranks.same(None)) is not None:
+    while (task := ranks.broadcast(None)) is not None:
         stage, runtime = task
         _carried_out(stage, dataclasses.replace(runtime, ranks=ranks))
 
@@ -287,7 +288,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _bring_in(artifact: str, source: Path, path: Path, recipe: Recipe) -> None:
+def _import_file(artifact: str, source: Path, path: Path, recipe: Recipe) -> None:
     from cache.files import atomic_path
     from stages.steps.pretrained import import_weights
 
@@ -338,7 +339,7 @@ def find_step(steps: Sequence[Step], word: str) -> Step:
                      f"as M2, or a function: {', '.join(step.name for step in steps)}")
 
 
-def take_from(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
+def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
     """Adopt the artifact of each ``--from M1`` or ``--from M1=FILE``; return the steps after the latest, to the target.
 
     Inputs of those steps that come before it count as given too if they are there; M0 is made if it is not.
@@ -347,7 +348,7 @@ def take_from(run: Run, steps: Sequence[Step], words: Sequence[str], target: Ste
     given = _named_before(steps, last, words)
     for place, word in given.items():
         _, equals, file = word.partition("=")
-        _adopt_unless_done(run, steps[place], Path(file) if equals else None, f"--from {word}")
+        _import_unless_done(run, steps[place], Path(file) if equals else None, f"--from {word}")
     first, word = max(given.items())
     between = list(steps[first + 1 : last + 1])
     for step in between:
@@ -358,7 +359,7 @@ def take_from(run: Run, steps: Sequence[Step], words: Sequence[str], target: Ste
             if before is steps[0] and not run.path(needed).is_file():
                 run.make(before)
             else:
-                _adopt_unless_done(run, before, None, f"--from {word}, which needs it")
+                _import_unless_done(run, before, None, f"--from {word}, which needs it")
     return between
 
 
@@ -414,10 +415,10 @@ def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_
     return Run(folder, chosen, runtime)
 
 
-def _adopt_unless_done(run: Run, step: Step, source: Path | None, why: str) -> None:
+def _import_unless_done(run: Run, step: Step, source: Path | None, why: str) -> None:
     if source is None and run.path(step.output).is_file() and run.verdict(step).state == "given":
         return
     record = run.record(step.output)
     made_here = record is not None and run.path(step.output).is_file() and run.verdict(step).state == "done"
     if source is not None or not made_here:
-        run.adopt(step.output, source, why)
+        run.import_artifact(step.output, source, why)

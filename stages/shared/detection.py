@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from altopt.config import DetectionRule, sourced
+from altopt.config import DetectionSettings, sourced
 from altopt.datasets.dataset import Dataset
 from stages.shared.split_config import OnTestSplit
 from stages.shared.step import Runtime
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detect(DetectionRule, OnTestSplit):
-    """How pictures of the test split are detected on."""
+class Detect(DetectionSettings, OnTestSplit):
+    """How images of the test split are detected on."""
 
     version: ClassVar[int] = 1
     table: ClassVar[str] = "detect"
-    images_per_batch: int = sourced(1, "pfr test_net: one picture at a time")
+    images_per_batch: int = sourced(1, "pfr test_net: one image at a time")
 
 
 def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: Detect, runtime: Runtime,
@@ -68,13 +68,13 @@ def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, con
         return {}
     write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
     recall = proposal_recall(covered, (config.proposals,))
-    return {"seconds_per_picture": round(seconds / max(len(found), 1), 5),
+    return {"seconds_per_image": round(seconds / max(len(found), 1), 5),
             "recall_at_0.5": float(recall.at(config.proposals)[0]), "average_recall": recall.average(config.proposals)}
 
 
 def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset: Dataset, config: Detect,
              cached: "CachedProposals | None" = None) -> "list[tuple[str, Detections, np.ndarray]]":
-    """Return each picture's id, detections, and the proposals they come from, float32 [K, 4]; in the original frame.
+    """Return each image's id, detections, and the proposals they come from, float32 [K, 4]; in the original frame.
 
     The proposals are the RPN's own, or cached ones. The RPN and the detector may be one network.
     """

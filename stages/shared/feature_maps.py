@@ -1,4 +1,4 @@
-"""Writing what conv layers make of every picture: for SPP-net's stage, and for the store of layers that are frozen."""
+"""Writing what conv layers make of every image: for SPP-net's stage, and for the store of layers that are frozen."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -6,12 +6,12 @@ from contextlib import closing
 import torch
 from torch import Tensor, nn
 
-from altopt.batches.reading import Ahead
+from altopt.batches.reading import Prefetcher
 from altopt.batches.samples import Sample, make_batch
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Dataset
 from altopt.extents import map_shape
-from altopt.models.frozen import picture_maps
+from altopt.models.frozen import image_maps
 from cache.features import FeatureMapWriter, MapKey, Precision
 from stages.shared.step import Runtime
 
@@ -19,7 +19,7 @@ Shapes = Mapping[MapKey, tuple[int, int, int]]
 
 
 def map_shapes(dataset: Dataset, frames: Sequence[NetworkConfig], flips: bool, layers: int | None = None) -> Shapes:
-    """Return (channels, height, width) of the map behind so many layers, or all, of every picture in every frame.
+    """Return (channels, height, width) of the map behind so many layers, or all, of every image in every frame.
 
     With ``flips`` mirrored too.
     """
@@ -36,20 +36,20 @@ def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequent
     """Write every map that the writer does not have yet, reading samples ahead; return how many it had.
 
     ``conv`` is on the device; the first ``layers`` of it are run, or all. A map is computed in ``precision``, of one
-    picture at a time. Several ranks divide the work; rank 0 has the writer.
+    image at a time. Several ranks divide the work; rank 0 has the writer.
     """
     def work(own: Sequence[MapKey]) -> Iterator[Tensor]:
-        with Ahead(read, own, runtime.readers) as ahead:
+        with Prefetcher(read, own, runtime.readers) as ahead:
             for sample in ahead:
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    features = picture_maps(conv, make_batch([sample], device), layers)[0]
+                    features = image_maps(conv, make_batch([sample], device), layers)[0]
                 yield features.to(getattr(torch, precision)).cpu()
 
-    missing = runtime.ranks.same([key for key in shapes if not writer.done(key)] if writer is not None else None)
+    missing = runtime.ranks.broadcast([key for key in shapes if not writer.done(key)] if writer is not None else None)
     found = len(shapes) - len(missing)
-    with closing(runtime.ranks.spread(missing, work)) as made:
+    with closing(runtime.ranks.map_images(missing, work)) as made:
         for done, (features, key) in enumerate(zip(made, missing, strict=False), found + 1):
             assert writer is not None
             writer.write(key, features)
-            runtime.report({"event": "pictures", "done": done, "total": len(shapes), "what": "maps"})
+            runtime.report({"event": "images", "done": done, "total": len(shapes), "what": "maps"})
     return found

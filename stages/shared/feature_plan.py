@@ -32,7 +32,7 @@ class Decision:
 def decide(wish: str, needed: int, free: int, visits: int, entries: int, reserved: int = 0) -> Decision:
     """Return what ``--feature-store`` comes to: a store of ``needed`` bytes on a disk with ``free`` ones.
 
-    The stage looks at ``entries`` pictures, mirror images counted, ``visits`` times in all; one look at each is enough,
+    The stage looks at ``entries`` images, mirror images counted, ``visits`` times in all; one look at each is enough,
     since later stages read the store as well. ``reserved`` bytes are for a store that is worth more. Asked for with
     "on", a store is made whatever it costs.
     """
@@ -41,12 +41,12 @@ def decide(wish: str, needed: int, free: int, visits: int, entries: int, reserve
     if wish == "on":
         return Decision(True, f"asked for, {gigabytes(needed)}")
     if visits < entries:
-        return Decision(False, f"{visits} visits of {entries} pictures: some are never seen")
+        return Decision(False, f"{visits} visits of {entries} images: some are never seen")
     spare = max(needed // SPARE_SHARE, SPARE_BYTES) + reserved
     if needed + spare > free:
         return Decision(False, f"{gigabytes(needed)} do not fit: {gigabytes(free)} are free, and {gigabytes(spare)} of "
                                "them stay so")
-    return Decision(True, f"{gigabytes(needed)}, {visits / max(entries, 1):.1f} visits of each picture")
+    return Decision(True, f"{gigabytes(needed)}, {visits / max(entries, 1):.1f} visits of each image")
 
 
 def gigabytes(size: int) -> str:
@@ -55,7 +55,7 @@ def gigabytes(size: int) -> str:
 
 
 def sizes_of(dataset: Dataset) -> Sizes:
-    """Return (width, height, how many) of a data set's pictures."""
+    """Return (width, height, how many) of a data set's images."""
     counts = Counter(dataset.size(id) for id in dataset.ids)
     return [(width, height, count) for (width, height), count in sorted(counts.items())]
 
@@ -66,7 +66,7 @@ def remember_sizes(folder: Path, config: DataConfig, dataset: Dataset, root: Pat
 
 
 def known_sizes(folder: Path, config: DataConfig, root: Path | None) -> Sizes | None:
-    """Return the sizes of the training split's pictures if they are known without reading annotations."""
+    """Return the sizes of the training split's images if they are known without reading annotations."""
     try:
         kept = json.loads(_sizes_path(folder).read_text(encoding="utf-8"))
         if kept["key"] == _key(config, root):
@@ -100,7 +100,7 @@ def reserved_bytes(sizes: Sizes, network: NetworkConfig, flips: bool, precision:
 def foreseen(folder: Path, config: Any, root: Path | None) -> dict[str, Any] | None:
     """Return for a stage with frozen conv layers what its store will take, and whether "auto" makes one; JSON-able.
 
-    None: the stage stores nothing, or nobody has looked at its pictures yet.
+    None: the stage stores nothing, or nobody has looked at its images yet.
     """
     try:
         layers = stored_layers(config)

@@ -42,7 +42,7 @@ NAME = re.compile(rf"(\d+)-([0-9a-f]{{{DIGITS}}})-")
 
 
 class FeatureStore:
-    """What the first ``layers`` conv layers (None: all) make of one stage's pictures, as a context.
+    """What the first ``layers`` conv layers (None: all) make of one stage's images, as a context.
 
     ``maps`` are those found or built, which went through ``stored`` layers, at most so many; None where the stage goes
     without. ``facts`` are for the stage's record, ``seconds`` is what building took in this process.
@@ -71,35 +71,35 @@ class FeatureStore:
     def find(self, flips: tuple[bool, ...]) -> None:
         """Take the finished store behind most layers, with mirror images or without as ``flips`` allows; build none.
 
-        That is for stages that look at each picture once.
+        That is for stages that look at each image once.
         """
         if self.runtime.feature_store != "off":
             self._take(self._deepest(flips, self.layers))
         self._say(f"read, {self._extent(self.stored)}" if self.maps else "none read")
 
     def find_or_build(self, flips: bool, visits: int) -> None:
-        """Take the store, or build it if that pays for so many visits of pictures; see ``decide``.
+        """Take the store, or build it if that pays for so many visits of images; see ``decide``.
 
         Of several ranks the first one decides; they build it together, and all read it or none.
         """
         ranks = self.runtime.ranks
         if ranks.first:
             self._find_or_build(flips, visits)
-            ranks.same(self.stored)
+            ranks.broadcast(self.stored)
             return
-        while (news := ranks.same(None)) == "build":
+        while (news := ranks.broadcast(None)) == "build":
             self._write(None, flips)
         self._take(self._deepest(_covering(flips), news))
 
     def sample(self, id: str, *, flipped: bool = False, proposals: np.ndarray | None = None) -> Sample:
-        """Return a picture of the data set as ``read_sample`` does, or its stored map; from any thread."""
+        """Return an image of the data set as ``read_sample`` does, or its stored map; from any thread."""
         if self.maps is None:
             return read_sample(self.dataset, id, self.network, flipped=flipped, proposals=proposals)
         return stored_sample(self.dataset, id, self.network, self.map_of(id, flipped), flipped=flipped,
                              proposals=proposals, layers=self.stored)
 
     def map_of(self, id: str, flipped: bool) -> Tensor:
-        """Return the stored map of a picture, ``Tensor[C, h, w]``; may be called by several threads."""
+        """Return the stored map of an image, ``Tensor[C, h, w]``; may be called by several threads."""
         assert self.maps is not None
         return self.maps.get(MapKey(id, flipped, 0))
 
@@ -199,7 +199,7 @@ class FeatureStore:
         self._say(f"building {FOLDER}/{path.name}, {self._extent(self.layers)}: {reason}")
         shapes = map_shapes(self.dataset, [self.network], flips, self.layers)
         with FeatureMapWriter(path, self._attributes(self.layers, flips), shapes, self.precision) as writer:
-            self.runtime.ranks.same("build")
+            self.runtime.ranks.broadcast("build")
             found = self._write(writer, flips)
         self._take((self.layers, FeatureMapFile(path)))
         self.seconds = time.perf_counter() - started

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from altopt.batches.reading import Ahead
+from altopt.batches.reading import Prefetcher
 from altopt.batches.samples import Batch, Sample, make_batch, read_sample
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError
-from altopt.machine.distributed import Ranks
+from altopt.machine.distributed import SingleProcess
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN
 from cache.checkpoints import load_checkpoint
@@ -60,7 +60,7 @@ class Inference:
         """Yield what ``compute`` makes of the split, up to ``size`` neighbours of equal size at a time, in its order.
 
         Reports progress. Several ranks divide the work; the results all come to rank 0, and to no other. Where a store
-        has maps, they take the place of the pictures.
+        has maps, they take the place of the images.
         """
         groups = _runs_of_equal_size(self.dataset, size)
 
@@ -70,18 +70,19 @@ class Inference:
             return [store.sample(id) for id in ids]
 
         def work(own: Sequence[list[str]]) -> Iterator[Made]:
-            with Ahead(read, own, self.runtime.readers) as ahead:
+            with Prefetcher(read, own, self.runtime.readers) as ahead:
                 for samples in ahead:
                     yield compute(make_batch(samples, self.device))
 
         done = 0
-        for made, group in zip(self.runtime.ranks.spread(groups, work), groups, strict=False):
+        for made, group in zip(self.runtime.ranks.map_images(groups, work), groups, strict=False):
             yield made
             done += len(group)
-            self.runtime.report({"event": "pictures", "done": done, "total": len(self.dataset.ids)})
+            self.runtime.report({"event": "images", "done": done, "total": len(self.dataset.ids)})
 
 
-def written_by_first(ranks: Ranks, writer: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+def written_by_first(ranks: SingleProcess,
+                     writer: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
     """Return what writes a file on rank 0; the others, to which no results come, have nothing to write."""
     return writer() if ranks.first else nullcontext()
 

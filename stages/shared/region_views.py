@@ -1,4 +1,4 @@
-"""How each method looks at the regions of a picture: pooled from the map of the whole picture, or warped one by one."""
+"""How each method looks at the regions of an image: pooled from the map of the whole image, or warped one by one."""
 
 from collections.abc import Sequence
 
@@ -17,24 +17,24 @@ Maps = list[Tensor]
 
 
 class WarpedRegions:
-    """Slow R-CNN: each region is cut out of the original picture and goes through the conv layers by itself."""
+    """Slow R-CNN: each region is cut out of the original image and goes through the conv layers by itself."""
 
     def __init__(self, network: RegionNetwork) -> None:
         self.network = network
         self.side: int = network.description["crop_side"]
 
     def read(self, id: str) -> Sample:
-        """Return the picture in its original frame."""
+        """Return the image in its original frame."""
         dataset = self.network.dataset
         return read_sample(dataset, id, original_frame(self.network.config.network, dataset.size(id)))
 
     def open(self, prepared: Sample) -> Tensor:
-        """Return the picture, normalised: ``Tensor[3, H, W]``."""
+        """Return the image, normalised: ``Tensor[3, H, W]``."""
         return make_batch([prepared], self.network.device).images[0]
 
-    def pool(self, picture: Tensor, boxes: Tensor) -> Tensor:
+    def pool(self, image: Tensor, boxes: Tensor) -> Tensor:
         """Return what fc6 sees of the warped boxes."""
-        return self.network.classifier.pool_crops(warp(picture, boxes, self.side))
+        return self.network.classifier.pool_crops(warp(image, boxes, self.side))
 
 
 class PyramidRegions:
@@ -52,9 +52,9 @@ class PyramidRegions:
         size = self.network.dataset.size(id)
         return [scale_of(size, frame.short_side, frame.max_side) for frame in self.frames]
 
-    def pool(self, picture: tuple[Maps, list[float]], boxes: Tensor) -> Tensor:
-        """Return what fc6 sees of the boxes; ``picture`` is a map ``Tensor[1, C, H, W]`` and a scale for each frame."""
-        maps, scales = picture
+    def pool(self, image: tuple[Maps, list[float]], boxes: Tensor) -> Tensor:
+        """Return what fc6 sees of the boxes; ``image`` is a map ``Tensor[1, C, H, W]`` and a scale for each frame."""
+        maps, scales = image
         classifier, levels = self.network.classifier, self.network.levels
         return pool_at_nearest_scale(
             boxes, scales, self.area, lambda scale, here: classifier.pool_pyramids(maps[scale], [here], levels))
@@ -68,7 +68,7 @@ class StoredPyramids(PyramidRegions):
         self.stored = stored
 
     def read(self, id: str) -> tuple[Maps, list[float]]:
-        """Return the picture's maps and their scales."""
+        """Return the image's maps and their scales."""
         return [self.stored.get(MapKey(id, False, s)) for s in range(len(self.frames))], self.scales(id)
 
     def open(self, prepared: tuple[Maps, list[float]]) -> tuple[Maps, list[float]]:
@@ -81,11 +81,11 @@ class FreshPyramids(PyramidRegions):
     """Pyramids from maps that the conv layers make on the spot."""
 
     def read(self, id: str) -> tuple[list[Sample], list[float]]:
-        """Return the picture in every frame, and the scales."""
+        """Return the image in every frame, and the scales."""
         return [read_sample(self.network.dataset, id, frame) for frame in self.frames], self.scales(id)
 
     def open(self, prepared: tuple[list[Sample], list[float]]) -> tuple[Maps, list[float]]:
-        """Return what the conv layers make of the picture in every frame."""
+        """Return what the conv layers make of the image in every frame."""
         samples, scales = prepared
         device, conv = self.network.device, self.network.classifier.conv
         with torch.inference_mode(), self.network.autocast():

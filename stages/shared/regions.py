@@ -1,4 +1,4 @@
-"""What SPP-net and slow R-CNN share: features of every region of a picture, on disk for training and in detection."""
+"""What SPP-net and slow R-CNN share: features of every region of an image, on disk for training and in detection."""
 
 import json
 import time
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from altopt.batches.reading import Ahead
+from altopt.batches.reading import Prefetcher
 from altopt.batches.sampling import match_rois
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
@@ -20,13 +20,13 @@ from altopt.evaluation.detections import Detections, to_coco_results
 from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import proposal_recall
 from altopt.machine.randomness import generator
-from altopt.models.fast_rcnn import FastRCNNHead, detections_of
+from altopt.models.fast_rcnn import FastRCNNHead, postprocess_detections
 from altopt.models.region_classifier import RegionClassifier
 from altopt.models.region_detections import region_detections
 from altopt.ops import boxes as bx
 from cache.checkpoints import load_checkpoint
 from cache.files import sha256_file, write_json_atomic
-from cache.region_features import PictureRegions, RegionCount, RegionFeatureWriter, RegionSizes
+from cache.region_features import ImageRegions, RegionCount, RegionFeatureWriter, RegionSizes
 from stages.shared.inference import written_by_first
 from stages.shared.step import Runtime
 from stages.shared.training import CachedProposals, describe_network, device_of, require_network
@@ -36,27 +36,27 @@ Made = TypeVar("Made")
 
 
 class Regions(Protocol):
-    """How a method looks at the regions of a picture."""
+    """How a method looks at the regions of an image."""
 
     def read(self, id: str) -> Any:
-        """Return what can be prepared of a picture; called from threads."""
+        """Return what can be prepared of an image; called from threads."""
 
     def open(self, prepared: Any) -> Any:
         """Bring it to the device, as ``pool`` wants it."""
 
-    def pool(self, picture: Any, boxes: Tensor) -> Tensor:
+    def pool(self, image: Any, boxes: Tensor) -> Tensor:
         """Return what fc6 sees, ``Tensor[R, E]``, of boxes ``Tensor[R, 4]`` in the original frame."""
 
 
 class Outputs(Protocol):
-    """What is on top of the features of a picture's regions."""
+    """What is on top of the features of an image's regions."""
 
     def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores and deltas of regions, from what fc6 sees of them, ``Tensor[R, E]``, and fc7's output."""
 
     def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor,
                    size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a picture's boxes, scores and classes in the original frame, of ``size`` (width, height)."""
+        """Return an image's boxes, scores and classes in the original frame, of ``size`` (width, height)."""
 
 
 class RegionNetwork:
@@ -91,20 +91,20 @@ class RegionNetwork:
         Several ranks divide the work; the results all come to rank 0, and to no other.
         """
         def work(own: Sequence[str]) -> Iterator[Made]:
-            with Ahead(regions.read, own, self.runtime.readers) as ahead:
+            with Prefetcher(regions.read, own, self.runtime.readers) as ahead:
                 for id, prepared in zip(own, ahead, strict=True):
                     yield compute(id, prepared)
 
         total = len(self.dataset.ids)
-        for done, made in enumerate(self.runtime.ranks.spread(ids, work), total - len(ids) + 1):
+        for done, made in enumerate(self.runtime.ranks.map_images(ids, work), total - len(ids) + 1):
             yield made
-            self.runtime.report({"event": "pictures", "done": done, "total": total})
+            self.runtime.report({"event": "images", "done": done, "total": total})
 
-    def features(self, regions: Regions, picture: Any, boxes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def features(self, regions: Regions, image: Any, boxes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield what fc6 sees, ``Tensor[r, E]``, and fc7, ``Tensor[r, D]``, in float32 for a few boxes at a time."""
         for part in torch.split(boxes.to(self.device), self.config.rois_at_once):
             with torch.inference_mode(), self.autocast():
-                pooled = regions.pool(picture, part)
+                pooled = regions.pool(image, part)
                 hidden = self.classifier.fc(pooled)
             yield pooled.float(), hidden.float()
 
@@ -117,8 +117,8 @@ def require_classes(path: Path, description: dict[str, Any], dataset: Dataset) -
 
 
 @dataclass(frozen=True, eq=False)
-class PictureBoxes:
-    """A picture's regions before any network has seen them, objects first; G objects, R regions, Q kept pooled.
+class ImageBoxes:
+    """An image's regions before any network has seen them, objects first; G objects, R regions, Q kept pooled.
 
     ``boxes`` ``Tensor[R, 4]`` in the original frame, ``labels`` int64 ``Tensor[R]`` (-1 for proposals), ``overlaps``
     ``Tensor[R, K]``, ``kept`` int64 ``Tensor[Q]`` into the regions, ``matched`` int64 ``Tensor[Q]`` into the objects.
@@ -131,8 +131,8 @@ class PictureBoxes:
     matched: Tensor
 
 
-def boxes_of(dataset: Dataset, id: str, proposals: Any, regressor_iou: float) -> PictureBoxes:
-    """Return a picture's objects and proposals; kept are proposals with IoU above ``regressor_iou``."""
+def boxes_of(dataset: Dataset, id: str, proposals: Any, regressor_iou: float) -> ImageBoxes:
+    """Return an image's objects and proposals; kept are proposals with IoU above ``regressor_iou``."""
     usable = dataset.objects(id).usable()
     objects, classes = torch.from_numpy(usable.boxes), torch.from_numpy(usable.labels)
     boxes = torch.cat([objects, torch.from_numpy(proposals)])
@@ -143,7 +143,7 @@ def boxes_of(dataset: Dataset, id: str, proposals: Any, regressor_iou: float) ->
         overlaps.scatter_reduce_(1, classes.expand(len(boxes), -1), of_object, "amax")
     best, matched = match_rois(boxes, objects)
     kept = torch.nonzero((best > regressor_iou) & (labels < 0))[:, 0]
-    return PictureBoxes(boxes, labels, overlaps, kept, matched[kept])
+    return ImageBoxes(boxes, labels, overlaps, kept, matched[kept])
 
 
 def cache_regions(network: RegionNetwork, regions: Regions, proposals: Path, out: Path, method: str,
@@ -152,7 +152,7 @@ def cache_regions(network: RegionNetwork, regions: Regions, proposals: Path, out
     config, dataset, runtime = network.config, network.dataset, network.runtime
     cached = CachedProposals(proposals, dataset, config.proposals)
 
-    def boxes(id: str) -> PictureBoxes:
+    def boxes(id: str) -> ImageBoxes:
         return boxes_of(dataset, id, cached.get(id), config.regressor_iou)
 
     counts = {}
@@ -168,22 +168,23 @@ def cache_regions(network: RegionNetwork, regions: Regions, proposals: Path, out
                                 "precision": config.precision, "rois_at_once": config.rois_at_once},
     }
 
-    def compute(id: str, prepared: Any) -> tuple[str, PictureRegions]:
+    def compute(id: str, prepared: Any) -> tuple[str, ImageRegions]:
         return id, _features_of(network, regions, regions.open(prepared), boxes(id), dataset.objects(id).usable())
 
     with written_by_first(runtime.ranks, lambda: RegionFeatureWriter(out, attributes, counts, sizes)) as writer:
-        missing = runtime.ranks.same([id for id in dataset.ids if not writer.done(id)] if runtime.ranks.first else None)
+        left = [id for id in dataset.ids if not writer.done(id)] if runtime.ranks.first else None
+        missing = runtime.ranks.broadcast(left)
         for id, features in network.results(regions, missing, compute):
             writer.write(id, features)
     if not runtime.ranks.first:
         return {}
     total = sum(count.regions for count in counts.values())
     return {"regions": total, "pooled_regions": sum(count.pooled for count in counts.values()),
-            "pictures": len(counts), "pictures_found": len(counts) - len(missing), "bytes": out.stat().st_size}
+            "images": len(counts), "images_found": len(counts) - len(missing), "bytes": out.stat().st_size}
 
 
-def _features_of(network: RegionNetwork, regions: Regions, picture: Any, each: PictureBoxes,
-                 objects: Any) -> PictureRegions:
+def _features_of(network: RegionNetwork, regions: Regions, image: Any, each: ImageBoxes,
+                 objects: Any) -> ImageRegions:
     stored = np.dtype(network.config.stored)
     kept = torch.zeros(len(each.boxes), dtype=torch.bool)
     kept[each.kept] = True
@@ -191,12 +192,12 @@ def _features_of(network: RegionNetwork, regions: Regions, picture: Any, each: P
     hidden = [np.empty((0, classifier.features), stored)]
     pooled = [np.empty((0, classifier.pooled_features), stored)]
     row = 0
-    for seen, last in network.features(regions, picture, each.boxes):
+    for seen, last in network.features(regions, image, each.boxes):
         pooled.append(seen[kept[row : row + len(seen)].to(seen.device)].cpu().numpy().astype(stored))
         hidden.append(last.cpu().numpy().astype(stored))
         row += len(seen)
     targets = bx.encode(torch.from_numpy(objects.boxes)[each.matched], each.boxes[each.kept])
-    return PictureRegions(
+    return ImageRegions(
         each.boxes.numpy(), each.labels.numpy().astype(np.int32), each.overlaps.numpy(), np.concatenate(hidden),
         np.concatenate(pooled), objects.labels[each.matched.numpy()].astype(np.int32), targets.numpy(),
     )
@@ -250,8 +251,8 @@ class SoftmaxAndBoxes:
 
     def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor,
                    size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what ``detections_of`` makes of them."""
-        return detections_of(scores, deltas, boxes, size, self.rule)
+        """Return what ``postprocess_detections`` makes of them."""
+        return postprocess_detections(scores, deltas, boxes, size, self.rule)
 
 
 class SVMsAndBoxes(SoftmaxAndBoxes):
@@ -275,7 +276,7 @@ class SVMsAndBoxes(SoftmaxAndBoxes):
 
 def detect_regions(network: RegionNetwork, regions: Regions, outputs: Outputs, proposals: Path,
                    out: Path) -> dict[str, Any]:
-    """Score and refine the proposals of every test picture; write detections and return facts for the record."""
+    """Score and refine the proposals of every test image; write detections and return facts for the record."""
     config, dataset = network.config, network.dataset
     cached = CachedProposals(proposals, dataset, config.proposals)
     found: dict[str, Detections] = {}
@@ -284,9 +285,9 @@ def detect_regions(network: RegionNetwork, regions: Regions, outputs: Outputs, p
 
     def compute(id: str, prepared: Any) -> tuple[str, Detections, float]:
         started = time.perf_counter()
-        picture = regions.open(prepared)
+        image = regions.open(prepared)
         boxes = torch.from_numpy(cached.get(id)).to(network.device)
-        detections = _detections_in(network, regions, outputs, picture, boxes, dataset.size(id))
+        detections = _detections_in(network, regions, outputs, image, boxes, dataset.size(id))
         return id, detections, time.perf_counter() - started
 
     for id, detections, took in network.results(regions, dataset.ids, compute):
@@ -298,13 +299,13 @@ def detect_regions(network: RegionNetwork, regions: Regions, outputs: Outputs, p
         return {}
     write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
     recall = proposal_recall(covered, (config.proposals,))
-    return {"seconds_per_picture": round(seconds / max(len(found), 1), 5),
+    return {"seconds_per_image": round(seconds / max(len(found), 1), 5),
             "recall_at_0.5": float(recall.at(config.proposals)[0]), "average_recall": recall.average(config.proposals)}
 
 
-def _detections_in(network: RegionNetwork, regions: Regions, outputs: Outputs, picture: Any, boxes: Tensor,
+def _detections_in(network: RegionNetwork, regions: Regions, outputs: Outputs, image: Any, boxes: Tensor,
                    size: tuple[int, int]) -> Detections:
-    parts = [outputs(pooled, hidden) for pooled, hidden in network.features(regions, picture, boxes)]
+    parts = [outputs(pooled, hidden) for pooled, hidden in network.features(regions, image, boxes)]
     scores, deltas = (torch.cat(each) for each in zip(*parts, strict=True))
     result = outputs.detections(scores, deltas, boxes, size)
     return Detections(*(each.cpu().numpy() for each in result))

@@ -9,7 +9,7 @@ from altopt.datasets.dataset import DataConfig
 
 @dataclass(frozen=True, kw_only=True)
 class OnTrainSplit:
-    """A stage that reads the training split, and whose pictures several processes divide."""
+    """A stage that reads the training split, and whose images several processes divide."""
 
     split: ClassVar[str] = "train"
     divided: ClassVar[bool] = True

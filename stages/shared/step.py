@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from altopt.errors import UsageError
-from altopt.machine.distributed import Ranks
+from altopt.machine.distributed import SingleProcess
 
 Split = Literal["train", "test"]
 SUFFIXES = {
     "M": ".safetensors", "P": ".h5", "D": ".json",
-    "F": ".h5",  # features, of pictures or of regions
+    "F": ".h5",  # features, of images or of regions
     "S": ".safetensors", "R": ".safetensors",  # SVMs and box regressors
     "T": ".h5",  # proposals of the test split
 }
@@ -77,7 +77,7 @@ def split_of(artifact: str) -> Split:
     return "train" if artifact.startswith("P") else "test"
 
 
-def unheard(event: dict[str, Any]) -> None:
+def ignore_event(event: dict[str, Any]) -> None:
     """Take a report that nobody wants to see."""
 
 
@@ -94,17 +94,17 @@ class Runtime:
     deterministic: bool = False  # sums in a fixed order on CUDA too (altopt/machine/determinism.py)
     inputs_key: str = ""  # hashes of the inputs: a snapshot made from others is not resumed
     data_digest: str = ""  # of the split that the stage reads, for what it writes down
-    report: Callable[[dict[str, Any]], None] = unheard
-    ranks: Ranks = field(default_factory=Ranks)
+    report: Callable[[dict[str, Any]], None] = ignore_event
+    ranks: SingleProcess = field(default_factory=SingleProcess)
 
     @property
     def readers(self) -> int:
-        """Return how many threads read pictures ahead; 0: they are read when they are needed."""
+        """Return how many threads read images ahead; 0: they are read when they are needed."""
         return 1 if self.workers is None else self.workers
 
     @property
     def searchers(self) -> int:
-        """Return how many processes search pictures: one for each processor that there is, unless workers are given."""
+        """Return how many processes search images: one for each processor that there is, unless workers are given."""
         if self.workers is not None:
             return self.workers
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

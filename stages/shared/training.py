@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from altopt.batches.local_batches import LocalBatches
 from altopt.batches.reading import BatchOrder, Entry
 from altopt.batches.samples import Batch, Sample, read_sample, stacked_maps
-from altopt.batches.sampling import RoIRule, RoISampling, has_samples
-from altopt.batches.slices import Slices
+from altopt.batches.sampling import RoISampling, RoIThresholds, has_samples
 from altopt.config import NetworkConfig, TrainingConfig
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
-from altopt.machine.distributed import Ranks
+from altopt.machine.distributed import SingleProcess
 from altopt.machine.interruption import Stop, deferred_signals
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN
@@ -61,7 +61,7 @@ def require_network(path: Path, description: dict[str, Any], network: NetworkCon
 
 
 def require_same_frame(path: Path, description: dict[str, Any], network: NetworkConfig) -> None:
-    """Raise ``ArtifactError`` unless an RPN was trained with the anchors and picture sizes of the config."""
+    """Raise ``ArtifactError`` unless an RPN was trained with the anchors and image sizes of the config."""
     held = description.get("network", {})
     for name, value in json.loads(json.dumps(asdict(network))).items():
         if held.get(name) != value:
@@ -83,7 +83,7 @@ class Training:
         self._frozen: list[str] = []
 
     def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
-        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are drawn anew.
+        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are re-initialised.
 
         ``parts`` are those that the stage trains or runs; only they are worth a report.
         """
@@ -98,7 +98,7 @@ class Training:
         return network
 
     def classifier(self, levels: Sequence[int] = ()) -> RegionClassifier:
-        """Return a region classifier with the initial weights; its head, and what does not fit, is drawn anew."""
+        """Return a region classifier with the initial weights; its head, and what does not fit, is re-initialised."""
         classifier = RegionClassifier(self.config.network, len(self.dataset.classes), levels)
         drawn = classifier.fill(self.tensors, generator(*self.key, "weights"), fresh=("head",))
         self.runtime.report({"event": "weights", "drawn": drawn})
@@ -112,14 +112,14 @@ class Training:
         freeze(network, self._frozen)
 
     def entries(self) -> list[Entry]:
-        """Return every picture of the training split, and with ``flips`` its mirror image."""
+        """Return every image of the training split, and with ``flips`` its mirror image."""
         return entries_of(self.dataset, self.dataset.ids, self.config.flips)
 
     def run(self, conv: nn.Sequential, module: nn.Module, entries: list[Entry],
             cached: "CachedProposals | None") -> dict[str, Any]:
-        """Train the module on the entries' pictures, and return facts for the record.
+        """Train the module on the entries' images, and return facts for the record.
 
-        Where that pays, what the frozen ones of the conv layers make of the pictures is stored and read in their place;
+        Where that pays, what the frozen ones of the conv layers make of the images is stored and read in their place;
         to build that store counts as training.
         """
         with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime, layers=frozen_depth(conv),
@@ -135,7 +135,7 @@ class Training:
 
     def run_at_scales(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None",
                       frames: Sequence[NetworkConfig]) -> dict[str, Any]:
-        """Do what ``run`` does with pictures in one of the frames at each visit, and store nothing."""
+        """Do what ``run`` does with images in one of the frames at each visit, and store nothing."""
         def read(entry: Entry, iteration: int) -> Sample:
             frame = frames[self.scale(len(frames), entry, iteration)]
             return read_sample(self.dataset, entry.id, frame, flipped=entry.flipped,
@@ -144,14 +144,14 @@ class Training:
         return self.run_on(module, entries, read)
 
     def scale(self, count: int, entry: Entry, iteration: int) -> int:
-        """Return which of so many scales a picture has at this visit."""
+        """Return which of so many scales an image has at this visit."""
         random = generator(*self.key, "scale", iteration, entry.id, entry.flipped)
         return int(torch.randint(count, (), generator=random))
 
     def run_on(self, module: nn.Module, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
         """Do what ``run`` does, on samples that ``read(entry, iteration)`` makes, called from threads."""
         order = BatchOrder(entries, self.config.images_per_batch, *self.key)
-        slices = Slices(self.runtime.ranks, order) if self.runtime.ranks.count > 1 else None
+        slices = LocalBatches(self.runtime.ranks, order) if self.runtime.ranks.count > 1 else None
 
         def read_all(iteration: int) -> list[Sample]:
             return [read(entry, iteration) for entry in (slices or order)[iteration]]
@@ -176,7 +176,7 @@ class Training:
 
 
 def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, runtime: Runtime,
-             key: tuple[object, ...], device: torch.device, slices: Slices[Any] | None = None) -> dict[str, Any]:
+             key: tuple[object, ...], device: torch.device, slices: LocalBatches[Any] | None = None) -> dict[str, Any]:
     """Run the training loop with snapshots beside ``out`` and reports to the runtime; return facts for the record."""
     # What adds in a fixed order has to do so from the first iteration, and goes on from no other snapshot.
     exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
@@ -187,9 +187,9 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
 
     def keep_batch(batch: Batch, iteration: int) -> str:
         path = out.with_name(f"{out.stem}.diverged.safetensors")
-        pictures = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
+        images = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
         kept = {"images": batch.images} if batch.maps is None else {"features": stacked_maps(batch.maps)}
-        save_checkpoint(path, kept, {"iteration": iteration, "pictures": pictures})
+        save_checkpoint(path, kept, {"iteration": iteration, "images": images})
         return f" (its {'pixels' if batch.maps is None else 'feature maps'} are in {path.name})"
 
     with deferred_signals() as stop:
@@ -201,11 +201,11 @@ def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, ru
             "processes": runtime.ranks.count, **exact}
 
 
-def require_alike(stage: str, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+def require_alike(stage: str, tensors: dict[str, Tensor], ranks: SingleProcess) -> None:
     """Make sure that every rank ends with the same weights; if not, name the first layer that differs."""
     if ranks.count == 1:
         return
-    digests = ranks.gather({name: digest({name: tensor}) for name, tensor in tensors.items()})
+    digests = ranks.all_gather({name: digest({name: tensor}) for name, tensor in tensors.items()})
     for name in tensors:
         for rank, held in enumerate(digests):
             if held[name] != digests[0][name]:
@@ -231,7 +231,7 @@ class FileSnapshots:
     def load(self) -> tuple[int, dict[str, Tensor], float] | None:
         """Return what the last process of the same stage, inputs and config left; None if nothing fits."""
         found = load_snapshot(self.path, self.key)
-        if len(set(self.ranks.gather(found and found.iteration))) > 1:
+        if len(set(self.ranks.all_gather(found and found.iteration))) > 1:
             raise ArtifactError(f"{self.path.name} is not the same for all processes: let them share the run folder")
         if found is None:
             return None
@@ -240,7 +240,7 @@ class FileSnapshots:
 
     def due(self) -> bool:
         """Return whether to save now, or to stop."""
-        self.agreed.signal = self.ranks.greatest(self.stop.signal or 0) or None
+        self.agreed.signal = self.ranks.all_reduce_max(self.stop.signal or 0) or None
         return self.agreed.signal is not None or (self.ranks.first and self.clock.due())
 
     def save(self, iteration: int, tensors: dict[str, Tensor], seconds: float) -> None:
@@ -249,28 +249,28 @@ class FileSnapshots:
             with self.clock.writing():
                 save_snapshot(self.path, key=self.key, iteration=iteration, tensors=tensors, seconds=seconds)
         if self.agreed.signal is not None:
-            self.ranks.same(None)  # until it is written: a process that ends makes the launcher end the others
+            self.ranks.broadcast(None)  # until it is written: a process that ends makes the launcher end the others
             self.agreed.raise_it()
 
 
 class CachedProposals:
-    """A proposal file read picture by picture, cut to the ``limit`` best of each."""
+    """A proposal file read image by image, cut to the ``limit`` best of each."""
 
     def __init__(self, path: Path, dataset: Dataset, limit: int) -> None:
         self.file, self.limit = ProposalFile(path), limit
         held = set(self.file.image_ids)
         missing = [id for id in dataset.ids if id not in held]
         if missing:
-            raise ArtifactError(f"{path.name} has no proposals for picture {missing[0]} and {len(missing) - 1} others "
+            raise ArtifactError(f"{path.name} has no proposals for image {missing[0]} and {len(missing) - 1} others "
                                 f"of {dataset.name}: make it anew with altopt stage 2, or import one for this data set")
 
     def get(self, id: str) -> Any:
-        """Return a picture's boxes, float32 [K, 4] in the original frame, best first."""
+        """Return an image's boxes, float32 [K, 4] in the original frame, best first."""
         return self.file.get(id)[0][: self.limit]
 
 
 def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]:
-    """Return the entries of the pictures, each followed by its mirror image if ``flips``."""
+    """Return the entries of the images, each followed by its mirror image if ``flips``."""
     entries = []
     for id in ids:
         width, height = dataset.size(id)
@@ -279,20 +279,20 @@ def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]
 
 
 def roi_sampling(config: Any) -> RoISampling:
-    """Return how RoIs are drawn: each picture of a batch has an equal part of ``rois_per_batch``, and at least one."""
-    rule = RoIRule(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
+    """Return how RoIs are drawn: each image of a batch has an equal part of ``rois_per_batch``, and at least one."""
+    rule = RoIThresholds(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
     return RoISampling(rule, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction)
 
 
-def trainable_entries(training: Training, cached: CachedProposals, rule: RoIRule) -> tuple[list[Entry], int]:
-    """Return the entries of pictures with at least one foreground or background RoI, and how many have none."""
+def trainable_entries(training: Training, cached: CachedProposals, rule: RoIThresholds) -> tuple[list[Entry], int]:
+    """Return the entries of images with at least one foreground or background RoI, and how many have none."""
     dataset = training.dataset
     usable = [
         id for id in dataset.ids
         if has_samples(torch.from_numpy(cached.get(id)), torch.from_numpy(dataset.objects(id).usable().boxes), rule)
     ]
     if not usable:
-        raise ArtifactError("no picture has a foreground or background RoI: look at the proposals with altopt recall")
+        raise ArtifactError("no image has a foreground or background RoI: look at the proposals with altopt recall")
     return entries_of(dataset, usable, training.config.flips), len(dataset.ids) - len(usable)
 
 
@@ -302,13 +302,13 @@ def box_statistics(training: Training, cached: CachedProposals, kind: str, overl
     if kind == "fixed":
         return fixed_statistics(len(dataset.classes))
 
-    def pictures() -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    def images() -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         for id in dataset.ids:
             objects = dataset.objects(id).usable()
             yield (torch.from_numpy(cached.get(id)), torch.from_numpy(objects.boxes),
                    torch.from_numpy(objects.labels), dataset.size(id)[0])
 
-    return measure(pictures(), len(dataset.classes), overlap, training.config.flips)
+    return measure(images(), len(dataset.classes), overlap, training.config.flips)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

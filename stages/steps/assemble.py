@@ -32,7 +32,7 @@ def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, ru
     if not part(rpn_layers, "rpn"):
         raise ArtifactError(f"{rpn.name} has no RPN layers: give a network made by train_rpn or train_rpn_frozen_conv")
     if description.get("network") != rpn_description.get("network"):
-        raise ArtifactError(f"{detector.name} and {rpn.name} were made for different anchors or picture sizes: make "
+        raise ArtifactError(f"{detector.name} and {rpn.name} were made for different anchors or image sizes: make "
                             "both with one recipe")
     save_checkpoint(out, layers | part(rpn_layers, "rpn"), description)
     return {}

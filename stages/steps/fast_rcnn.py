@@ -23,7 +23,7 @@ SCALES = ("the network's short_side alone; Fast R-CNN, section 5.2, draws one of
 class FastRCNNConfig(TrainingConfig, OnTrainSplit):
     """How Fast R-CNN is trained: RoIs sampled by IoU, two losses (Fast R-CNN, section 2.3)."""
 
-    version: ClassVar[int] = 3  # each picture by itself
+    version: ClassVar[int] = 3  # each image by itself
     stores_maps: ClassVar[bool] = True
     iterations: int = sourced(40_000, SOLVER)
     images_per_batch: int = sourced(2, SAMPLING)
@@ -47,7 +47,7 @@ class FastRCNNConfig(TrainingConfig, OnTrainSplit):
 class TrainFastRCNN(FastRCNNConfig):
     """Stage 3, where the later conv blocks learn too."""
 
-    version: ClassVar[int] = 4  # each picture by itself
+    version: ClassVar[int] = 4  # each image by itself
     freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "Fast R-CNN, section 4.5; pfr: conv1_1 to conv2_2 at rate 0")
     scales: tuple[int, ...] = sourced((), SCALES)
     max_side: int = sourced(2000, "Fast R-CNN's config for five scales; one scale has the network's")
@@ -70,7 +70,7 @@ class TrainBoxLayer(FastRCNNConfig):
 class TrainFastRCNNFrozenConv(FastRCNNConfig):
     """Stage 6, where all conv layers stay as they are."""
 
-    version: ClassVar[int] = 4  # each picture by itself
+    version: ClassVar[int] = 4  # each image by itself
     outputs: Literal["draw-anew", "continue"] = sourced(
         "draw-anew", "pfr Python: cls_score and bbox_pred start anew (MATLAB starts from M2, whose outputs continue)")
 
@@ -129,7 +129,7 @@ def _train(name: str, init: Path, proposals: Path, out: Path, config: FastRCNNCo
     else:
         facts = training.run(network.conv, module, entries, cached)
     training.save(network, ["conv", "fc", "head"])
-    return facts | {"pictures_without_rois": unusable}
+    return facts | {"images_without_rois": unusable}
 
 
 def fast_rcnn_training(network: "FasterRCNN", config: FastRCNNConfig, key: tuple[object, ...]) -> "FastRCNNTraining":

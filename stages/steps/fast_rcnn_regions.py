@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from altopt.config import RegionDetectionRule, sourced
+from altopt.config import RegionDetectionSettings, sourced
 from stages.shared.detection import Detect, detect_split
 from stages.shared.split_config import OnTestSplit, OnTrainSplit
 from stages.shared.step import Runtime
@@ -27,7 +27,7 @@ class DetectOnProposals(Detect):
 
 def detect_on_proposals(detector: Path, proposals: Path, *, out: Path, config: DetectOnProposals,
                         runtime: Runtime) -> dict[str, Any]:
-    """Detect on the test split with a Fast R-CNN on proposals of other origin, the best of each picture."""
+    """Detect on the test split with a Fast R-CNN on proposals of other origin, the best of each image."""
     if config.scales:
         return _detect_at_scales(detector, proposals, out, config, runtime)
     return detect_split([(detector, ("conv", "fc", "head"))], out, config, runtime, proposals)
@@ -58,8 +58,8 @@ class CachePooledFeatures(OnTrainSplit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectWithSVMs(RegionDetectionRule, OnTestSplit):
-    """How pictures of the test split are detected on."""
+class DetectWithSVMs(RegionDetectionSettings, OnTestSplit):
+    """How images of the test split are detected on."""
 
     version: ClassVar[int] = 1
     region_area: ClassVar[int] = 1  # the same at one scale, whatever it is
@@ -68,7 +68,7 @@ class DetectWithSVMs(RegionDetectionRule, OnTestSplit):
 
 def cache_pooled_features(network: Path, proposals: Path, *, out: Path, config: CachePooledFeatures,
                           runtime: Runtime) -> dict[str, Any]:
-    """Cache fc7 of every region of the training split, pooled from the map of its whole picture."""
+    """Cache fc7 of every region of the training split, pooled from the map of its whole image."""
     from stages.shared.region_views import FreshPyramids
     from stages.shared.regions import FAST_RCNN, RegionNetwork, cache_regions
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from altopt.config import ProposalRule, TrainingConfig, sourced
+from altopt.config import ProposalSettings, TrainingConfig, sourced
 from stages.shared.split_config import OnTrainSplit
 from stages.shared.step import Runtime
 
@@ -20,13 +20,13 @@ PARTS = ("conv", "rpn", "fc", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointConfig(TrainingConfig, ProposalRule, OnTrainSplit):
+class JointConfig(TrainingConfig, ProposalSettings, OnTrainSplit):
     """How one network is trained with four losses on proposals that it makes as it learns.
 
     Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
     """
 
-    version: ClassVar[int] = 3  # each picture by itself
+    version: ClassVar[int] = 3  # each image by itself
     stores_maps: ClassVar[bool] = True
     iterations: int = sourced(70_000, SOLVER)
     images_per_batch: int = sourced(1, "pfr end2end (Caffe's iter_size 2 sums the gradients of two such batches)")
@@ -68,7 +68,7 @@ class TrainExactJoint(JointConfig):
         5000, "chosen: iterations without the coordinate path, and as many in which it rises in a straight line to its "
               "full share: an untrained RPN's boxes only carry noise; 0 is full from the start")
     coordinate_clip: float = sourced(
-        0.002, "chosen: bound on the norm, for each picture, of the loss's gradient per pixel of its proposals' "
+        0.002, "chosen: bound on the norm, for each image, of the loss's gradient per pixel of its proposals' "
                "coordinates. A quarter of what it is on shapes, where 150 steps in batches of four lost 40 % of the "
                "proposals' recall without a bound, and nothing with one of a quarter; 0 is none")
 
@@ -109,13 +109,13 @@ def joint_training(network: "FasterRCNN", config: JointConfig, path: "Coordinate
                    key: tuple[object, ...]) -> "JointTraining":
     """Return what the training loop trains: the network, from a batch to the four losses that the config asks for."""
     from altopt.models.joint import JointTraining
-    from altopt.models.rpn import RPNRule
+    from altopt.models.rpn import AnchorSampling
     from stages.shared.training import roi_sampling
 
     return JointTraining(
         network, proposals=config, path=path, key=key,
-        anchors=RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
-                        config.sigma, box_weight=1.0),
+        anchors=AnchorSampling(config.positive_iou, config.negative_iou, config.anchors_per_image,
+                               config.positive_fraction, config.sigma, box_weight=1.0),
         rois=roi_sampling(config),
         weights={"rpn_cls": config.rpn_cls_weight, "rpn_box": config.rpn_box_weight, "cls": config.cls_weight,
                  "box": config.box_weight},

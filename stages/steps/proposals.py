@@ -1,10 +1,10 @@
-"""Stages 2 and 5: what the RPN proposes on every training picture, cached on disk."""
+"""Stages 2 and 5: what the RPN proposes on every training image, cached on disk."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from altopt.config import ProposalRule, sourced
+from altopt.config import ProposalSettings, sourced
 from altopt.datasets.dataset import Dataset
 from stages.shared.split_config import OnTrainSplit
 from stages.shared.step import Runtime
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateProposals(ProposalRule, OnTrainSplit):
+class GenerateProposals(ProposalSettings, OnTrainSplit):
     """How the RPN's boxes are made into proposals."""
 
     version: ClassVar[int] = 2
-    images_per_batch: int = sourced(1, "pfr rpn_generate: one picture at a time")
+    images_per_batch: int = sourced(1, "pfr rpn_generate: one image at a time")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
 
 
 def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> dict[str, Any]:
-    """Cache the RPN's proposals for every training picture, upright only.
+    """Cache the RPN's proposals for every training image, upright only.
 
-    Training has left a store of what the frozen ones of the conv layers make of the pictures, unless it did without.
+    Training has left a store of what the frozen ones of the conv layers make of the images, unless it did without.
     """
     from cache.files import sha256_file
     from cache.proposals import ProposalWriter
@@ -38,7 +38,7 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     inference = Inference([(rpn, ("conv", "rpn"))], config, runtime, split="train")
     network = inference.networks[0]
     count = 0
-    settings = {field.name: getattr(config, field.name) for field in fields(ProposalRule)}
+    settings = {field.name: getattr(config, field.name) for field in fields(ProposalSettings)}
     settings |= {"network": asdict(config.network), "precision": config.precision}
     attributes = {"dataset": runtime.data_digest, "model": sha256_file(rpn), "settings": settings}
     store = FeatureStore(out, network.conv, config.network, inference.dataset, runtime, precision=config.precision,
@@ -54,14 +54,14 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
             for id, boxes, scores in found:
                 writer.append(id, boxes, scores)
                 count += len(scores)
-    pictures = len(inference.dataset.ids)
-    return {"pictures": pictures, "proposals": count, "per_picture": round(count / max(pictures, 1), 1),
+    images = len(inference.dataset.ids)
+    return {"images": images, "proposals": count, "per_image": round(count / max(images, 1), 1),
             **store.facts}
 
 
 def proposed(network: "FasterRCNN", batch: "Batch", dataset: Dataset,
-             rule: ProposalRule) -> "list[tuple[str, np.ndarray, np.ndarray]]":
-    """Return each picture's id, proposals float32 [K, 4] in the original frame, and scores float32 [K]."""
+             rule: ProposalSettings) -> "list[tuple[str, np.ndarray, np.ndarray]]":
+    """Return each image's id, proposals float32 [K, 4] in the original frame, and scores float32 [K]."""
     from altopt.batches.samples import to_original
     from altopt.models.detector import propose_on
     from altopt.models.frozen import frozen_features

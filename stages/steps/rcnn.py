@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from altopt.config import RegionDetectionRule, TrainingConfig, sourced
+from altopt.config import RegionDetectionSettings, TrainingConfig, sourced
 from stages.shared.split_config import OnTestSplit, OnTrainSplit
 from stages.shared.step import Runtime
 
@@ -19,14 +19,14 @@ class TrainOnWarpedRegions(TrainingConfig, OnTrainSplit):
     version: ClassVar[int] = 2  # halves of a batch by themselves
     iterations: int = sourced(70_000, "R-CNN's own models; it saturates near 40,000")
     lr_steps: tuple[int, ...] = sourced((20_000, 40_000, 60_000), SOLVER)
-    images_per_batch: int = sourced(16, "chosen: R-CNN draws each region from any picture, at a reading for each")
+    images_per_batch: int = sourced(16, "chosen: R-CNN draws each region from any image, at a reading for each")
     crop_side: int = sourced(227, "R-CNN, section 2.1")
     rois_per_batch: int = sourced(128, "R-CNN, section 2.3")
     fg_fraction: float = sourced(0.25, "R-CNN, section 2.3: 32 of 128")
     fg_iou: float = sourced(0.5, "R-CNN, section 2.3")
     bg_iou_high: float = sourced(0.5, "R-CNN, section 2.3")
     bg_iou_low: float = sourced(0.0, "R-CNN, section 2.3")
-    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
+    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions an image")
     dropout: float = sourced(0.5, "as AlexNet has it after fc6 and fc7")
     freeze: tuple[str, ...] = sourced((), "R-CNN fine-tunes all layers")
 
@@ -36,7 +36,7 @@ class CacheWarpedFeatures(OnTrainSplit):
     """Features of every region of the training split."""
 
     version: ClassVar[int] = 1
-    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions a picture")
+    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions an image")
     regressor_iou: float = sourced(0.6, "R-CNN, appendix C: proposals above it train box regressors")
     stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
@@ -44,8 +44,8 @@ class CacheWarpedFeatures(OnTrainSplit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectRCNN(RegionDetectionRule, OnTestSplit):
-    """How pictures of the test split are detected on."""
+class DetectRCNN(RegionDetectionSettings, OnTestSplit):
+    """How images of the test split are detected on."""
 
     version: ClassVar[int] = 1
     rois_at_once: int = sourced(128, "chosen: bounds the memory")
@@ -75,7 +75,7 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
 
     facts = training.run_on(module, entries, read)
     training.save(classifier, ["conv", "fc", "head"], method=METHOD, crop_side=config.crop_side)
-    return facts | {"pictures_without_rois": unusable}
+    return facts | {"images_without_rois": unusable}
 
 
 def cache_warped_features(network: Path, proposals: Path, *, out: Path, config: CacheWarpedFeatures,

@@ -34,7 +34,7 @@ class RPNConfig(TrainingConfig, OnTrainSplit):
 class TrainRPN(RPNConfig):
     """Stage 1, where the later conv blocks learn too."""
 
-    version: ClassVar[int] = 3  # each picture by itself
+    version: ClassVar[int] = 3  # each image by itself
     freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "pfr stage1_rpn_train.pt: conv1_1 to conv2_2 at rate 0")
 
 
@@ -42,7 +42,7 @@ class TrainRPN(RPNConfig):
 class TrainRPNFrozenConv(RPNConfig):
     """Stage 4, where all conv layers stay as they are."""
 
-    version: ClassVar[int] = 3  # each picture by itself
+    version: ClassVar[int] = 3  # each image by itself
 
 
 def train_rpn(init: Path, *, out: Path, config: TrainRPN, runtime: Runtime) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def _train(init: Path, out: Path, config: RPNConfig, runtime: Runtime,
 
 def rpn_training(network: "FasterRCNN", config: RPNConfig, key: tuple[object, ...]) -> "RPNTraining":
     """Return what the training loop trains: conv layers and RPN, from a batch to the two losses of the config."""
-    from altopt.models.rpn import RPNRule, RPNTraining
+    from altopt.models.rpn import AnchorSampling, RPNTraining
 
-    rule = RPNRule(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
+    rule = AnchorSampling(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
                    config.sigma, config.box_weight)
     return RPNTraining(network.conv, network.rpn, rule, key)

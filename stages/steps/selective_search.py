@@ -1,6 +1,6 @@
 """Selective search on a whole split, as R-CNN and Fast R-CNN have their proposals from: P0 and T0.
 
-Pictures are searched by processes, what they find is kept in a journal and written in the split's order.
+Images are searched by processes, what they find is kept in a journal and written in the split's order.
 """
 
 import os
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Found = tuple[str, list[list[int]], list[int]]  # picture id, x y width height, width and height that they are in
+Found = tuple[str, list[list[int]], list[int]]  # image id, x y width height, width and height that they are in
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveSearch:
-    """How selective search proposes on the training split; ``min_side`` is in pixels of the original picture."""
+    """How selective search proposes on the training split; ``min_side`` is in pixels of the original image."""
 
     version: ClassVar[int] = 1
     split: ClassVar[Literal["train", "test"]] = "train"
     table: ClassVar[str] = "selective_search"
     data: DataConfig
     mode: Literal["fast", "quality"] = sourced("fast", "R-CNN, section 2.2; Fast R-CNN's boxes are of this mode")
-    search_side: int = sourced(0, "shorter side of the picture that is searched, 0: as it is (R-CNN: 500 px wide)")
+    search_side: int = sourced(0, "shorter side of the image that is searched, 0: as it is (R-CNN: 500 px wide)")
     proposals: int = sourced(2000, "R-CNN, section 2.2: around 2000")
     min_side: float = sourced(20.0, "R-CNN's selective_search_boxes.m: minBoxWidth")
     search_seed: int = sourced(3, "pfr RNG_SEED")
@@ -47,12 +47,12 @@ class SelectiveSearchTest(SelectiveSearch):
 
 
 def selective_search(*, out: Path, config: SelectiveSearch, runtime: Runtime) -> dict[str, Any]:
-    """Propose by selective search on every training picture; scores are ranks."""
+    """Propose by selective search on every training image; scores are ranks."""
     return _propose_on_split(out, config, runtime)
 
 
 def selective_search_test(*, out: Path, config: SelectiveSearchTest, runtime: Runtime) -> dict[str, Any]:
-    """Propose by selective search on every test picture; scores are ranks."""
+    """Propose by selective search on every test image; scores are ranks."""
     return _propose_on_split(out, config, runtime)
 
 
@@ -84,10 +84,10 @@ def _propose_on_split(out: Path, config: SelectiveSearch, runtime: Runtime) -> d
             boxes = to_proposals(found, dataset.size(found[0]), config)
             writer.append(found[0], boxes, rank_scores(len(boxes)))
             count += len(boxes)
-            runtime.report({"event": "pictures", "done": done, "total": len(dataset.ids)})
+            runtime.report({"event": "images", "done": done, "total": len(dataset.ids)})
     journal.remove()
-    pictures = len(dataset.ids)
-    return {"pictures": pictures, "proposals": count, "per_picture": round(count / max(pictures, 1), 1)}
+    images = len(dataset.ids)
+    return {"images": images, "proposals": count, "per_image": round(count / max(images, 1), 1)}
 
 
 def to_proposals(found: Found, size: tuple[int, int], config: SelectiveSearch) -> "NDArray[np.float32]":
@@ -97,15 +97,15 @@ def to_proposals(found: Found, size: tuple[int, int], config: SelectiveSearch) -
     _, rows, searched = found
     boxes = np.array(rows, np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    boxes *= np.tile(size, 2)  # multiplied before it is divided, so that the picture's edge stays where it is
+    boxes *= np.tile(size, 2)  # multiplied before it is divided, so that the image's edge stays where it is
     boxes /= np.tile(searched, 2)
     large = (boxes[:, 2:] - boxes[:, :2] >= config.min_side).all(1)
     return boxes[large][: config.proposals].astype(np.float32)
 
 
 def _found(dataset: Dataset, config: SelectiveSearch, journal: Any, workers: int) -> Iterator[Found]:
-    """Give what is found in each picture of the split, in order: first what the journal kept, then the rest, kept."""
-    from altopt.batches.reading import Ahead
+    """Give what is found in each image of the split, in order: first what the journal kept, then the rest, kept."""
+    from altopt.batches.reading import Prefetcher
 
     done = 0
     for found in journal.kept():
@@ -113,7 +113,7 @@ def _found(dataset: Dataset, config: SelectiveSearch, journal: Any, workers: int
         yield found
     left = dataset.ids[done:]
     with (_processes(min(workers, len(left))) as processes,
-          Ahead(lambda id: _find(dataset, id, config, processes), left, workers) as ahead):
+          Prefetcher(lambda id: _find(dataset, id, config, processes), left, workers) as ahead):
         for found in ahead:
             journal.append(found)
             yield found

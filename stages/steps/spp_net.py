@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from altopt.config import NetworkConfig, RegionDetectionRule, TrainingConfig, sourced
+from altopt.config import NetworkConfig, RegionDetectionSettings, TrainingConfig, sourced
 from stages.shared.split_config import OnTestSplit, OnTrainSplit
 from stages.shared.step import Runtime
 
@@ -16,7 +16,7 @@ METHOD = "spp_net"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConvFeatures(OnTrainSplit):
-    """Feature maps of the last conv layer for every training picture, its mirror image, and every scale."""
+    """Feature maps of the last conv layer for every training image, its mirror image, and every scale."""
 
     version: ClassVar[int] = 2
     scales: tuple[int, ...] = sourced((688,), SCALES)
@@ -27,19 +27,19 @@ class CacheConvFeatures(OnTrainSplit):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFCLayers(TrainingConfig, OnTrainSplit):
-    """Fine-tuning of fc6, fc7 and a softmax on stored maps; each picture at a scale drawn at random."""
+    """Fine-tuning of fc6, fc7 and a softmax on stored maps; each image at a scale drawn at random."""
 
     version: ClassVar[int] = 2  # halves of a batch by themselves
     iterations: int = sourced(90_000, f"{SCRIPT}: rates 1e-3, 1e-4, 1e-5 for 30,000 each (its limit is 200,000)")
     lr_steps: tuple[int, ...] = sourced((30_000, 60_000), SCRIPT)
-    images_per_batch: int = sourced(4, "chosen: SPP-net draws each region from any picture, at a reading for each")
+    images_per_batch: int = sourced(4, "chosen: SPP-net draws each region from any image, at a reading for each")
     levels: tuple[int, ...] = sourced((6, 3, 2, 1), "SPP-net, section 4.1: 50 bins")
     rois_per_batch: int = sourced(128, SCRIPT)
     fg_fraction: float = sourced(0.25, SCRIPT)
     fg_iou: float = sourced(0.5, SCRIPT)
     bg_iou_high: float = sourced(0.5, SCRIPT)
     bg_iou_low: float = sourced(0.1, SCRIPT)
-    proposals: int = sourced(2000, "SPP-net, section 4.1: around 2000 regions a picture")
+    proposals: int = sourced(2000, "SPP-net, section 4.1: around 2000 regions an image")
     dropout: float = sourced(0.5, "as AlexNet has it after fc6 and fc7")
 
 
@@ -49,7 +49,7 @@ class CacheRegionFeatures(OnTrainSplit):
 
     version: ClassVar[int] = 1
     region_area: int = sourced(224 * 224, AREA)
-    proposals: int = sourced(2000, "SPP-net, section 4.1: around 2000 regions a picture")
+    proposals: int = sourced(2000, "SPP-net, section 4.1: around 2000 regions an image")
     regressor_iou: float = sourced(0.5, f"{SCRIPT}: proposals above it train box regressors")
     stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
     precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
@@ -57,8 +57,8 @@ class CacheRegionFeatures(OnTrainSplit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectSPPNet(RegionDetectionRule, OnTestSplit):
-    """How pictures of the test split are detected on."""
+class DetectSPPNet(RegionDetectionSettings, OnTestSplit):
+    """How images of the test split are detected on."""
 
     version: ClassVar[int] = 1
     scales: tuple[int, ...] = sourced((688,), SCALES)
@@ -68,7 +68,7 @@ class DetectSPPNet(RegionDetectionRule, OnTestSplit):
 
 
 def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, runtime: Runtime) -> dict[str, Any]:
-    """Cache the conv layers' map of every training picture, upright and mirrored, at every scale."""
+    """Cache the conv layers' map of every training image, upright and mirrored, at every scale."""
     from altopt.batches.samples import Sample, read_sample
     from cache.checkpoints import digest
     from cache.features import FeatureMapWriter, MapKey
@@ -122,7 +122,7 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
 
         facts = training.run_on(module, entries, read)
     training.save(classifier, ["conv", "fc", "head"], method=METHOD, levels=list(config.levels))
-    return facts | {"pictures_without_rois": unusable}
+    return facts | {"images_without_rois": unusable}
 
 
 def cache_region_features(network: Path, maps: Path, proposals: Path, *, out: Path, config: CacheRegionFeatures,

@@ -4,19 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from altopt.config import SVMRule, sourced
+from altopt.config import SVMSettings, sourced
 from stages.shared.step import Runtime
 
 PENALTY = {"rcnn": 1000.0, "spp_net": 4000.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSVMs(SVMRule):
-    """One SVM for each class, in one pass of hard negative mining over the pictures."""
+class TrainSVMs(SVMSettings):
+    """One SVM for each class, in one pass of hard negative mining over the images."""
 
     version: ClassVar[int] = 1
     norm_target: float = sourced(20.0, "R-CNN rcnn_scale_features: mean norm of features")
-    norm_pictures: int = sourced(100, "py-faster-rcnn train_svms: pictures that the mean is measured on")
+    norm_images: int = sourced(100, "py-faster-rcnn train_svms: images that the mean is measured on")
     seed: int = sourced(3, "pfr RNG_SEED")
 
 
@@ -33,7 +33,7 @@ class TrainRegressors:
 
 
 def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime) -> dict[str, Any]:
-    """Train a linear SVM for each class, mining hard negatives picture by picture."""
+    """Train a linear SVM for each class, mining hard negatives image by image."""
     import numpy as np
     import torch
 
@@ -48,9 +48,9 @@ def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime
         scale = _svm_scale(file, config)
         svms = [MinedSVM(rows * scale, config, seed_of(config.seed, "svm", name) % 2**31)
                 for name, rows in zip(file.classes, _positives(file), strict=True)]
-        for picture in range(len(file)):
-            mine(svms, file.features(picture) * scale, file.rows("overlaps", picture))
-            runtime.report({"event": "pictures", "done": picture + 1, "total": len(file)})
+        for image in range(len(file)):
+            mine(svms, file.features(image) * scale, file.rows("overlaps", image))
+            runtime.report({"event": "images", "done": image + 1, "total": len(file)})
         for svm in svms:
             svm.train()
         zeros = np.zeros(file.width("features"), np.float32)
@@ -89,7 +89,7 @@ def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runt
 
                 targets = torch.from_numpy(file.pooled_targets(own))
                 weights[label], biases[label] = fit_box_ridge(blocks, targets, penalty, config.whitening_floor)
-            runtime.report({"event": "pictures", "done": label + 1, "total": len(file.classes), "what": "classes"})
+            runtime.report({"event": "images", "done": label + 1, "total": len(file.classes), "what": "classes"})
         save_checkpoint(out, {"weights": weights * scale, "biases": biases}, describe_features(file.attributes))
         unseen = len(file.classes) - len(np.unique(labels))
     return {"regions": len(labels), "ridge": penalty, "feature_scale": scale, "classes_without_regions": unseen,
@@ -100,20 +100,20 @@ def _positives(file: Any) -> list[Any]:
     """Return the features of every class's objects, float32 [P, D] for each class."""
     import numpy as np
 
-    found = [file.objects(picture) for picture in range(len(file))]
+    found = [file.objects(image) for image in range(len(file))]
     width = file.width("features")
     return [np.concatenate([np.empty((0, width), np.float32)] + [rows[labels == label] for labels, rows in found])
             for label in range(len(file.classes))]
 
 
 def _svm_scale(file: Any, config: TrainSVMs) -> float:
-    """Return the factor that brings the mean norm of fc7, over some pictures' regions, to the target."""
+    """Return the factor that brings the mean norm of fc7, over some images' regions, to the target."""
     import numpy as np
 
     from altopt.training.svm import feature_scale
 
-    norms = [np.linalg.norm(file.features(picture), axis=1)
-             for picture in _some(len(file), config.norm_pictures, config.seed)]
+    norms = [np.linalg.norm(file.features(image), axis=1)
+             for image in _some(len(file), config.norm_images, config.seed)]
     return feature_scale(np.concatenate([np.empty(0, np.float32), *norms]), config.norm_target)
 
 

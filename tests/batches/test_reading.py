@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from altopt.batches.reading import Ahead, BatchOrder, Entry
+from altopt.batches.reading import BatchOrder, Entry, Prefetcher
 
 
 def entries(landscape: int, portrait: int) -> list[Entry]:
@@ -63,7 +63,7 @@ def test_epochs_differ():
 
 
 def test_leftovers_are_other_entries_each_time():
-    """Otherwise the same pictures would always meet in the mixed or the short batch."""
+    """Otherwise the same images would always meet in the mixed or the short batch."""
     order = BatchOrder(entries(9, 0), 2, 3)
     short = {one[0].id for number in range(40) for one in epoch(order, number) if len(one) == 1}
     assert len(short) > 5
@@ -82,7 +82,7 @@ def test_results_come_in_order(workers):
         time.sleep(0.02 if k == 0 else 0)
         return k * k
 
-    with Ahead(slow_first, range(20), workers) as ahead:
+    with Prefetcher(slow_first, range(20), workers) as ahead:
         assert list(ahead) == [k * k for k in range(20)]
         with pytest.raises(StopIteration):
             next(ahead)
@@ -90,7 +90,7 @@ def test_results_come_in_order(workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_to_do(workers):
-    with Ahead(str, [], workers) as ahead:
+    with Prefetcher(str, [], workers) as ahead:
         assert list(ahead) == []
 
 
@@ -101,7 +101,7 @@ def test_an_exception_arrives_in_its_turn_and_as_it_is(workers):
             raise KeyError("five")
         return k
 
-    with Ahead(broken_at_five, range(9), workers) as ahead:
+    with Prefetcher(broken_at_five, range(9), workers) as ahead:
         assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
         with pytest.raises(KeyError, match="five"):
             next(ahead)
@@ -109,7 +109,7 @@ def test_an_exception_arrives_in_its_turn_and_as_it_is(workers):
 
 def test_it_reads_ahead_but_not_without_end():
     made = []
-    with Ahead(made.append, range(10_000), 2) as ahead:
+    with Prefetcher(made.append, range(10_000), 2) as ahead:
         next(ahead)
         deadline = time.monotonic() + 5
         while len(made) < 5 and time.monotonic() < deadline:
@@ -119,9 +119,9 @@ def test_it_reads_ahead_but_not_without_end():
 
 
 def test_work_is_done_by_threads_or_in_place():
-    with Ahead(lambda k: threading.current_thread().name, range(3), 2) as ahead:
+    with Prefetcher(lambda k: threading.current_thread().name, range(3), 2) as ahead:
         assert all(name.startswith("altopt-reader") for name in ahead)
-    with Ahead(lambda k: threading.current_thread().name, range(3), 0) as ahead:
+    with Prefetcher(lambda k: threading.current_thread().name, range(3), 0) as ahead:
         assert set(ahead) == {threading.current_thread().name}
 
 
@@ -130,7 +130,7 @@ def test_closing_drops_the_rest_and_leaves_no_thread(workers):
     before, made = threading.active_count(), []
 
     def interrupted() -> None:
-        with Ahead(made.append, range(1000), workers) as ahead:
+        with Prefetcher(made.append, range(1000), workers) as ahead:
             next(ahead)
             raise InterruptedError
 
@@ -150,7 +150,7 @@ def test_closing_waits_for_what_runs_and_cancels_what_is_queued():
         if k:
             gate.wait(10)
 
-    ahead = Ahead(held, range(1000), 1)
+    ahead = Prefetcher(held, range(1000), 1)
     next(ahead)  # 1 now runs or will, 2 is queued
     while len(started) < 2:
         time.sleep(0.001)
@@ -163,6 +163,6 @@ def test_closing_waits_for_what_runs_and_cancels_what_is_queued():
 
 
 def test_waiting_is_measured():
-    with Ahead(time.sleep, [0.03, 0.03], 0) as ahead:
+    with Prefetcher(time.sleep, [0.03, 0.03], 0) as ahead:
         list(ahead)
         assert 0.06 <= ahead.waited < 2

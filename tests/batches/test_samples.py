@@ -17,21 +17,21 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class OnePicture:
-    """A data set of one picture, black with its objects painted white."""
+class OneImage:
+    """A data set of one image, black with its objects painted white."""
 
     width: int
     height: int
     boxes: list[list[float]]
     difficult: list[int] = field(default_factory=list)
 
-    def image(self, picture_id: str) -> np.ndarray:
+    def image(self, image_id: str) -> np.ndarray:
         image = np.zeros((self.height, self.width, 3), dtype=np.uint8)
         for x1, y1, x2, y2 in np.array(self.boxes, dtype=int).reshape(-1, 4):
             image[y1:y2, x1:x2] = 255
         return image
 
-    def objects(self, picture_id: str) -> Objects:
+    def objects(self, image_id: str) -> Objects:
         count = len(self.boxes)
         difficult = np.isin(np.arange(count), self.difficult)
         boxes = np.array(self.boxes, dtype=np.float32).reshape(-1, 4)
@@ -61,7 +61,7 @@ def test_short_side_600_unless_the_long_one_passes_1000(size, expected):
     assert min(size) * scale == pytest.approx(600) or max(size) * scale == pytest.approx(1000)
 
 
-def test_a_picture_of_the_right_size_stays_as_it_is():
+def test_a_image_of_the_right_size_stays_as_it_is():
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     assert resized(image, 1.0) is image
 
@@ -80,63 +80,63 @@ BOX = [12.0, 6.0, 20.0, 16.0]
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("short_side", [40, 80, 60])
 def test_boxes_cover_the_painted_pixels(flipped, short_side):
-    sample = read_sample(OnePicture(64, 40, [BOX]), "one", frame(short_side), flipped=flipped,
+    sample = read_sample(OneImage(64, 40, [BOX]), "one", frame(short_side), flipped=flipped,
                          proposals=np.array([BOX], dtype=np.float32))
     assert sample.scale == short_side / 40
     bright = (sample.pixels[0] > 127)
     rows, columns = torch.nonzero(bright, as_tuple=True)
     painted = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    assert sample.objects.tolist() == [[float(edge) for edge in painted]]
-    assert torch.equal(sample.proposals, sample.objects)
+    assert sample.gt_boxes.tolist() == [[float(edge) for edge in painted]]
+    assert torch.equal(sample.proposals, sample.gt_boxes)
     assert sample.flipped == flipped
     assert sample.size == (64 * short_side // 40, short_side)
 
 
-def test_the_mirror_image_is_the_picture_mirrored():
-    dataset = OnePicture(63, 40, [BOX, [0, 0, 1, 1]])
+def test_the_mirror_image_is_the_image_mirrored():
+    dataset = OneImage(63, 40, [BOX, [0, 0, 1, 1]])
     one, other = (read_sample(dataset, "one", frame(47), flipped=flipped) for flipped in (False, True))
     assert torch.equal(other.pixels, one.pixels.flip(2))
     assert not torch.equal(other.pixels, one.pixels)
-    assert torch.equal(other.classes, one.classes)
+    assert torch.equal(other.gt_labels, one.gt_labels)
 
 
 def test_difficult_objects_are_left_out_and_classes_follow_their_boxes():
-    sample = read_sample(OnePicture(64, 40, [BOX, [0, 0, 5, 5], [30, 20, 40, 30]], difficult=[1]), "one", frame(40))
-    assert sample.classes.tolist() == [0, 2]
-    assert sample.objects.tolist() == [BOX, [30, 20, 40, 30]]
+    sample = read_sample(OneImage(64, 40, [BOX, [0, 0, 5, 5], [30, 20, 40, 30]], difficult=[1]), "one", frame(40))
+    assert sample.gt_labels.tolist() == [0, 2]
+    assert sample.gt_boxes.tolist() == [BOX, [30, 20, 40, 30]]
 
 
-def test_a_picture_without_objects_and_proposals():
-    sample = read_sample(OnePicture(64, 40, []), "one", frame(80), flipped=True,
+def test_a_image_without_objects_and_proposals():
+    sample = read_sample(OneImage(64, 40, []), "one", frame(80), flipped=True,
                          proposals=np.zeros((0, 4), dtype=np.float32))
-    assert sample.objects.shape == sample.proposals.shape == (0, 4)
-    assert sample.classes.shape == (0,)
-    assert read_sample(OnePicture(64, 40, []), "one", frame(80)).proposals is None
+    assert sample.gt_boxes.shape == sample.proposals.shape == (0, 4)
+    assert sample.gt_labels.shape == (0,)
+    assert read_sample(OneImage(64, 40, []), "one", frame(80)).proposals is None
 
 
 def test_a_one_pixel_object_keeps_its_pixel():
-    sample = read_sample(OnePicture(64, 40, [[63, 39, 64, 40]]), "one", frame(120))
-    assert sample.objects.tolist() == [[189, 117, 192, 120]]
+    sample = read_sample(OneImage(64, 40, [[63, 39, 64, 40]]), "one", frame(120))
+    assert sample.gt_boxes.tolist() == [[189, 117, 192, 120]]
 
 
 def test_reading_changes_nothing_of_the_data_sets():
-    objects, proposals = OnePicture(64, 40, [BOX]).objects("one"), np.array([BOX], dtype=np.float32)
-    dataset = OnePicture(64, 40, [BOX])
-    dataset.objects = lambda picture_id: objects
+    objects, proposals = OneImage(64, 40, [BOX]).objects("one"), np.array([BOX], dtype=np.float32)
+    dataset = OneImage(64, 40, [BOX])
+    dataset.objects = lambda image_id: objects
     sample = read_sample(dataset, "one", frame(40), proposals=proposals)
-    sample.objects.add_(1)
+    sample.gt_boxes.add_(1)
     sample.proposals.add_(1)
     assert objects.boxes.tolist() == proposals.tolist() == [BOX]
 
 
 def test_to_original_is_the_inverse():
-    dataset = OnePicture(500, 333, [[0, 0, 500, 333], [17, 5, 18, 6], [100, 50, 333, 332]])
+    dataset = OneImage(500, 333, [[0, 0, 500, 333], [17, 5, 18, 6], [100, 50, 333, 332]])
     sample = read_sample(dataset, "one", frame(600, 1000))
-    back = to_original(sample.objects, sample, (500, 333))
+    back = to_original(sample.gt_boxes, sample, (500, 333))
     torch.testing.assert_close(back, torch.tensor(dataset.boxes, dtype=torch.float32))
 
 
-def test_to_original_cuts_at_the_pictures_edge():
+def test_to_original_cuts_at_the_images_edge():
     sample = sample_of(600, 901, 0, scale=600 / 333)
     back = to_original(torch.tensor([[-3.0, 0, 901, 600]]), sample, (500, 333))
     torch.testing.assert_close(back, torch.tensor([[0.0, 0, 500, 333]]))
@@ -154,7 +154,7 @@ def test_pixels_are_normalised_as_torchvisions_weights_expect():
     torch.testing.assert_close(batch.images[0, 1, 4, 7].item(), (pixels[1, 4, 7].item() / 255 - 0.456) / 0.224)
 
 
-def test_smaller_pictures_are_padded_right_and_below_with_the_mean_colour():
+def test_smaller_images_are_padded_right_and_below_with_the_mean_colour():
     batch = make_batch([sample_of(20, 40, 200), sample_of(30, 25, 90), sample_of(1, 1, 0)], CPU)
     assert batch.images.shape == (3, 3, 30, 40)
     for image, (height, width) in zip(batch.images, [(20, 40), (30, 25), (1, 1)], strict=True):
@@ -164,7 +164,7 @@ def test_smaller_pictures_are_padded_right_and_below_with_the_mean_colour():
         assert image[covered].ne(0).all()
 
 
-def test_a_picture_is_the_same_alone_and_in_a_batch():
+def test_a_image_is_the_same_alone_and_in_a_batch():
     small, large = sample_of(20, 30, 77), sample_of(40, 50, 200)
     alone, together = make_batch([small], CPU), make_batch([large, small], CPU)
     assert torch.equal(together.images[1, :, :20, :30], alone.images[0])
@@ -176,7 +176,7 @@ def test_a_batch_keeps_what_its_samples_say():
     given = sample_of(20, 30, 77, 1.5, objects=objects, proposals=proposals)
     moved = make_batch([given, sample_of(9, 9, 1)], CPU).samples
     assert (moved[0].id, moved[0].flipped, moved[0].scale) == ("one", False, 1.5)
-    assert torch.equal(moved[0].objects, objects)
+    assert torch.equal(moved[0].gt_boxes, objects)
     assert torch.equal(moved[0].proposals, proposals)
     assert moved[1].proposals is None
 
@@ -223,8 +223,8 @@ def test_everything_of_a_sample_is_pinned_or_moved(monkeypatch):
     assert sorted(pinned) == sorted(map(torch.Size, expected))
     pinned.clear()
     replace(sample, features=torch.zeros(5, 2, 2)).pinned()
-    assert sorted(pinned) == sorted(map(torch.Size, [*expected[:-1], (5, 2, 2)]))  # the picture is a single zero
+    assert sorted(pinned) == sorted(map(torch.Size, [*expected[:-1], (5, 2, 2)]))  # the image is a single zero
     moved = sample.moved(sample.pixels, torch.device("meta"))
-    tensors = [moved.objects, moved.classes, moved.proposals, moved.anchors.deltas, moved.rois.rois]
+    tensors = [moved.gt_boxes, moved.gt_labels, moved.proposals, moved.anchors.deltas, moved.rois.rois]
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.id, moved.scale, moved.rois.foreground) == ("one", 1.0, 2)

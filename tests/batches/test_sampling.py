@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from altopt.batches.sampling import (
-    RoIRule,
+    RoIThresholds,
     choose,
     has_samples,
     label_anchors,
     match_rois,
-    sample_anchors,
     sample_rois,
+    subsample_labels,
 )
 from altopt.machine.randomness import generator
 from altopt.ops import boxes as bx
 
-RULE = RoIRule(fg=0.5, bg_high=0.5, bg_low=0.0)
+RULE = RoIThresholds(fg=0.5, bg_high=0.5, bg_low=0.0)
 
 
 def boxes_in(count: int, seed: int, side: int, margin: int = 0) -> torch.Tensor:
@@ -125,16 +125,16 @@ def test_no_anchors_at_all():
 def test_sample_of_256_anchors(positives, negatives, expected):
     labels = torch.cat([torch.ones(positives), torch.zeros(negatives), -torch.ones(7)]).long()
     labels = labels[torch.randperm(len(labels), generator=generator("shuffled"))]
-    sampled = sample_anchors(labels, 256, 0.5, generator("draw"))
+    sampled = subsample_labels(labels, 256, 0.5, generator("draw"))
     assert ((sampled == 1).sum().item(), (sampled == 0).sum().item()) == expected
     used = sampled >= 0
     assert torch.equal(sampled[used], labels[used])
-    assert torch.equal(sampled, sample_anchors(labels, 256, 0.5, generator("draw")))
+    assert torch.equal(sampled, subsample_labels(labels, 256, 0.5, generator("draw")))
 
 
 def test_sampled_anchors_change_with_the_generator_and_reach_everywhere():
     labels = torch.zeros(1000, dtype=torch.int64)
-    draws = torch.stack([sample_anchors(labels, 256, 0.5, generator("draw", k)) for k in range(40)])
+    draws = torch.stack([subsample_labels(labels, 256, 0.5, generator("draw", k)) for k in range(40)])
     assert not torch.equal(draws[0], draws[1])
     assert (draws >= 0).any(dim=0).all()  # none is left out 40 times by chance: 0.744^40 = 7e-6
 
@@ -173,7 +173,7 @@ def far(count: int) -> torch.Tensor:
 
 
 def sampled(proposals: torch.Tensor, objects: torch.Tensor = OBJECTS, classes: torch.Tensor = CLASSES, *,
-            count: int = 64, rule: RoIRule = RULE, key: object = 0):
+            count: int = 64, rule: RoIThresholds = RULE, key: object = 0):
     return sample_rois(proposals, objects, classes, count=count, fg_fraction=0.25, rule=rule, generator=generator(key))
 
 
@@ -218,12 +218,12 @@ def test_background_begins_at_bg_low_and_ends_below_bg_high():
     objects, widths = torch.tensor([[0.0, 0, 100, 10]]), [50, 40, 10, 9]
     proposals = torch.tensor([*([0.0, 0, w, 10] for w in widths), [200, 0, 210, 10]])
     labels = torch.tensor([2])
-    low = sampled(proposals, objects, labels, rule=RoIRule(0.5, 0.5, 0.1), count=100)
+    low = sampled(proposals, objects, labels, rule=RoIThresholds(0.5, 0.5, 0.1), count=100)
     assert sorted(low.rois[low.labels == 0][:, 2].tolist()) == [10, 40]
     assert sorted(low.rois[low.labels == 3][:, 2].tolist()) == [50, 100]
     zero = sampled(proposals, objects, labels, count=100)
     assert sorted(zero.rois[zero.labels == 0][:, 2].tolist()) == [9, 10, 40, 210]
-    gap = sampled(proposals, objects, labels, rule=RoIRule(0.6, 0.45, 0.0), count=100)
+    gap = sampled(proposals, objects, labels, rule=RoIThresholds(0.6, 0.45, 0.0), count=100)
     assert 50 not in gap.rois[:, 2].tolist()  # neither foreground nor background
 
 
@@ -238,7 +238,7 @@ def test_without_objects_all_is_background():
     sample = sampled(far(100), OBJECTS[:0], CLASSES[:0])
     assert sample.labels.tolist() == [0] * 64
     assert not sample.deltas.any()
-    assert len(sampled(far(100), OBJECTS[:0], CLASSES[:0], rule=RoIRule(0.5, 0.5, 0.1)).labels) == 0
+    assert len(sampled(far(100), OBJECTS[:0], CLASSES[:0], rule=RoIThresholds(0.5, 0.5, 0.1)).labels) == 0
 
 
 def test_without_objects_and_proposals_there_is_no_sample():
@@ -255,10 +255,11 @@ def test_the_same_key_draws_the_same_rois_and_another_does_not():
 
 
 def test_has_samples_agrees_with_what_is_sampled():
-    low = RoIRule(0.5, 0.5, 0.1)
+    low = RoIThresholds(0.5, 0.5, 0.1)
     none, no_proposals = OBJECTS[:0], torch.zeros(0, 4)
     cases = [(far(5), OBJECTS, low), (no_proposals, OBJECTS, low), (no_proposals, none, low), (far(5), none, low),
-             (far(5), none, RULE), (no_proposals, none, RULE), (near(OBJECTS[0], 3), OBJECTS, RoIRule(1.1, 0.5, 0.1))]
+             (far(5), none, RULE), (no_proposals, none, RULE),
+             (near(OBJECTS[0], 3), OBJECTS, RoIThresholds(1.1, 0.5, 0.1))]
     found = [has_samples(*case) for case in cases]
     assert found == [True, True, False, False, True, False, False]
     for (proposals, objects, rule), any_sample in zip(cases, found, strict=True):

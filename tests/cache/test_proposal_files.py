@@ -123,7 +123,7 @@ def test_arrays_that_do_not_belong_together(path, boxes, scores):
         writer.append("a", boxes, scores)
 
 
-def test_picture_is_added_once(path):
+def test_image_is_added_once(path):
     with ProposalWriter(path, {}) as writer:
         writer.append("a", *proposals(1))
         with pytest.raises(ValueError, match="a was added before"):
@@ -163,9 +163,9 @@ def test_missing_file(path):
         ProposalFile(path)
 
 
-def test_missing_picture(path):
+def test_missing_image(path):
     write(path, [1])
-    with pytest.raises(ArtifactError, match=r"P1\.h5 cannot be used: it has no entry for picture 7: make it for this"):
+    with pytest.raises(ArtifactError, match=r"P1\.h5 cannot be used: it has no entry for image 7: make it for this"):
         ProposalFile(path).get("7")
 
 
@@ -198,8 +198,8 @@ def test_gzip_and_shuffle_are_read(path):
         ({"scores": np.float32(1)}, r"scores is float32 \[\]"),
         ({"image_ids": np.array([1, 2])}, r"image_ids is int64 \[2\], not text \[N\]"),
         ({"image_ids": np.array([b"\xff", b"a"])}, "image_ids is no UTF-8"),
-        ({"image_ids": ["a", "a"]}, "image_ids names a picture twice"),
-        ({"offsets": np.array([0, 3])}, "offsets has 2 entries for 2 pictures, not 3"),
+        ({"image_ids": ["a", "a"]}, "image_ids names an image twice"),
+        ({"offsets": np.array([0, 3])}, "offsets has 2 entries for 2 images, not 3"),
         ({"offsets": np.array([], np.int64)}, "offsets has 0 entries"),
         ({"offsets": np.array([0, 1, 3], np.int32)}, "offsets is int32"),
         ({"offsets": np.array([0, 1, 2])}, "offsets does not rise from 0 to the 3 rows"),
@@ -294,27 +294,27 @@ def test_damaged_file_is_an_artifact_error_or_the_same_schema(path):
         ((0, 0, 1, 1), np.nan, "is not finite"),
         ((5, 0, 4, 1), 1, "ends before it begins"),
         ((0, 5, 1, 4), 1, "ends before it begins"),
-        ((0, 0, 21.5, 1), 1, "lies outside its picture"),
-        ((0, 0, 1, 11.5), 1, "lies outside its picture"),
-        ((-1.5, 0, 1, 1), 1, "lies outside its picture"),
+        ((0, 0, 21.5, 1), 1, "lies outside its image"),
+        ((0, 0, 1, 11.5), 1, "lies outside its image"),
+        ((-1.5, 0, 1, 1), 1, "lies outside its image"),
     ],
 )
 def test_check_names_the_box(path, box, score, cause):
     boxes = np.array([[0, 0, 20, 10], box, [-0.5, 0, 20.5, 10.5]], np.float32)
     write_plain(path, boxes=boxes, scores=np.array([1, score, 1], np.float32))
-    with pytest.raises(ArtifactError, match=rf"P1\.h5 cannot be used: picture b: box \(.*\) with score .* {cause}"):
+    with pytest.raises(ArtifactError, match=rf"P1\.h5 cannot be used: image b: box \(.*\) with score .* {cause}"):
         ProposalFile(path).check({"a": (20, 10), "b": (20, 10)})
 
 
-def test_check_uses_the_size_of_each_picture(path):
+def test_check_uses_the_size_of_each_image(path):
     write_plain(path, image_ids=["a", "empty", "b"], offsets=np.array([0, 1, 1, 3]))
     file = ProposalFile(path)
     file.check({"a": (10, 10), "b": (5, 5), "empty": (1, 1)})
-    with pytest.raises(ArtifactError, match=r"picture a: .* outside"):
+    with pytest.raises(ArtifactError, match=r"image a: .* outside"):
         file.check({"a": (5, 5), "b": (10, 10)})
-    with pytest.raises(ArtifactError, match=r"picture b: .* outside"):
+    with pytest.raises(ArtifactError, match=r"image b: .* outside"):
         file.check({"a": (10, 10), "b": (2, 2)})
-    with pytest.raises(ArtifactError, match="no entry for picture c"):
+    with pytest.raises(ArtifactError, match="no entry for image c"):
         file.check({"c": (5, 5)})
     file.check({"b": (5, 5)})
 
@@ -322,11 +322,11 @@ def test_check_uses_the_size_of_each_picture(path):
 def test_check_sees_rows_beyond_the_first_block(path, monkeypatch):
     monkeypatch.setattr("cache.proposals.CHECK_ROWS", 2)
     write_plain(path, boxes=np.array([[0, 0, 1, 1], [0, 0, 1, 1], [2, 0, 1, 1]], np.float32))
-    with pytest.raises(ArtifactError, match="picture b"):
+    with pytest.raises(ArtifactError, match="image b"):
         ProposalFile(path).check({})
 
 
-def test_one_picture_is_read_not_all(path):
+def test_one_image_is_read_not_all(path):
     write(path, [2000] * 100)  # 4 MB
     file = ProposalFile(path)
     tracemalloc.start()

@@ -3,7 +3,7 @@ import pytest
 
 from altopt.errors import ArtifactError
 from cache.files import sha256_file
-from cache.region_features import PictureRegions, RegionCount, RegionFeatureFile, RegionFeatureWriter, RegionSizes
+from cache.region_features import ImageRegions, RegionCount, RegionFeatureFile, RegionFeatureWriter, RegionSizes
 
 COUNTS = {"a": RegionCount(4, 2), "none": RegionCount(0, 0), "c": RegionCount(3, 1)}
 OBJECTS = {"a": 2, "none": 0, "c": 0}
@@ -14,7 +14,7 @@ def regions_of(id, stored="float32"):
     random = np.random.default_rng(len(id) + ord(id[0]))
     regions, pooled = COUNTS[id]
     labels = np.array([1] * OBJECTS[id] + [-1] * (regions - OBJECTS[id]), np.int32)
-    return PictureRegions(
+    return ImageRegions(
         random.random((regions, 4), np.float32), labels, random.random((regions, 2), np.float32),
         random.random((regions, 5)).astype(stored), random.random((pooled, 6)).astype(stored),
         np.arange(pooled, dtype=np.int32), random.random((pooled, 4), np.float32),
@@ -34,12 +34,12 @@ def test_round_trip(tmp_path, stored):
     with RegionFeatureFile(tmp_path / "F2.h5") as file:
         assert (file.image_ids, file.classes, file.network) == (tuple(COUNTS), ["cat", "dog"], {"name": "small"})
         assert (len(file), file.width("features"), file.width("pooled")) == (3, 5, 6)
-        for picture, id in enumerate(COUNTS):
+        for image, id in enumerate(COUNTS):
             expected = regions_of(id, stored)
-            np.testing.assert_array_equal(file.features(picture), expected.features.astype(np.float32))
+            np.testing.assert_array_equal(file.features(image), expected.features.astype(np.float32))
             for name in ("boxes", "labels", "overlaps"):
-                np.testing.assert_array_equal(file.rows(name, picture), getattr(expected, name))
-            labels, rows = file.objects(picture)
+                np.testing.assert_array_equal(file.rows(name, image), getattr(expected, name))
+            labels, rows = file.objects(image)
             assert labels.tolist() == [1] * OBJECTS[id]
             np.testing.assert_array_equal(rows, expected.features[: OBJECTS[id]].astype(np.float32))
         assert file.pooled_labels().tolist() == [0, 1, 0]

@@ -73,7 +73,7 @@ def test_ground_truth_is_that_of_the_file(tmp_path):
     assert truth["annotations"] == [{**entry, "difficult": 0} for entry in annotations]
 
 
-def test_files_are_the_json_and_the_pictures_in_the_folder(tmp_path):
+def test_files_are_the_json_and_the_images_in_the_folder(tmp_path):
     write(tmp_path, [image(1, "sub/a.jpg"), image(2, "b.JPG")], [])
     (tmp_path / "images" / "notes.txt").touch()
     dataset = CocoDataset(tmp_path, (SPLIT,))
@@ -101,7 +101,7 @@ def test_joined_files(tmp_path):
     assert dataset.objects("2").boxes.tolist() == [[1, 1, 4, 4]]
     assert dataset.name == "COCO one+two"
     assert len(dataset.files()) == 4
-    with pytest.raises(DataError, match="picture 1 occurs twice"):
+    with pytest.raises(DataError, match="image 1 occurs twice"):
         _ = CocoDataset(tmp_path, ("one.json:images", "one.json:images")).ids
     write(tmp_path, [image(3, "c.jpg")], [], name="other.json", categories=[{"id": 3, "name": "bear"}])
     with pytest.raises(DataError, match=r"other\.json has other categories.*id 3: bear and cat"):
@@ -117,16 +117,16 @@ def test_joined_files(tmp_path):
         ([1, 1, 5, "5"], "not four numbers"),
         ([1, 1, 5, float("nan")], "not four numbers"),
         (None, "not four numbers"),
-        ([-1.5, 1, 5, 5], "leaves the picture of 30 x 20: "),
-        ([25, 1, 6.5, 5], "leaves the picture of 30 x 20: "),
-        ([1, 1, 5, 25], r"leaves the picture of 30 x 20 \(it would fit with width and height swapped\)"),
+        ([-1.5, 1, 5, 5], "leaves the image of 30 x 20: "),
+        ([25, 1, 6.5, 5], "leaves the image of 30 x 20: "),
+        ([1, 1, 5, 25], r"leaves the image of 30 x 20 \(it would fit with width and height swapped\)"),
     ],
 )
 def test_an_unusable_box_is_named_with_its_rule(tmp_path, bbox, rule):
     good = annotation(11, 1, [1, 1, 5, 5])
     dataset = data_set(tmp_path, good, annotation(12, 1, bbox))
     for look in (dataset.check, lambda: dataset.objects("1")):
-        with pytest.raises(DataError, match=rf"instances\.json, picture 1, annotation 12 \(cat\): .*{rule}"):
+        with pytest.raises(DataError, match=rf"instances\.json, image 1, annotation 12 \(cat\): .*{rule}"):
             look()
     lenient = CocoDataset(tmp_path, (SPLIT,), invalid="leave-out")
     assert lenient.objects("1").boxes.tolist() == [[1, 1, 6, 6]]
@@ -151,8 +151,8 @@ def test_an_unknown_category_is_an_error(tmp_path, category):
         data_set(tmp_path, annotation(1, 1, [1, 1, 2, 2], category)).check()
 
 
-def test_an_annotation_without_picture_is_found(tmp_path):
-    with pytest.raises(DataError, match="annotation 4: picture 99 is not listed"):
+def test_an_annotation_without_image_is_found(tmp_path):
+    with pytest.raises(DataError, match="annotation 4: image 99 is not listed"):
         data_set(tmp_path, annotation(4, 99, [1, 1, 2, 2])).check()
     assert len(CocoDataset(tmp_path, (SPLIT,), invalid="leave-out").check()) == 1
 
@@ -203,7 +203,7 @@ def test_malformed_json_is_refused(tmp_path, content, cause):
         ({"id": 5, "file_name": "a.jpg", "width": 0, "height": 3}, "width and height"),
     ],
 )
-def test_malformed_pictures_are_refused(tmp_path, entry, cause):
+def test_malformed_images_are_refused(tmp_path, entry, cause):
     write(tmp_path, [entry], [])
     with pytest.raises(DataError, match=cause):
         _ = CocoDataset(tmp_path, (SPLIT,)).ids
@@ -216,7 +216,7 @@ def test_malformed_categories_are_refused(tmp_path, categories):
         _ = CocoDataset(tmp_path, (SPLIT,)).classes
 
 
-def test_missing_or_resized_pictures_are_errors_always(tmp_path):
+def test_missing_or_resized_images_are_errors_always(tmp_path):
     write(tmp_path, [image(1, "a.jpg", (20, 30)), image(2, "b.jpg")], [])
     (tmp_path / "images" / "b.jpg").unlink()
     with pytest.raises(DataError, match=r"a\.jpg has 30 x 20 .*swapped.*; 1 more problem in COCO instances$"):
@@ -239,7 +239,7 @@ def test_file_names_cannot_leave_the_root(tmp_path, name):
         CocoDataset(tmp_path / "root", ("../x.json:images",)).files()
 
 
-def test_the_picture_folder_may_be_a_link_but_no_picture_out_of_it(tmp_path):
+def test_the_image_folder_may_be_a_link_but_no_image_out_of_it(tmp_path):
     root, far = tmp_path / "root", tmp_path / "far"
     write(root, [image(1, "a.jpg"), image(2, "b.jpg")], [])
     (root / "images").rename(far)
@@ -255,9 +255,9 @@ def test_the_picture_folder_may_be_a_link_but_no_picture_out_of_it(tmp_path):
 def test_real_data_set():
     root = Path(os.environ["ALTOPT_DATA"]) / "coco128-mini"
     dataset = CocoDataset(root, ("annotations/instances.json:images",))
-    objects = [dataset.objects(picture_id) for picture_id in dataset.ids]
+    objects = [dataset.objects(image_id) for image_id in dataset.ids]
     assert (len(dataset.ids), sum(map(len, objects))) == (128, 939)
     assert (int(sum(o.crowd.sum() for o in objects)), sum(len(o) == 0 for o in objects)) == (10, 2)
     assert (len(dataset.classes), dataset.category_ids[-1]) == (80, 90)
     assert len(dataset.check()) == 1
-    assert all(dataset.image(picture_id).dtype == np.uint8 for picture_id in dataset.ids)
+    assert all(dataset.image(image_id).dtype == np.uint8 for image_id in dataset.ids)

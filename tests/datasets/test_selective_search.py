@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 LOADS = "import sys, altopt.datasets.selective_search; print('torch' in sys.modules)"
 
 
-def picture():
+def image():
     """A red and a blue rectangle on grey noise."""
     pixels = np.random.default_rng(0).integers(110, 120, (48, 64, 3), dtype=np.uint8)
     pixels[8:28, 10:30] = (200, 20, 20)
@@ -30,7 +30,7 @@ def search():
 
 
 def test_finds_the_rectangles(search):
-    boxes = search(picture(), "fast", 0)
+    boxes = search(image(), "fast", 0)
     assert boxes.dtype == np.int32
     for wanted in ((10, 8, 20, 20), (40, 20, 20, 20)):
         assert np.abs(boxes - wanted).max(1).min() <= 1
@@ -39,21 +39,21 @@ def test_finds_the_rectangles(search):
 
 
 def test_no_box_twice_and_more_of_quality(search):
-    fast, quality = search(picture(), "fast", 0), search(picture(), "quality", 0)
+    fast, quality = search(image(), "fast", 0), search(image(), "quality", 0)
     assert len({tuple(box) for box in fast.tolist()}) == len(fast)
     assert len(quality) > len(fast)
 
 
 def test_the_seed_decides_the_order_and_nothing_else_does(search):
-    first = search(picture(), "fast", 1)
-    other = search(picture(), "fast", 2)
+    first = search(image(), "fast", 1)
+    other = search(image(), "fast", 2)
     assert not np.array_equal(first, other)
-    assert np.array_equal(first, search(picture(), "fast", 1))
+    assert np.array_equal(first, search(image(), "fast", 1))
     assert sorted(first.tolist()) == sorted(other.tolist())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 2), (3, 3), (3, 40)])
-def test_tiny_and_plain_pictures(search, shape):
+def test_tiny_and_plain_images(search, shape):
     boxes = search(np.zeros((*shape, 3), np.uint8), "fast", 0)
     assert boxes.tolist() == [[0, 0, shape[1], shape[0]]]
 

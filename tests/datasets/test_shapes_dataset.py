@@ -14,21 +14,21 @@ from altopt.errors import UsageError
 DIGESTS = ["8acee30375c607e4", "7a9ba535dbdcdf86", "a61e3e52c51be8e8"]
 
 
-def digest(dataset, picture_id):
-    objects = dataset.objects(picture_id)
-    content = dataset.image(picture_id).tobytes() + objects.boxes.tobytes() + objects.labels.tobytes()
+def digest(dataset, image_id):
+    objects = dataset.objects(image_id)
+    content = dataset.image(image_id).tobytes() + objects.boxes.tobytes() + objects.labels.tobytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def test_pictures_are_those_of_every_machine():
+def test_images_are_those_of_every_machine():
     """A change of the drawing changes these digests: then raise GENERATOR, so that nothing drawn before is reused."""
     dataset = ShapesDataset(("train:2", "val:1"))
     assert [digest(dataset, i) for i in dataset.ids] == DIGESTS
     assert dataset.description()["generator"] == 4
 
 
-def test_memory_for_pictures_is_bounded_and_those_beyond_are_the_same(monkeypatch):
-    monkeypatch.setattr(shapes, "KEPT_PICTURES", 2)
+def test_memory_for_images_is_bounded_and_those_beyond_are_the_same(monkeypatch):
+    monkeypatch.setattr(shapes, "KEPT_IMAGES", 2)
     dataset, other = (ShapesDataset(("train:4",), width=64, height=48) for _ in range(2))
     first = [digest(dataset, i) for i in dataset.ids]
     assert list(dataset._drawn) == ["train-00000", "train-00001"]
@@ -51,7 +51,7 @@ def test_ids_and_description():
     }  # fmt: skip
 
 
-def test_a_picture_depends_on_what_it_should_only():
+def test_a_image_depends_on_what_it_should_only():
     base = digest(ShapesDataset(("train:2",), width=64, height=48), "train-00001")
     assert digest(ShapesDataset(("val:9", "train:9"), width=64, height=48), "train-00001") == base
     others = [
@@ -142,12 +142,12 @@ def test_iou_is_rounded_up():
     assert iou_percent((0, 0, 10, 10), (5, 0, 15, 10)) == 34
 
 
-def test_threads_see_the_same_pictures():
+def test_threads_see_the_same_images():
     dataset = ShapesDataset(("train:4",), width=64, height=48)
     with ThreadPoolExecutor(4) as pool:
-        digests = list(pool.map(lambda picture_id: digest(dataset, picture_id), dataset.ids * 4))
+        digests = list(pool.map(lambda image_id: digest(dataset, image_id), dataset.ids * 4))
     fresh = ShapesDataset(("train:4",), width=64, height=48)
-    assert digests == [digest(fresh, picture_id) for picture_id in dataset.ids] * 4
+    assert digests == [digest(fresh, image_id) for image_id in dataset.ids] * 4
 
 
 def test_a_caller_cannot_spoil_what_is_kept():
@@ -183,6 +183,6 @@ def test_opening_takes_the_split_that_is_asked_for():
     assert (test.description()["seed"], test.size("b-00000")) == (3, (64, 48))
 
 
-def test_smallest_picture_has_a_shape():
+def test_smallest_image_has_a_shape():
     drawn = [draw(f"altopt shapes {GENERATOR}: 0 train {number} 40 40", SHAPES, 40, 40) for number in range(20)]
     assert all(len(boxes) >= 1 for _, boxes, _ in drawn)

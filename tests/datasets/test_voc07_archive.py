@@ -243,11 +243,11 @@ def test_damage_after_extraction_is_repaired(tmp_path: Path, damage: str) -> Non
     options = {"archives": archives, "archive_files": sorted((tmp_path / "brought").iterdir())}
     obtain(tmp_path / "data", **options)
     before = changes(tmp_path / "data" / FOLDER / "Annotations")
-    picture = tmp_path / "data" / FOLDER / "JPEGImages/000001.jpg"
+    image = tmp_path / "data" / FOLDER / "JPEGImages/000001.jpg"
     if damage == "removed":
-        picture.unlink()
+        image.unlink()
     else:
-        picture.write_bytes(b"")
+        image.write_bytes(b"")
     obtain(tmp_path / "data", **options)
     assert content_of(tmp_path / "data") == {**TRAINVAL_FILES, **TEST_FILES}
     assert changes(tmp_path / "data" / FOLDER / "Annotations") == before

@@ -17,14 +17,14 @@ def thing(name, xmin, ymin, xmax, ymax, rest=""):
     return f"<object><name>{name}</name>{rest}{BOX.format(xmin, ymin, xmax, ymax)}</object>"
 
 
-def add_picture(folder, picture_id, *objects, size=(30, 20), annotated=(30, 20), suffix=".jpg"):
-    """Write picture and annotation of one id; ``annotated`` None leaves the size out."""
+def add_image(folder, image_id, *objects, size=(30, 20), annotated=(30, 20), suffix=".jpg"):
+    """Write image and annotation of one id; ``annotated`` None leaves the size out."""
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, "red").save(folder / "JPEGImages" / f"{picture_id}{suffix}")
+    Image.new("RGB", size, "red").save(folder / "JPEGImages" / f"{image_id}{suffix}")
     words = f"<size><width>{annotated[0]}</width><height>{annotated[1]}</height></size>" if annotated else ""
-    path = folder / "Annotations" / f"{picture_id}.xml"
-    path.write_text(f"<annotation><filename>{picture_id}</filename>{words}{''.join(objects)}</annotation>")
+    path = folder / "Annotations" / f"{image_id}.xml"
+    path.write_text(f"<annotation><filename>{image_id}</filename>{words}{''.join(objects)}</annotation>")
     return path
 
 
@@ -32,9 +32,9 @@ def add_list(folder, name, *lines):
     (folder / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
-def data_set(folder, *objects, split="train", invalid="error", classes=(), **picture):
-    """A data set of the one picture "a" with these objects."""
-    add_picture(folder, "a", *objects, **picture)
+def data_set(folder, *objects, split="train", invalid="error", classes=(), **image):
+    """A data set of the one image "a" with these objects."""
+    add_image(folder, "a", *objects, **image)
     add_list(folder, split, "a")
     return VocDataset(folder, (split,), invalid=invalid, classes=classes)
 
@@ -66,9 +66,9 @@ def test_parts_are_no_objects_and_difficult_is_a_flag(tmp_path):
     assert [a["difficult"] for a in to_coco(dataset)["annotations"]] == [0, 1]
 
 
-def test_pictures_without_objects_stay(tmp_path):
-    add_picture(tmp_path, "a")
-    add_picture(tmp_path, "b", thing("dog", 1, 1, 2, 2))
+def test_images_without_objects_stay(tmp_path):
+    add_image(tmp_path, "a")
+    add_image(tmp_path, "b", thing("dog", 1, 1, 2, 2))
     add_list(tmp_path, "train", "a", "b")
     dataset = VocDataset(tmp_path, ("train",))
     assert dataset.ids == ("a", "b")
@@ -79,7 +79,7 @@ def test_pictures_without_objects_stay(tmp_path):
 
 @pytest.mark.parametrize("where", ["VOCdevkit/VOC2007", "VOC2007"])
 def test_year_split_is_found_with_or_without_the_devkit_level(tmp_path, where):
-    add_picture(tmp_path / where, "a", thing("dog", 1, 1, 2, 2))
+    add_image(tmp_path / where, "a", thing("dog", 1, 1, 2, 2))
     add_list(tmp_path / where, "trainval", "a")
     dataset = VocDataset(tmp_path, ("2007_trainval",))
     assert dataset.objects("a").labels.tolist() == [VOC_CLASSES.index("dog")]
@@ -91,9 +91,9 @@ def test_year_split_is_found_with_or_without_the_devkit_level(tmp_path, where):
 
 
 def test_joined_splits(tmp_path):
-    for year, picture_id in (("2007", "000001"), ("2012", "2008_000001")):
-        add_picture(tmp_path / f"VOC{year}", picture_id, thing("dog", 1, 1, 2, 2))
-        add_list(tmp_path / f"VOC{year}", "trainval", picture_id)
+    for year, image_id in (("2007", "000001"), ("2012", "2008_000001")):
+        add_image(tmp_path / f"VOC{year}", image_id, thing("dog", 1, 1, 2, 2))
+        add_list(tmp_path / f"VOC{year}", "trainval", image_id)
     dataset = VocDataset(tmp_path, ("2007_trainval", "2012_trainval"))
     assert dataset.ids == ("000001", "2008_000001")
     assert len(dataset.files()) == 6
@@ -104,20 +104,20 @@ def test_an_id_must_not_occur_twice(tmp_path):
     data_set(tmp_path)
     for splits in (("train", "train"), ("train", "more")):
         add_list(tmp_path, "more", "a")
-        with pytest.raises(DataError, match="picture a occurs twice"):
+        with pytest.raises(DataError, match="image a occurs twice"):
             _ = VocDataset(tmp_path, splits).ids
 
 
 def test_list_lines(tmp_path):
-    add_picture(tmp_path, "a")
-    (tmp_path / "ImageSets/Main/train.txt").write_bytes(b"\xef\xbb\xbfa -1\r\nb  1\r\n\r\nmy picture 01\n c\n")
-    assert VocDataset(tmp_path, ("train",)).ids == ("a", "b", "my picture 01", "c")
+    add_image(tmp_path, "a")
+    (tmp_path / "ImageSets/Main/train.txt").write_bytes(b"\xef\xbb\xbfa -1\r\nb  1\r\n\r\nmy image 01\n c\n")
+    assert VocDataset(tmp_path, ("train",)).ids == ("a", "b", "my image 01", "c")
 
 
 def test_unreadable_lists_are_named(tmp_path):
     data_set(tmp_path)
     add_list(tmp_path, "empty", "")
-    with pytest.raises(DataError, match=r"empty\.txt lists no picture"):
+    with pytest.raises(DataError, match=r"empty\.txt lists no image"):
         _ = VocDataset(tmp_path, ("empty",)).ids
     with pytest.raises(DataError, match=r"val\.txt .*here are empty, train"):
         _ = VocDataset(tmp_path, ("val",)).ids
@@ -132,7 +132,7 @@ def test_extensions_of_either_case(tmp_path, suffix):
 
 def test_missing_and_ambiguous_files_are_named(tmp_path):
     dataset = data_set(tmp_path, thing("dog", 1, 1, 2, 2))
-    add_picture(tmp_path, "a", thing("dog", 1, 1, 2, 2), suffix=".png")
+    add_image(tmp_path, "a", thing("dog", 1, 1, 2, 2), suffix=".png")
     with pytest.raises(DataError, match="JPEGImages: 2 files are called 'a'"):
         dataset.files()
     add_list(tmp_path, "val", "b")
@@ -148,8 +148,8 @@ def test_missing_and_ambiguous_files_are_named(tmp_path):
         ((-3, 5, 9, 9), "xmin -3: VOC coordinates start at 1"),
         ((9, 5, 8, 9), "xmax 8 is less than xmin 9"),
         ((5, 9, 9, 8), "ymax 8 is less than ymin 9"),
-        ((5, 5, 31, 9), "xmax 31 lies outside the picture of 30 x 20: "),
-        ((5, 5, 20, 30), r"ymax 30 lies outside the picture of 30 x 20 \(it would fit with width and height swapped\)"),
+        ((5, 5, 31, 9), "xmax 31 lies outside the image of 30 x 20: "),
+        ((5, 5, 20, 30), r"ymax 30 lies outside the image of 30 x 20 \(it would fit with width and height swapped\)"),
         ((5, 5, "nan", 9), "not four numbers"),
         ((5, 5, "", 9), "not four numbers"),
         ((5, 5, "inf", 9), "not four numbers"),
@@ -195,14 +195,14 @@ def test_one_pixel_objects_are_usable_with_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("annotated", [None, (0, 0)])
-def test_a_missing_size_falls_back_to_the_pictures(tmp_path, annotated):
+def test_a_missing_size_falls_back_to_the_images(tmp_path, annotated):
     dataset = data_set(tmp_path, thing("dog", 1, 1, 30, 20), annotated=annotated)
     assert dataset.size("a") == (30, 20)
     assert len(dataset.objects("a")) == 1
-    assert [w.split(": ")[1] for w in dataset.check()] == ["no size given, the picture's own is taken"]
+    assert [w.split(": ")[1] for w in dataset.check()] == ["no size given, the image's own is taken"]
 
 
-def test_a_size_that_is_not_the_pictures_is_an_error(tmp_path):
+def test_a_size_that_is_not_the_images_is_an_error(tmp_path):
     for invalid in ("error", "leave-out"):
         dataset = data_set(tmp_path, annotated=(20, 30), classes=("dog",), invalid=invalid)
         for look in (dataset.check, lambda dataset=dataset: dataset.image("a")):
@@ -210,7 +210,7 @@ def test_a_size_that_is_not_the_pictures_is_an_error(tmp_path):
                 look()
 
 
-def test_a_truncated_picture_stays_an_error(tmp_path):
+def test_a_truncated_image_stays_an_error(tmp_path):
     dataset = data_set(tmp_path, thing("dog", 1, 1, 2, 2), invalid="leave-out")
     path = tmp_path / "JPEGImages" / "a.jpg"
     path.write_bytes(path.read_bytes()[:-20])
@@ -221,9 +221,9 @@ def test_a_truncated_picture_stays_an_error(tmp_path):
 
 
 def test_check_counts_broken_files(tmp_path):
-    for picture_id in "abc":
-        add_picture(tmp_path, picture_id, thing("dog", 1, 1, 2, 2))
-        (tmp_path / "JPEGImages" / f"{picture_id}.jpg").write_text("none")
+    for image_id in "abc":
+        add_image(tmp_path, image_id, thing("dog", 1, 1, 2, 2))
+        (tmp_path / "JPEGImages" / f"{image_id}.jpg").write_text("none")
     add_list(tmp_path, "train", *"abc")
     with pytest.raises(DataError, match=r"a\.jpg is neither.*; 2 more problems in VOC train$"):
         VocDataset(tmp_path, ("train",)).check()
@@ -249,7 +249,7 @@ def test_malformed_xml_is_refused(tmp_path, text, cause):
 def test_listed_names_cannot_leave_the_root(tmp_path):
     root, outside = tmp_path / "root", tmp_path / "outside"
     data_set(root, thing("dog", 1, 1, 2, 2))
-    add_picture(outside, "secret", thing("dog", 1, 1, 2, 2))
+    add_image(outside, "secret", thing("dog", 1, 1, 2, 2))
     add_list(root, "up", "../../outside/JPEGImages/secret")
     with pytest.raises(DataError, match="no file is called"):
         VocDataset(root, ("up",), classes=("dog",)).check()
@@ -263,7 +263,7 @@ def test_listed_names_cannot_leave_the_root(tmp_path):
         _ = VocDataset(root, ("../../train",)).ids
 
 
-def test_root_and_picture_folder_may_be_links(tmp_path):
+def test_root_and_image_folder_may_be_links(tmp_path):
     real, far = tmp_path / "real", tmp_path / "far"
     data_set(real, thing("dog", 1, 1, 2, 2))
     (real / "JPEGImages").rename(far)
@@ -275,8 +275,8 @@ def test_root_and_picture_folder_may_be_links(tmp_path):
 
 
 def test_both_splits_have_the_classes_of_the_train_split(tmp_path):
-    add_picture(tmp_path, "a", thing("wolf", 1, 1, 2, 2), thing("ape", 1, 1, 2, 2))
-    add_picture(tmp_path, "b", thing("wolf", 1, 1, 2, 2))
+    add_image(tmp_path, "a", thing("wolf", 1, 1, 2, 2), thing("ape", 1, 1, 2, 2))
+    add_image(tmp_path, "b", thing("wolf", 1, 1, 2, 2))
     add_list(tmp_path, "train", "a")
     add_list(tmp_path, "test", "b")
     config = DataConfig(format="voc", train=("train",), test=("test",))
@@ -286,7 +286,7 @@ def test_both_splits_have_the_classes_of_the_train_split(tmp_path):
     assert test.description()["classes"] == {"found in": ["train"]}
     assert [path.name for path in test.files()] == ["test.txt", "b.xml", "b.jpg", "a.xml"]
     assert [path.name for path in VocDataset(tmp_path, ("test",), classes=("wolf",)).files()][-1] == "b.jpg"
-    add_picture(tmp_path, "b", thing("bear", 1, 1, 2, 2))
+    add_image(tmp_path, "b", thing("bear", 1, 1, 2, 2))
     with pytest.raises(DataError, match='"bear" is not one of the 2 classes'):
         open_dataset(config, "test", tmp_path).check()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from altopt.evaluation.detections import Detections
-from altopt.evaluation.ground_truth import PictureObjects
+from altopt.evaluation.ground_truth import ImageObjects
 
 Box = Sequence[float]
 
@@ -19,10 +19,10 @@ def objects(
     difficult: Sequence[int] = (),
     crowd: Sequence[int] = (),
     areas: Sequence[float] | None = None,
-) -> PictureObjects:
+) -> ImageObjects:
     """Objects of label 0 unless told; ``difficult`` and ``crowd`` list the indices of such objects."""
     indices = np.arange(len(boxes))
-    return PictureObjects(
+    return ImageObjects(
         boxes=np.array(boxes, np.float64).reshape(-1, 4),
         labels=np.array([0] * len(boxes) if labels is None else labels, np.int64),
         difficult=np.isin(indices, difficult),
@@ -45,19 +45,19 @@ def random_boxes(random: np.random.Generator, count: int, side: int = 12) -> lis
     return np.hstack([corners, corners + random.integers(1, side, (count, 2))]).tolist()
 
 
-def random_samples(seed: int, pictures: int, classes: int) -> tuple[dict[str, PictureObjects], dict[str, Detections]]:
-    """Pictures with 0 to 4 objects and 0 to 8 detections, coarse scores, some objects difficult."""
+def random_samples(seed: int, images: int, classes: int) -> tuple[dict[str, ImageObjects], dict[str, Detections]]:
+    """Images with 0 to 4 objects and 0 to 8 detections, coarse scores, some objects difficult."""
     random = np.random.default_rng(seed)
     truth, found = {}, {}
-    for picture in range(pictures):
+    for image in range(images):
         count, guesses = random.integers(0, 5), random.integers(0, 9)
         boxes = random_boxes(random, count)
         difficult = np.flatnonzero(random.random(count) < 0.25).tolist()
-        truth[str(picture)] = objects(boxes, random.integers(0, classes, count).tolist(), difficult)
+        truth[str(image)] = objects(boxes, random.integers(0, classes, count).tolist(), difficult)
         near = [boxes[index] for index in random.integers(0, count, guesses // 2)] if count else []
         guessed = near + random_boxes(random, guesses - len(near))
         scores = (random.integers(1, 10, guesses) / 10).tolist()
-        found[str(picture)] = detections(guessed, scores, random.integers(0, classes, guesses).tolist())
+        found[str(image)] = detections(guessed, scores, random.integers(0, classes, guesses).tolist())
     return truth, found
 
 

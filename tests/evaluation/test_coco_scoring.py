@@ -19,7 +19,7 @@ def score_one(truth, found):
     return score_coco({"a": truth}, {"a": found}, ["thing"])
 
 
-def test_a_perfect_picture():
+def test_a_perfect_image():
     score = score_one(objects([SQUARE]), detections([SQUARE], [0.9]))
     assert tuple(score.numbers) == NUMBERS
     assert len(NUMBERS) == 12
@@ -106,11 +106,11 @@ def test_ap_of_a_class_takes_all_its_detections():
 
 def test_equal_scores_stand_in_the_order_of_numeric_ids():
     truth = {"10": objects([SQUARE]), "9": objects([FAR])}
-    found = {"10": detections([FAR], [0.5]), "9": detections([FAR], [0.5])}  # picture 9 first: a hit, then a miss
+    found = {"10": detections([FAR], [0.5]), "9": detections([FAR], [0.5])}  # image 9 first: a hit, then a miss
     assert score_coco(truth, found, ["thing"]).map == pytest.approx(51 / 101)
 
 
-def test_at_most_a_hundred_detections_a_picture():
+def test_at_most_a_hundred_detections_a_image():
     boxes = [FAR] * 100 + [SQUARE]
     assert score_one(objects([SQUARE]), detections(boxes, np.linspace(1, 0.5, 101))).map == 0
     assert score_one(objects([SQUARE]), detections(boxes[1:], np.linspace(1, 0.5, 100))).map == pytest.approx(0.01)
@@ -121,8 +121,8 @@ def test_it_prints_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_detections_of_an_unknown_picture():
-    with pytest.raises(DataError, match="picture b has detections but no ground truth"):
+def test_detections_of_an_unknown_image():
+    with pytest.raises(DataError, match="image b has detections but no ground truth"):
         score_coco({"a": objects([])}, {"b": detections([], [])}, ["thing"])
 
 
@@ -138,17 +138,17 @@ def test_result_as_json():
 def slow_coco_ap(truth, found, threshold):
     """AP of label 0 at one threshold without ignored objects: each detection takes the best object that is left."""
     ranked = sorted(
-        ((-score, int(picture), box)
-         for picture, one in found.items() for score, box in zip(one.scores.tolist(), one.boxes, strict=True)),
+        ((-score, int(image), box)
+         for image, one in found.items() for score, box in zip(one.scores.tolist(), one.boxes, strict=True)),
         key=lambda entry: entry[:2],
     )
-    free = {int(picture): one.boxes.tolist() for picture, one in truth.items()}
+    free = {int(image): one.boxes.tolist() for image, one in truth.items()}
     positives = sum(map(len, free.values()))
     trues, points = 0, []
-    for rank, (_, picture, box) in enumerate(ranked, start=1):
-        best = max(free[picture], key=lambda other, box=box: slow_iou(other, box), default=None)
+    for rank, (_, image, box) in enumerate(ranked, start=1):
+        best = max(free[image], key=lambda other, box=box: slow_iou(other, box), default=None)
         if best is not None and slow_iou(best, box) >= threshold - 1e-10:
-            free[picture].remove(best)
+            free[image].remove(best)
             trues += 1
         points.append((trues / positives, trues / rank))
     levels = np.linspace(0, 1, 101)
@@ -157,7 +157,7 @@ def slow_coco_ap(truth, found, threshold):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_a_loop(seed):
-    truth, found = random_samples(seed, pictures=20, classes=1)
+    truth, found = random_samples(seed, images=20, classes=1)
     truth = {name: objects(one.boxes) for name, one in truth.items()}
     distinct = iter(np.random.default_rng(seed).permutation(1000) / 1000)
     found = {name: detections(one.boxes, [next(distinct) for _ in one.scores]) for name, one in found.items()}

@@ -7,7 +7,7 @@ import pytest
 from evaluation_samples import detections, write_json
 
 from altopt.errors import ArtifactError, DataError
-from altopt.evaluation.detections import Detections, check_pictures, read_detections, to_coco_results
+from altopt.evaluation.detections import Detections, check_images, read_detections, to_coco_results
 
 GOOD = {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
 
@@ -30,7 +30,7 @@ def test_ids_are_compared_as_texts(tmp_path):
     assert len(found["7"]) == 1
 
 
-def test_order_within_a_picture_is_kept(tmp_path):
+def test_order_within_a_image_is_kept(tmp_path):
     scores = [0.1, 0.9, 0.5, 0.5, 0.3]
     assert read(tmp_path, [GOOD | {"score": score} for score in scores])["7"].scores.tolist() == scores
 
@@ -125,7 +125,7 @@ def test_writing_and_reading_gives_the_same_float32(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "written"), [
-    ("139", 139), ("0", 0), ("000005", "000005"), ("2008_000001", "2008_000001"), ("picture", "picture"), ("", ""),
+    ("139", 139), ("0", 0), ("000005", "000005"), ("2008_000001", "2008_000001"), ("image", "image"), ("", ""),
 ])
 def test_ids_that_read_as_numbers_are_written_as_numbers(key, written):
     assert to_coco_results({key: detections([[1, 2, 4, 8]], [0.5])}, [44]) == [
@@ -144,7 +144,7 @@ def test_columns_must_agree():
         Detections(np.zeros((2, 4)), np.zeros(1), np.zeros(2, np.int64))
 
 
-def test_pictures_without_ground_truth_are_refused():
-    check_pictures(["a", "b"], ["b"])
-    with pytest.raises(DataError, match=r"picture c has detections but no ground truth \(2 such pictures\)"):
-        check_pictures(["a"], ["d", "c", "a"])
+def test_images_without_ground_truth_are_refused():
+    check_images(["a", "b"], ["b"])
+    with pytest.raises(DataError, match=r"image c has detections but no ground truth \(2 such images\)"):
+        check_images(["a"], ["d", "c", "a"])

@@ -39,7 +39,7 @@ def score_case(case, folder, protocol, **options):
     """Convert a case to COCO json and score the two files."""
     xywh = "xywh" in case["box_format"]
     truth = {
-        "images": [{"id": picture["id"]} for picture in case["images"]],
+        "images": [{"id": image["id"]} for image in case["images"]],
         "categories": [{"id": name, "name": str(name)} for name in case["classes"]],
         "annotations": rows(case, "gt", xywh, {"labels": "category_id", "difficult": "difficult",
                                                "iscrowd": "iscrowd", "area": "area"}),
@@ -51,10 +51,10 @@ def score_case(case, folder, protocol, **options):
 
 def rows(case, part, xywh, fields):
     return [
-        {"image_id": picture["id"], "bbox": box if xywh else [*box[:2], box[2] - box[0], box[3] - box[1]]}
-        | {field: picture[part][column][index] for column, field in fields.items() if column in picture[part]}
-        for picture in case["images"]
-        for index, box in enumerate(picture[part]["boxes"])
+        {"image_id": image["id"], "bbox": box if xywh else [*box[:2], box[2] - box[0], box[3] - box[1]]}
+        | {field: image[part][column][index] for column, field in fields.items() if column in image[part]}
+        for image in case["images"]
+        for index, box in enumerate(image[part]["boxes"])
     ]
 
 

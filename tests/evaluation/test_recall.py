@@ -115,17 +115,17 @@ def test_area_ranges_include_both_ends(side, names):
     assert [name for name, count in zip(AREA_RANGES, recall.objects, strict=True) if count] == names
 
 
-def test_pictures_without_proposals_lower_the_recall():
+def test_images_without_proposals_lower_the_recall():
     box = np.array([[0, 0, 50, 50]])
     recall = proposal_recall([(box, box), (box, NOTHING), (NOTHING, box), (NOTHING, NOTHING)])
-    assert recall.pictures == 4
+    assert recall.images == 4
     assert recall.at(300).tolist() == [0.5] * 10
-    assert recall.as_dict()["limits"]["300"]["proposals_per_picture"] == 0.5
+    assert recall.as_dict()["limits"]["300"]["proposals_per_image"] == 0.5
 
 
-@pytest.mark.parametrize("pictures", [[], [(NOTHING, NOTHING)]])
-def test_nothing_to_find(pictures):
-    recall = proposal_recall(pictures)
+@pytest.mark.parametrize("images", [[], [(NOTHING, NOTHING)]])
+def test_nothing_to_find(images):
+    recall = proposal_recall(images)
     assert math.isnan(recall.average(100))
     plain = json.loads(json.dumps(recall.as_dict(), allow_nan=False))
     assert plain["limits"]["100"]["areas"]["all"] == {"average_recall": None, "recall": [None] * 10}
@@ -140,31 +140,31 @@ def test_result_as_json():
     assert plain["limits"]["50"]["areas"]["medium"] == {"average_recall": 1, "recall": [1] * 10}
 
 
-def test_pictures_are_not_kept():
+def test_images_are_not_kept():
     given: list[weakref.ref] = []
 
-    def pictures():
+    def images():
         for _ in range(5):
             boxes = np.array([[0.0, 0, 50, 50]])
             given.append(weakref.ref(boxes))
             yield boxes, boxes
             assert sum(one() is not None for one in given) <= 2
 
-    assert proposal_recall(pictures()).pictures == len(given) == 5
+    assert proposal_recall(images()).images == len(given) == 5
 
 
-def test_equals_the_loop_over_pictures():
+def test_equals_the_loop_over_images():
     random = np.random.default_rng(5)
-    pictures = [
+    images = [
         (np.array(random_boxes(random, random.integers(0, 8), 150)).reshape(-1, 4),
          np.array(random_boxes(random, random.integers(0, 60), 150)).reshape(-1, 4))
         for _ in range(30)
     ]
-    recall = proposal_recall(pictures, limits=(5, 50))
+    recall = proposal_recall(images, limits=(5, 50))
     for limit in (5, 50):
         for name, (low, high) in AREA_RANGES.items():
             ious = []
-            for boxes, proposals in pictures:
+            for boxes, proposals in images:
                 own = [box for box in boxes if low <= (box[2] - box[0]) * (box[3] - box[1]) <= high]
                 ious += slow_cover([[slow_iou(box, other) for other in proposals[:limit]] for box in own])
             expected = [np.mean([iou >= threshold for iou in ious]) if ious else math.nan for threshold in THRESHOLDS]

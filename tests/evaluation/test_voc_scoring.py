@@ -93,7 +93,7 @@ def test_objects_without_detections_score_nought():
     assert score_voc({"a": objects([SQUARE])}, {}, ["thing"]).map == 0
 
 
-def test_pictures_without_objects_still_hold_false_positives():
+def test_images_without_objects_still_hold_false_positives():
     truth = {"a": objects([SQUARE]), "empty": objects([])}
     found = {"empty": detections([SQUARE], [0.9]), "a": detections([SQUARE], [0.8])}
     assert score_voc(truth, found, ["thing"]).classes["thing"].precision.tolist() == [0, 0.5]
@@ -106,12 +106,12 @@ def test_no_objects_at_all(truth):
     assert json.loads(json.dumps(score.as_dict(curves=True), allow_nan=False))["map"] is None
 
 
-def test_detections_of_an_unknown_picture():
-    with pytest.raises(DataError, match="picture b has detections but no ground truth"):
+def test_detections_of_an_unknown_image():
+    with pytest.raises(DataError, match="image b has detections but no ground truth"):
         score_voc({"a": objects([])}, {"b": detections([], [])}, ["thing"])
 
 
-def test_equal_scores_keep_the_order_of_pictures_and_detections():
+def test_equal_scores_keep_the_order_of_images_and_detections():
     truth = {name: objects([SQUARE]) for name in "ab"}
     found = {"b": detections([SQUARE], [0.5]), "a": detections([FAR, SQUARE], [0.5, 0.5])}
     assert score_voc(truth, found, ["thing"]).classes["thing"].recall.tolist() == [0, 0.5, 1]
@@ -176,7 +176,7 @@ def test_result_as_json():
     assert (curves["scores"], curves["precision"], curves["recall"]) == ([0.5], [1], [1])
 
 
-def test_pictures_and_classes_together():
+def test_images_and_classes_together():
     """Cat: hit at rank 2 of 3. Dog: nothing anywhere. Bird: one miss, one hit. Fish: only difficult, found twice."""
     truth = {
         "a": objects([SQUARE, FAR], labels=[0, 0]),
@@ -197,26 +197,26 @@ def test_pictures_and_classes_together():
 def devkit(truth, found, label, rules):
     """One class by the letter of the devkit: AP, and hits in order (None where ignored)."""
     ranked = [
-        (score, picture, box)
-        for picture in truth
+        (score, image, box)
+        for image in truth
         for score, own, box in zip(
-            found[picture].scores.tolist(), found[picture].labels.tolist(), found[picture].boxes.tolist(), strict=True
+            found[image].scores.tolist(), found[image].labels.tolist(), found[image].boxes.tolist(), strict=True
         )
         if own == label
     ]
     ranked.sort(key=lambda entry: -entry[0])
     taken, hits = set(), []
-    for _, picture, box in ranked:
-        own = np.flatnonzero(truth[picture].labels == label)
-        ious = [slow_iou(truth[picture].boxes[index], box, float(rules.plus_one)) for index in own]
+    for _, image, box in ranked:
+        own = np.flatnonzero(truth[image].labels == label)
+        ious = [slow_iou(truth[image].boxes[index], box, float(rules.plus_one)) for index in own]
         best = int(np.argmax(ious)) if ious else None
         if best is None or not (ious[best] > rules.iou if rules.strict else ious[best] >= rules.iou):
             hits.append(0)
-        elif truth[picture].difficult[own[best]]:
+        elif truth[image].difficult[own[best]]:
             hits.append(None)
         else:
-            hits.append(int((picture, best) not in taken))
-            taken.add((picture, best))
+            hits.append(int((image, best) not in taken))
+            taken.add((image, best))
     positives = sum(int(((one.labels == label) & ~one.difficult).sum()) for one in truth.values())
     return hits, positives
 
@@ -239,7 +239,7 @@ def slow_ap(hits, positives, protocol):
 ])
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_the_devkit_in_loops(rules, seed):
-    truth, found = random_samples(seed, pictures=25, classes=2)
+    truth, found = random_samples(seed, images=25, classes=2)
     score = score_voc(truth, found, ["cat", "dog"], rules)
     for label, one in enumerate(score.classes.values()):
         hits, positives = devkit(truth, found, label, rules)
@@ -250,12 +250,12 @@ def test_equals_the_devkit_in_loops(rules, seed):
 
 
 def test_a_class_scores_the_same_alone():
-    truth, found = random_samples(9, pictures=20, classes=3)
+    truth, found = random_samples(9, images=20, classes=3)
     together = score_voc(truth, found, ["a", "b", "c"]).ap
     assert score_voc(truth, found, ["a"]).ap["a"] == together["a"]
 
 
 def test_only_the_order_of_scores_matters():
-    truth, found = random_samples(3, pictures=20, classes=1)
+    truth, found = random_samples(3, images=20, classes=1)
     squared = {name: detections(one.boxes, one.scores.astype(float) ** 3) for name, one in found.items()}
     assert score_voc(truth, squared, ["a"]).map == score_voc(truth, found, ["a"]).map

@@ -5,23 +5,24 @@ import torch
 from rank_runs import in_ranks
 from torch import nn
 
+from altopt.batches.local_batches import LocalBatches
 from altopt.batches.samples import Batch
-from altopt.batches.slices import Slices
 from altopt.errors import DataError
-from altopt.machine.distributed import OtherRankError, Ranks, company
+from altopt.machine.distributed import OtherRankError, SingleProcess, join_processes
 
 BATCH = Batch([], torch.zeros(0, 3, 8, 8))
 
 
 def exchanged(ranks):
     module = nn.Linear(2, 1)
-    compute = ranks.wrapped(module)
+    compute = ranks.data_parallel(module)
     ranks.backward(compute(torch.full((1, 2), 10.0 ** ranks.rank)).sum())
-    return {"same": ranks.same(("rank", ranks.rank)), "gathered": ranks.gather(ranks.rank),
-            "total": ranks.total(torch.tensor([1.0, ranks.rank])).tolist(), "greatest": ranks.greatest(ranks.rank % 2),
+    return {"same": ranks.broadcast(("rank", ranks.rank)), "gathered": ranks.all_gather(ranks.rank),
+            "total": ranks.all_reduce_sum(torch.tensor([1.0, ranks.rank])).tolist(),
+            "greatest": ranks.all_reduce_max(ranks.rank % 2),
             "weight": module.weight.grad.tolist(), "bias": module.bias.grad.tolist(),
-            "spread": [list(ranks.spread(list(range(count)), squares)) for count in (0, 1, 3, 7)],
-            "left early": left_early(ranks), "still together": ranks.gather(ranks.rank),
+            "spread": [list(ranks.map_images(list(range(count)), squares)) for count in (0, 1, 3, 7)],
+            "left early": left_early(ranks), "still together": ranks.all_gather(ranks.rank),
             "slices": slices(ranks)}
 
 
@@ -31,7 +32,7 @@ def squares(items):
 
 
 def left_early(ranks):
-    made = ranks.spread(list(range(10)), squares)
+    made = ranks.map_images(list(range(10)), squares)
     found = [next(made, None)]
     made.close()
     return found
@@ -39,7 +40,7 @@ def left_early(ranks):
 
 def slices(ranks):
     """What a rank works on, and the weight of two RoIs for each entry, for batches of 1 to 5 entries."""
-    divided = Slices(ranks, [list("abcde"[:count]) for count in range(1, 6)])
+    divided = LocalBatches(ranks, [list("abcde"[:count]) for count in range(1, 6)])
     found = []
     for iteration in range(5):
         divided.begin(BATCH, iteration)
@@ -50,7 +51,7 @@ def slices(ranks):
 def fails(ranks):
     if ranks.rank == 1:
         raise DataError("a.jpg: cannot be read")
-    ranks.gather(None)
+    ranks.all_gather(None)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_the_reason_of_one_is_the_end_of_all():
 
 def test_a_process_by_itself_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with company() as ranks:
-        assert type(ranks) is Ranks
-        assert (ranks.first, ranks.count, ranks.gather(4), ranks.same(5)) == (True, 1, [4], 5)
-        assert list(ranks.spread([1, 2], squares)) == [1, 4]
+    with join_processes() as ranks:
+        assert type(ranks) is SingleProcess
+        assert (ranks.first, ranks.count, ranks.all_gather(4), ranks.broadcast(5)) == (True, 1, [4], 5)
+        assert list(ranks.map_images([1, 2], squares)) == [1, 4]

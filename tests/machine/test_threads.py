@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from altopt.batches.reading import Ahead
+from altopt.batches.reading import Prefetcher
 from altopt.machine.threads import single_threads
 from altopt.ops.roi_pool import LEAST_MAPS, roi_pool
 
@@ -56,7 +56,7 @@ def test_a_thread_that_cannot_start_keeps_none_waiting(monkeypatch):
 
 
 def test_readers_are_such_threads(three_threads):
-    with Ahead(lambda _: torch.get_num_threads(), range(8), workers=2) as ahead:
+    with Prefetcher(lambda _: torch.get_num_threads(), range(8), workers=2) as ahead:
         assert list(ahead) == [1] * 8
     assert torch.get_num_threads() == of_a_new_thread() == 3
 

@@ -97,10 +97,10 @@ def spread(module: nn.Module) -> nn.Module:
 
 
 def seen(conv: nn.Module, row: int, column: int, side: int) -> list[float]:
-    """Return the box xyxy, in pixels, that a feature cell sees of a picture of ``side`` x ``side``."""
-    picture = torch.ones(1, 3, side, side, dtype=torch.float64, requires_grad=True)
-    conv(picture)[0, :, row, column].sum().backward()
-    rows, columns = torch.nonzero(picture.grad[0].abs().sum(dim=0), as_tuple=True)
+    """Return the box xyxy, in pixels, that a feature cell sees of an image of ``side`` x ``side``."""
+    image = torch.ones(1, 3, side, side, dtype=torch.float64, requires_grad=True)
+    conv(image)[0, :, row, column].sum().backward()
+    rows, columns = torch.nonzero(image.grad[0].abs().sum(dim=0), as_tuple=True)
     return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
 
 
@@ -109,7 +109,7 @@ def test_a_cell_looks_where_its_anchors_are_centred(name, centre):
     conv = spread(outline(name).conv)
     for row, column in ((10, 9), (11, 13)):
         x1, y1, x2, y2 = seen(conv, row, column, 352)
-        assert min(x1, y1) > 0  # all of the field is in the picture
+        assert min(x1, y1) > 0  # all of the field is in the image
         assert max(x2, y2) < 352
         assert (x1 + x2) / 2 == pytest.approx(STRIDE * column + 8, abs=1)
         assert (y1 + y2) / 2 == pytest.approx(STRIDE * row + 8, abs=1)
@@ -143,9 +143,9 @@ def test_features_are_those_of_torchvisions_network_with_other_padding(name, pad
                           if key.startswith("conv.")}, assign=True)
     features = copy.copy(features) if name == "squeezenet1_1" else features[:-1]  # the last pooling is left out
     features[0].padding = (padding, padding)
-    picture = torch.randn(2, 3, 64, 80, generator=torch.Generator().manual_seed(6))
+    image = torch.randn(2, 3, 64, 80, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
-        ours, theirs = conv(picture), features(picture)
+        ours, theirs = conv(image), features(image)
     assert theirs.abs().max() > 0.01
     divisor = 16 if name == "squeezenet1_1" else 1  # a power of two: no digit is lost
     assert torch.equal(ours * divisor, theirs)

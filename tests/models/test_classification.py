@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Ruler:
-    """A data set of one picture whose colours say where a pixel lies: red is 4 x, green 4 y, blue 255."""
+    """A data set of one image whose colours say where a pixel lies: red is 4 x, green 4 y, blue 255."""
 
     boxes: list[list[float]]
     width: int = 60
@@ -26,11 +26,11 @@ class Ruler:
     labels: list[int] = field(default_factory=list)
     difficult: bool = False
 
-    def image(self, picture_id: str) -> np.ndarray:
+    def image(self, image_id: str) -> np.ndarray:
         rows, columns = np.mgrid[: self.height, : self.width]
         return np.stack([4 * columns, 4 * rows, np.full_like(rows, 255)], axis=2).astype(np.uint8)
 
-    def objects(self, picture_id: str) -> Objects:
+    def objects(self, image_id: str) -> Objects:
         count = len(self.boxes)
         labels = np.array(self.labels or range(count), dtype=np.int64)
         flags = np.full(count, self.difficult), np.zeros(count, dtype=bool)
@@ -53,7 +53,7 @@ def test_crops_show_their_object_and_stay_inside():
         assert sample.pixels.shape == (3, 32, 32)
         assert sample.pixels.dtype == torch.uint8
         assert sample.pixels[2].eq(255).all()  # nothing of the outside, which were black
-        label = sample.classes.item()
+        label = sample.gt_labels.item()
         labels.add(label)
         x1, y1, x2, y2 = BOXES[label - 1]
         left, top, right, bottom = shown(sample.pixels)
@@ -63,7 +63,7 @@ def test_crops_show_their_object_and_stay_inside():
 
 
 def test_an_object_fills_a_third_to_all_of_its_crop():
-    """An object of 12 px in the middle of the picture, whose crops are never cut."""
+    """An object of 12 px in the middle of the image, whose crops are never cut."""
     sides = []
     for k in range(200):
         left, _, right, _ = shown(draw_crop(Ruler([[24.0, 18, 36, 30]]), "one", 64, 0.0, 3, k).pixels)
@@ -75,7 +75,7 @@ def test_an_object_fills_a_third_to_all_of_its_crop():
 def test_background_holds_no_objects_centre_and_comes_as_often_as_asked():
     dataset = Ruler(BOXES)
     samples = [draw_crop(dataset, "one", 32, 0.4, 3, k) for k in range(300)]
-    background = [sample for sample in samples if sample.classes.item() == 0]
+    background = [sample for sample in samples if sample.gt_labels.item() == 0]
     assert 40 < len(background) < 150  # a square on an object is not taken, so fewer than 120 on average
     for sample in background:
         left, top, right, bottom = shown(sample.pixels)
@@ -85,31 +85,31 @@ def test_background_holds_no_objects_centre_and_comes_as_often_as_asked():
 
 
 @pytest.mark.parametrize("dataset", [Ruler([]), Ruler(BOXES, difficult=True)])
-def test_pictures_without_usable_objects_are_background(dataset):
-    assert {draw_crop(dataset, "one", 32, 0.0, 3, k).classes.item() for k in range(20)} == {0}
+def test_images_without_usable_objects_are_background(dataset):
+    assert {draw_crop(dataset, "one", 32, 0.0, 3, k).gt_labels.item() for k in range(20)} == {0}
 
 
 @pytest.mark.parametrize("boxes", [
     [[0.0, 0, 60, 48]], [[0, 0, 1, 1]], [[59, 47, 60, 48]], [[0, 0, 60, 1]], [[59.5, 0, 60, 48]]])
-def test_one_pixel_objects_and_objects_as_large_as_the_picture(boxes):
+def test_one_pixel_objects_and_objects_as_large_as_the_image(boxes):
     for k in range(30):
         sample = draw_crop(Ruler(boxes), "one", 16, 0.0, 3, k)
         assert sample.pixels[2].eq(255).all()
-        assert sample.classes.tolist() == [1]
+        assert sample.gt_labels.tolist() == [1]
 
 
-def test_crops_of_other_pictures_than_the_ruler_fit_too():
+def test_crops_of_other_images_than_the_ruler_fit_too():
     for width, height in ((63, 9), (9, 63), (1, 1), (33, 33)):
         for k in range(30):
             sample = draw_crop(Ruler([[0.0, 0, width, height]], width, height), "one", 16, 0.5, 3, k)
             assert sample.pixels[2].eq(255).all()
 
 
-def test_crops_depend_on_key_and_picture_alone():
+def test_crops_depend_on_key_and_image_alone():
     dataset = Ruler(BOXES)
     one, again = (draw_crop(dataset, "one", 32, 0.3, 3, "crops", 7) for _ in range(2))
     assert torch.equal(one.pixels, again.pixels)
-    assert torch.equal(one.classes, again.classes)
+    assert torch.equal(one.gt_labels, again.gt_labels)
     others = [draw_crop(dataset, "two", 32, 0.3, 3, "crops", 7), draw_crop(dataset, "one", 32, 0.3, 3, "crops", 8)]
     assert not any(torch.equal(one.pixels, other.pixels) for other in others)
 
@@ -146,15 +146,15 @@ def test_every_convolution_is_normalised():
 
 def test_folded_layers_compute_the_same_under_the_backbones_names():
     module = classifier().eval()
-    picture = torch.randn(2, 3, 45, 64, generator=generator("picture"))
+    image = torch.randn(2, 3, 45, 64, generator=generator("image"))
     with torch.no_grad():
-        expected = module.conv(picture)
+        expected = module.conv(image)
     plain = backbones.small().conv
     tensors = module.tensors()
     plain.load_state_dict({name.removeprefix("conv."): tensor for name, tensor in tensors.items()})
     with torch.no_grad():
-        found = plain(picture)
-        assert not torch.allclose(found, backbones.small().conv(picture), atol=1e-2)
+        found = plain(image)
+        assert not torch.allclose(found, backbones.small().conv(image), atol=1e-2)
     assert expected.std() > 0.05
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert all(name.startswith("conv.") for name in tensors)
@@ -176,7 +176,7 @@ def test_loss_is_the_softmax_over_the_crops_labels():
     with torch.no_grad():
         loss = module(batch, 0)["cls"].item()
         odds = torch.exp(module.score(module.conv(batch.images).mean(dim=(2, 3))).double())
-    labels = [sample.classes.item() for sample in samples]
+    labels = [sample.gt_labels.item() for sample in samples]
     expected = -sum(torch.log(odds[k, label] / odds[k].sum()).item() for k, label in enumerate(labels)) / 6
     assert loss == pytest.approx(expected, rel=1e-4)
     assert module.score.out_features == 6  # background and five classes

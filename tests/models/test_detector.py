@@ -1,17 +1,17 @@
-"""Faster R-CNN put together: filling its parts, and running it on pictures."""
+"""Faster R-CNN put together: filling its parts, and running it on images."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from altopt.batches.samples import Batch, Sample, make_batch
-from altopt.config import DetectionRule, NetworkConfig, ProposalRule
+from altopt.config import DetectionSettings, NetworkConfig, ProposalSettings
 from altopt.machine.randomness import generator
 from altopt.models.backbones import fully_connected
 from altopt.models.detector import PARTS, FasterRCNN, detect_on, initialise, own_proposals, propose, propose_on
-from altopt.models.fast_rcnn import detections_of
+from altopt.models.fast_rcnn import postprocess_detections
 from altopt.models.network_parts import NetworkOfParts
-from altopt.models.rpn import proposals_of
+from altopt.models.rpn import make_proposals
 from altopt.ops import boxes as bx
 from altopt.ops.roi_pool import roi_pool
 from altopt.ops.roi_sample import roi_sample
@@ -50,8 +50,8 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def pictures(*sizes: tuple[int, int]) -> Batch:
-    random = generator("pictures")
+def images(*sizes: tuple[int, int]) -> Batch:
+    random = generator("images")
     return make_batch([
         Sample(str(n), False, torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random), 1.0,
                torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -147,25 +147,25 @@ def test_a_missing_layer_or_one_of_another_shape_is_an_error(tensors):
 
 
 def test_two_networks_filled_from_the_same_tensors_compute_the_same(tensors):
-    batch = pictures((96, 64))
+    batch = images((96, 64))
     one, other = network_of(tensors), network_of(tensors)
     with torch.no_grad():
         assert torch.equal(one.conv(batch.images), other.conv(batch.images))
-    first, second = (propose(network, batch, ProposalRule())[0] for network in (one, other))
+    first, second = (propose(network, batch, ProposalSettings())[0] for network in (one, other))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
-def test_proposals_of_a_batch_are_those_of_its_pictures(tensors):
-    network, batch = network_of(tensors), pictures((96, 64), (64, 96))
-    rule = ProposalRule(post_nms=50)
+def test_proposals_of_a_batch_are_those_of_its_images(tensors):
+    network, batch = network_of(tensors), images((96, 64), (64, 96))
+    rule = ProposalSettings(post_nms=50)
     found = propose(network, batch, rule)
     with torch.inference_mode():
         features = network.conv(batch.images)
         logits, deltas = network.rpn(features)
         anchors = network.rpn.anchors_for(features)
         for b, (boxes, scores) in enumerate(found):
-            expected = proposals_of(logits[b], deltas[b], anchors, batch.samples[b], rule)
+            expected = make_proposals(logits[b], deltas[b], anchors, batch.samples[b], rule)
             assert torch.equal(boxes, expected[0])
             assert torch.equal(scores, expected[1])
             assert 0 < len(boxes) <= 50
@@ -174,7 +174,7 @@ def test_proposals_of_a_batch_are_those_of_its_pictures(tensors):
     assert all(torch.equal(a[0], b[0]) for a, b in zip(found, again, strict=True))
 
 
-RULE = DetectionRule(score=0.01, proposals=40, per_picture=30)
+RULE = DetectionSettings(score=0.01, proposals=40, per_image=30)
 
 
 def detected(network: FasterRCNN, batch: Batch, proposals: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -182,9 +182,9 @@ def detected(network: FasterRCNN, batch: Batch, proposals: list[Tensor]) -> list
         return detect_on(network, network.conv(batch.images), batch, proposals, RULE)
 
 
-def test_detections_leave_the_units_of_the_head_and_keep_their_picture(tensors):
-    network, batch = network_of(tensors), pictures((96, 64), (64, 96))
-    proposals = [boxes for boxes, _ in propose(network, batch, ProposalRule(post_nms=20))]
+def test_detections_leave_the_units_of_the_head_and_keep_their_image(tensors):
+    network, batch = network_of(tensors), images((96, 64), (64, 96))
+    proposals = [boxes for boxes, _ in propose(network, batch, ProposalSettings(post_nms=20))]
     proposals[1] = proposals[1][:7]
     found = detected(network, batch, proposals)
     with torch.inference_mode():
@@ -193,24 +193,24 @@ def test_detections_leave_the_units_of_the_head_and_keep_their_picture(tensors):
             pooled = roi_pool(features[b : b + 1], [rois], 6, 1 / 16)
             logits, normalised = network.head(network.fc(pooled.flatten(1)))
             plain = normalised * 0.2 + 0.01  # the statistics of the fixture
-            expected = detections_of(logits, plain, rois, batch.samples[b].size, RULE)
+            expected = postprocess_detections(logits, plain, rois, batch.samples[b].size, RULE)
             assert len(expected[0]) > 3
             for one, other in zip(found[b], expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
 def test_new_statistics_leave_detections_as_they_are(tensors):
-    batch = pictures((96, 64))
+    batch = images((96, 64))
     network, other = network_of(tensors), network_of({name: tensor.clone() for name, tensor in tensors.items()})
     other.head.renormalise(torch.full((CLASSES + 1, 4), -0.3), torch.full((CLASSES + 1, 4), 0.05))
     assert not torch.allclose(network.head.bbox_pred.weight, other.head.bbox_pred.weight)
-    proposals = [propose(network, batch, ProposalRule(post_nms=20))[0][0]]
+    proposals = [propose(network, batch, ProposalSettings(post_nms=20))[0][0]]
     for one, two in zip(detected(network, batch, proposals)[0], detected(other, batch, proposals)[0], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
 
 
-def test_pictures_without_proposals_have_no_detections(tensors):
-    network, batch = network_of(tensors), pictures((96, 64), (96, 64))
+def test_images_without_proposals_have_no_detections(tensors):
+    network, batch = network_of(tensors), images((96, 64), (96, 64))
     none = torch.zeros(0, 4)
     some = torch.tensor([[0.0, 0, 60, 60]])
     for proposals in ([none, none], [none, some]):
@@ -219,9 +219,9 @@ def test_pictures_without_proposals_have_no_detections(tensors):
         assert found[0][0].shape == (0, 4)
 
 
-def test_the_smallest_picture_goes_through(tensors):
-    network, batch = network_of(tensors), pictures((16, 16))
-    proposals = [boxes for boxes, _ in propose(network, batch, ProposalRule(min_side=4))]
+def test_the_smallest_image_goes_through(tensors):
+    network, batch = network_of(tensors), images((16, 16))
+    proposals = [boxes for boxes, _ in propose(network, batch, ProposalSettings(min_side=4))]
     assert len(detected(network, batch, proposals)) == 1
 
 
@@ -235,8 +235,8 @@ def test_rois_are_pooled_by_the_op_that_the_network_says(tensors):
 
 
 def test_proposals_at_test_time_follow_the_detection_rule():
-    rule = own_proposals(DetectionRule(pre_nms=11, rpn_nms=0.6, proposals=5, min_side=3.0))
-    assert rule == ProposalRule(pre_nms=11, nms=0.6, post_nms=5, min_side=3.0)
+    rule = own_proposals(DetectionSettings(pre_nms=11, rpn_nms=0.6, proposals=5, min_side=3.0))
+    assert rule == ProposalSettings(pre_nms=11, nms=0.6, post_nms=5, min_side=3.0)
 
 
 def test_unfilled_networks_take_no_memory():

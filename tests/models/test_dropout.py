@@ -1,4 +1,4 @@
-"""Dropout's masks: each picture's own, whatever pictures share the batch."""
+"""Dropout's masks: each image's own, whatever images share the batch."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from torch import nn
 
 from altopt.batches.samples import Sample
 from altopt.models.backbones import fully_connected
-from altopt.models.dropout import PictureDropout, seed_dropout
+from altopt.models.dropout import PerImageDropout, seed_dropout
 from altopt.ops.targets import RoISample
 
 NONE = torch.zeros(0, 4)
 KEY = (3, "test", 7)
 
 
-def picture(id: str, flipped: bool = False) -> Sample:
+def image(id: str, flipped: bool = False) -> Sample:
     return Sample(id, flipped, torch.zeros(3, 8, 8, dtype=torch.uint8), 1.0, NONE, torch.zeros(0, dtype=torch.int64))
 
 
@@ -21,26 +21,26 @@ def rois(count: int) -> RoISample:
     return RoISample(torch.zeros(count, 4), torch.zeros(count, dtype=torch.int64), torch.zeros(count, 4), 0)
 
 
-def dropped(pictures: list[Sample], counts: list[int], *key: object, p: float = 0.5) -> list[torch.Tensor]:
-    """Return what is left of ones, for each picture."""
-    layer = PictureDropout(p)
-    seed_dropout(layer, [rois(count) for count in counts], pictures, *key)
+def dropped(images: list[Sample], counts: list[int], *key: object, p: float = 0.5) -> list[torch.Tensor]:
+    """Return what is left of ones, for each image."""
+    layer = PerImageDropout(p)
+    seed_dropout(layer, [rois(count) for count in counts], images, *key)
     return list(layer(torch.ones(sum(counts), 40)).split(counts))
 
 
-def test_a_picture_has_the_same_mask_alone_and_in_any_batch():
-    one, two = picture("one"), picture("two")
+def test_a_image_has_the_same_mask_alone_and_in_any_batch():
+    one, two = image("one"), image("two")
     together = dropped([one, two], [5, 3], *KEY)
     assert torch.equal(together[0], dropped([one], [5], *KEY)[0])
     assert torch.equal(together[1], dropped([two], [3], *KEY)[0])
     assert torch.equal(dropped([two, one], [3, 5], *KEY)[0], together[1])
 
 
-def test_masks_differ_by_picture_mirroring_iteration_and_layer():
-    found = [*dropped([picture("one"), picture("two"), picture("one", flipped=True)], [4, 4, 4], *KEY),
-             *dropped([picture("one")], [4], 3, "test", 8)]
+def test_masks_differ_by_image_mirroring_iteration_and_layer():
+    found = [*dropped([image("one"), image("two"), image("one", flipped=True)], [4, 4, 4], *KEY),
+             *dropped([image("one")], [4], 3, "test", 8)]
     layers = fully_connected(40, 40)
-    seed_dropout(layers, [rois(4)], [picture("one")], *KEY)
+    seed_dropout(layers, [rois(4)], [image("one")], *KEY)
     found += [layers.drop6(torch.ones(4, 40)), layers.drop7(torch.ones(4, 40))]
     for k, one in enumerate(found):
         assert all(not torch.equal(one, other) for other in found[:k])
@@ -48,22 +48,22 @@ def test_masks_differ_by_picture_mirroring_iteration_and_layer():
 
 @pytest.mark.parametrize("p", [0.25, 0.5])
 def test_what_is_left_is_scaled_up(p):
-    (left,) = dropped([picture("one")], [400], *KEY, p=p)
+    (left,) = dropped([image("one")], [400], *KEY, p=p)
     assert left.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
     assert left.eq(0).float().mean().item() == pytest.approx(p, abs=0.02)
 
 
 def test_gradients_go_where_the_values_went():
-    layer, input = PictureDropout(0.5), torch.ones(6, 8, requires_grad=True)
-    seed_dropout(layer, [rois(6)], [picture("one")], *KEY)
+    layer, input = PerImageDropout(0.5), torch.ones(6, 8, requires_grad=True)
+    seed_dropout(layer, [rois(6)], [image("one")], *KEY)
     left = layer(input)
     left.sum().backward()
     assert torch.equal(input.grad, left)
 
 
 def test_nothing_is_dropped_in_evaluation_or_with_probability_0():
-    layer, input = PictureDropout(0.5), torch.rand(3, 8)
-    seed_dropout(layer, [rois(3)], [picture("one")], *KEY)
+    layer, input = PerImageDropout(0.5), torch.rand(3, 8)
+    seed_dropout(layer, [rois(3)], [image("one")], *KEY)
     assert torch.equal(layer.eval()(input), input)
     layer.train().p = 0.0
     assert torch.equal(layer(input), input)
@@ -74,10 +74,10 @@ def test_without_keys_it_is_torchs_own():
     torch.manual_seed(1)
     expected = nn.Dropout(0.5)(input)
     torch.manual_seed(1)
-    assert torch.equal(PictureDropout(0.5)(input), expected)
+    assert torch.equal(PerImageDropout(0.5)(input), expected)
 
 
-def test_pictures_without_rois_take_no_part():
-    empty, some = dropped([picture("one"), picture("two")], [0, 3], *KEY)
+def test_images_without_rois_take_no_part():
+    empty, some = dropped([image("one"), image("two")], [0, 3], *KEY)
     assert empty.shape == (0, 40)
-    assert torch.equal(some, dropped([picture("two")], [3], *KEY)[0])
+    assert torch.equal(some, dropped([image("two")], [3], *KEY)[0])

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from altopt.batches.samples import Batch, Sample
-from altopt.batches.sampling import RoIRule, RoISampling
-from altopt.config import DetectionRule
+from altopt.batches.sampling import RoISampling, RoIThresholds
+from altopt.config import DetectionSettings
 from altopt.machine.randomness import generator
-from altopt.models.fast_rcnn import FastRCNNHead, FastRCNNTraining, detections_of, roi_losses
+from altopt.models.fast_rcnn import FastRCNNHead, FastRCNNTraining, postprocess_detections, roi_losses
 from altopt.ops import boxes as bx
 from altopt.ops.targets import RoISample
 
@@ -168,7 +168,7 @@ def training_of(head: FastRCNNHead | None = None, count: int = 16) -> FastRCNNTr
     with torch.no_grad():
         for parameter in [*conv.parameters(), *fc.parameters()]:
             parameter.normal_(std=0.3, generator=random)
-    rois = RoISampling(RoIRule(0.5, 0.5, 0.0), per_image=count, fg_fraction=0.25)
+    rois = RoISampling(RoIThresholds(0.5, 0.5, 0.0), per_image=count, fg_fraction=0.25)
     return FastRCNNTraining(conv, fc, head or head_of(), roi_size=2, rois=rois, box_weight=1.0, key=(3, "test"))
 
 
@@ -181,22 +181,22 @@ def batch_of(*samples: Sample) -> Batch:
     return Batch(list(samples), torch.randn(len(samples), 3, SIZE[1], SIZE[0], generator=generator("pixels")))
 
 
-def test_training_step_depends_on_iteration_and_picture_alone():
+def test_training_step_depends_on_iteration_and_image_alone():
     training = training_of()
-    pictures = sample_of(random_boxes(2), random_boxes(60, 1)), sample_of(random_boxes(1, 2), random_boxes(60, 3))
-    batch = batch_of(*pictures)
+    images = sample_of(random_boxes(2), random_boxes(60, 1)), sample_of(random_boxes(1, 2), random_boxes(60, 3))
+    batch = batch_of(*images)
     first, again, other = training(batch, 1), training(batch, 1), training(batch, 2)
     assert all(torch.equal(first[name], again[name]) for name in ("cls", "box"))
     assert not torch.equal(first["cls"], other["cls"])
 
 
 def test_losses_are_divided_by_the_rois_of_the_whole_batch():
-    """One picture has 3 RoIs, the other 9: an average of averages would weigh the first too much."""
+    """One image has 3 RoIs, the other 9: an average of averages would weigh the first too much."""
     training = training_of(count=16)
     none = torch.zeros(0, 4)
-    pictures = sample_of(none, random_boxes(3, 1), "few"), sample_of(none, random_boxes(9, 2), "many")
-    batch = batch_of(*pictures)
-    alone = [training(Batch([each], batch.images[b : b + 1]), 0)["cls"].item() for b, each in enumerate(pictures)]
+    images = sample_of(none, random_boxes(3, 1), "few"), sample_of(none, random_boxes(9, 2), "many")
+    batch = batch_of(*images)
+    alone = [training(Batch([each], batch.images[b : b + 1]), 0)["cls"].item() for b, each in enumerate(images)]
     assert alone[0] != pytest.approx(alone[1], rel=1e-3)
     assert training(batch, 0)["cls"].item() == pytest.approx((3 * alone[0] + 9 * alone[1]) / 12, rel=1e-5)
 
@@ -212,7 +212,7 @@ def test_every_part_gets_a_gradient():
 
 
 @pytest.mark.parametrize(("objects", "proposals"), [(0, 30), (2, 0), (0, 0), (1, 1)])
-def test_pictures_without_objects_or_proposals(objects, proposals):
+def test_images_without_objects_or_proposals(objects, proposals):
     training = training_of()
     losses = training(batch_of(sample_of(random_boxes(objects), random_boxes(proposals, 1))), 0)
     sum(losses.values()).backward()
@@ -220,7 +220,7 @@ def test_pictures_without_objects_or_proposals(objects, proposals):
     assert all(parameter.grad.isfinite().all() for parameter in training.parameters())
 
 
-def slow_detections(scores: np.ndarray, boxes: torch.Tensor, rule: DetectionRule) -> list[tuple[float, int, int]]:
+def slow_detections(scores: np.ndarray, boxes: torch.Tensor, rule: DetectionSettings) -> list[tuple[float, int, int]]:
     """Return (score, RoI, class) of the detections, best first."""
     found = []
     for k in range(scores.shape[1]):
@@ -229,7 +229,7 @@ def slow_detections(scores: np.ndarray, boxes: torch.Tensor, rule: DetectionRule
             if scores[r, k] > rule.score and not (bx.iou(boxes[r, k][None], boxes[kept, k]) > rule.nms).any():
                 kept.append(r)
         found += [(float(scores[r, k]), r, k) for r in kept]
-    return sorted(found, reverse=True)[: rule.per_picture]
+    return sorted(found, reverse=True)[: rule.per_image]
 
 
 @pytest.mark.parametrize("limit", [100, 7])
@@ -238,8 +238,8 @@ def test_detections_against_the_loop(limit):
     rois = random_boxes(40, 4)
     logits = torch.randn(40, CLASSES + 1, generator=random) * 2
     deltas = torch.randn(40, CLASSES + 1, 4, generator=random) * 0.2
-    rule = DetectionRule(score=0.2, nms=0.3, per_picture=limit)
-    boxes, scores, labels = detections_of(logits, deltas, rois, SIZE, rule)
+    rule = DetectionSettings(score=0.2, nms=0.3, per_image=limit)
+    boxes, scores, labels = postprocess_detections(logits, deltas, rois, SIZE, rule)
     odds = np.exp(logits.double().numpy())
     probability = (odds / odds.sum(axis=1, keepdims=True))[:, 1:]
     everything = torch.stack([bx.clip(bx.decode(deltas[:, k], rois), SIZE) for k in range(1, CLASSES + 1)], dim=1)
@@ -258,7 +258,7 @@ def logits_of(*rows: list[float]) -> torch.Tensor:
 def test_a_roi_can_be_several_classes_and_suppression_is_class_by_class():
     rois = torch.tensor([[10.0, 10, 50, 50], [11, 10, 50, 50]])
     logits = logits_of([0.2, 0.5, 0.3, 1e-9], [0.2, 0.45, 1e-9, 0.35])
-    boxes, scores, labels = detections_of(logits, torch.zeros(2, 4, 4), rois, SIZE, DetectionRule())
+    boxes, scores, labels = postprocess_detections(logits, torch.zeros(2, 4, 4), rois, SIZE, DetectionSettings())
     assert labels.tolist() == [0, 2, 1]
     torch.testing.assert_close(scores, torch.tensor([0.5, 0.35, 0.3]))
     assert boxes.tolist() == [[10, 10, 50, 50], [11, 10, 50, 50], [10, 10, 50, 50]]
@@ -267,30 +267,30 @@ def test_a_roi_can_be_several_classes_and_suppression_is_class_by_class():
 def test_scores_must_be_above_the_floor_and_background_is_no_detection():
     rois = torch.tensor([[10.0, 10, 50, 50]])
     logits = torch.zeros(1, 4)  # 0.25 each, exactly
-    assert len(detections_of(logits, torch.zeros(1, 4, 4), rois, SIZE, DetectionRule(score=0.25))[0]) == 0
-    assert len(detections_of(logits, torch.zeros(1, 4, 4), rois, SIZE, DetectionRule(score=0.24))[0]) == 3
+    assert len(postprocess_detections(logits, torch.zeros(1, 4, 4), rois, SIZE, DetectionSettings(score=0.25))[0]) == 0
+    assert len(postprocess_detections(logits, torch.zeros(1, 4, 4), rois, SIZE, DetectionSettings(score=0.24))[0]) == 3
 
 
 def test_the_limit_counts_all_classes_and_keeps_the_best():
     rois = torch.tensor([[0.0, 0, 20, 20], [30, 0, 50, 20], [60, 0, 80, 20]])
     logits = logits_of([0.1, 0.6, 0.3, 1e-9], [0.1, 1e-9, 0.9, 1e-9], [0.3, 0.2, 0.1, 0.4])
-    _, scores, labels = detections_of(logits, torch.zeros(3, 4, 4), rois, SIZE, DetectionRule(per_picture=3))
+    _, scores, labels = postprocess_detections(logits, torch.zeros(3, 4, 4), rois, SIZE, DetectionSettings(per_image=3))
     torch.testing.assert_close(scores, torch.tensor([0.9, 0.6, 0.4]))
     assert labels.tolist() == [1, 0, 2]
 
 
-def test_each_class_moves_the_roi_by_its_own_deltas_and_the_picture_cuts():
+def test_each_class_moves_the_roi_by_its_own_deltas_and_the_image_cuts():
     deltas = torch.zeros(1, 4, 4)
     deltas[0, 0] = 9  # background's are read by nobody
     deltas[0, 2, 0] = 1.0  # class 1 lies 40 px to the right
-    deltas[0, 3, 2:] = math.log(10)  # class 2 fills the picture
+    deltas[0, 3, 2:] = math.log(10)  # class 2 fills the image
     rois = torch.tensor([[10.0, 10, 50, 50]])
-    boxes, _, labels = detections_of(torch.zeros(1, 4), deltas, rois, SIZE, DetectionRule())
+    boxes, _, labels = postprocess_detections(torch.zeros(1, 4), deltas, rois, SIZE, DetectionSettings())
     found = dict(zip(labels.tolist(), boxes.tolist(), strict=True))
     assert found == {0: [10, 10, 50, 50], 1: [50, 10, 90, 50], 2: [0, 0, 128, 96]}
 
 
 def test_no_rois_make_no_detections():
-    boxes, scores, labels = detections_of(torch.zeros(0, 4), torch.zeros(0, 4, 4), torch.zeros(0, 4), SIZE,
-                                          DetectionRule())
+    boxes, scores, labels = postprocess_detections(torch.zeros(0, 4), torch.zeros(0, 4, 4), torch.zeros(0, 4), SIZE,
+                                          DetectionSettings())
     assert (boxes.shape, scores.shape, labels.shape) == ((0, 4), (0,), (0,))

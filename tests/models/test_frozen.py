@@ -1,23 +1,23 @@
-"""Conv layers: a picture's map depends on no other picture, whether it is frozen or learns, stored or fresh."""
+"""Conv layers: an image's map depends on no other image, whether it is frozen or learns, stored or fresh."""
 
 import pytest
 import torch
 
 from altopt.batches.samples import Sample, make_batch
-from altopt.batches.sampling import RoIRule, RoISampling
+from altopt.batches.sampling import RoISampling, RoIThresholds
 from altopt.config import NetworkConfig
 from altopt.machine.randomness import generator
 from altopt.models.backbones import small
 from altopt.models.detector import initialise
 from altopt.models.fast_rcnn import FastRCNNHead, FastRCNNTraining
-from altopt.models.frozen import conv_features, frozen_depth, frozen_features, layers_of, picture_map, picture_maps
-from altopt.models.rpn import RPNHead, RPNRule, RPNTraining
+from altopt.models.frozen import conv_features, frozen_depth, frozen_features, image_map, image_maps, layers_of
+from altopt.models.rpn import AnchorSampling, RPNHead, RPNTraining
 
 CPU = torch.device("cpu")
 SIZES = [(96, 80), (81, 97), (64, 112)]  # (width, height)
 DEPTH = 8  # layers of conv1 and conv2, and the pooling that conv3 begins with
 NETWORK = NetworkConfig(name="small", anchor_scales=(1.0, 2.0), rpn_channels=8)
-RULE = RPNRule(positive=0.7, negative=0.3, anchors_per_image=64, positive_fraction=0.5, sigma=3.0, box_weight=1.0)
+RULE = AnchorSampling(0.7, 0.3, anchors_per_image=64, positive_fraction=0.5, sigma=3.0, box_weight=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def conv():
 
 @pytest.fixture(scope="module")
 def samples():
-    return [sample_of(f"picture {k}", *size) for k, size in enumerate(SIZES)]
+    return [sample_of(f"image {k}", *size) for k, size in enumerate(SIZES)]
 
 
 def sample_of(id, width, height):
@@ -41,9 +41,9 @@ def sample_of(id, width, height):
 
 
 def stored(conv, sample, layers=None):
-    features = picture_map(conv, make_batch([sample], CPU).images[0], 0, layers).contiguous()
+    features = image_map(conv, make_batch([sample], CPU).images[0], 0, layers).contiguous()
     blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand_as(sample.pixels)
-    return Sample(sample.id, False, blank, 1.0, sample.objects, sample.classes, sample.proposals, features, layers)
+    return Sample(sample.id, False, blank, 1.0, sample.gt_boxes, sample.gt_labels, sample.proposals, features, layers)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def learning():
 def test_a_map_is_the_same_bits_alone_and_in_any_batch(conv, samples):
     together = frozen_features(conv, make_batch(samples, CPU))
     for b, sample in enumerate(samples):
-        alone = picture_map(conv, make_batch([sample], CPU).images[0])
+        alone = image_map(conv, make_batch([sample], CPU).images[0])
         height, width = alone.shape[1:]
         assert torch.equal(together[b, :, :height, :width], alone)
         assert together[b, :, height:].eq(0).all()
@@ -67,7 +67,7 @@ def test_a_map_is_the_same_bits_alone_and_in_any_batch(conv, samples):
         assert not alone.requires_grad
 
 
-def test_padded_pictures_together_would_give_other_borders(conv, samples):
+def test_padded_images_together_would_give_other_borders(conv, samples):
     """Otherwise the test before this one says nothing."""
     batch = make_batch(samples, CPU)
     padded, alone = conv(batch.images)[0], frozen_features(conv, batch)[0]
@@ -83,7 +83,7 @@ def test_stored_and_fresh_maps_make_equal_features(conv, samples):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_layers_that_learn_see_each_picture_by_itself(learning, samples, frozen):
+def test_layers_that_learn_see_each_image_by_itself(learning, samples, frozen):
     learning.get_submodule("conv1").requires_grad_(not frozen)
     assert frozen_depth(learning) == (DEPTH if frozen else 0)
     together = conv_features(learning, make_batch(samples, CPU))
@@ -120,12 +120,12 @@ def test_how_deep_layers_are_frozen(learning):
 
 
 def test_maps_stored_on_the_way_are_gone_on_from(conv, samples):
-    expected = picture_maps(conv, make_batch(samples, CPU))
+    expected = image_maps(conv, make_batch(samples, CPU))
     for layers in (0, 3, DEPTH, 21, None):
-        found = picture_maps(conv, make_batch([stored(conv, each, layers) for each in samples], CPU))
+        found = image_maps(conv, make_batch([stored(conv, each, layers) for each in samples], CPU))
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     with pytest.raises(AssertionError, match="layers that learn"):
-        picture_maps(conv, make_batch([stored(conv, each) for each in samples], CPU), DEPTH)
+        image_maps(conv, make_batch([stored(conv, each) for each in samples], CPU), DEPTH)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -154,7 +154,7 @@ def fast_rcnn_training(conv):
     fc, head = torch.nn.Sequential(torch.nn.Linear(128 * 4, 16), torch.nn.ReLU()), FastRCNNHead(16, 2)
     initialise(fc, generator("fc"))
     head.initialise(generator("head"))
-    rois = RoISampling(RoIRule(0.5, 0.5, 0.0), per_image=16, fg_fraction=0.25)
+    rois = RoISampling(RoIThresholds(0.5, 0.5, 0.0), per_image=16, fg_fraction=0.25)
     return FastRCNNTraining(conv, fc, head, roi_size=2, rois=rois, box_weight=1.0, key=(3, "test"))
 
 
@@ -172,7 +172,7 @@ def test_losses_and_gradients_are_equal_with_stored_maps(conv, samples, make):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_the_rpns_loss_of_a_batch_is_the_mean_of_its_pictures_alone(conv, samples):
+def test_the_rpns_loss_of_a_batch_is_the_mean_of_its_images_alone(conv, samples):
     """Padded cells have anchors too, and none of them is trained on."""
     module = rpn_training(conv)
     together = module(make_batch(samples, CPU), 0)

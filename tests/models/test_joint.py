@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from altopt.batches import sampling
 from altopt.batches.samples import Batch, Sample
-from altopt.batches.sampling import RoIRule, RoISampling, sample_rois
-from altopt.config import NetworkConfig, ProposalRule
+from altopt.batches.sampling import RoISampling, RoIThresholds, sample_rois
+from altopt.config import NetworkConfig, ProposalSettings
 from altopt.machine.randomness import generator
 from altopt.models import joint
 from altopt.models.fast_rcnn import FastRCNNHead, fast_rcnn_losses
 from altopt.models.joint import CoordinatePath, JointTraining
-from altopt.models.rpn import RPNHead, RPNRule, draw_anchors, proposals_of, rpn_losses
+from altopt.models.rpn import AnchorSampling, RPNHead, make_proposals, rpn_losses, sample_anchors
 from altopt.ops.roi_pool import roi_pool
 from altopt.ops.roi_sample import roi_sample
 
@@ -23,9 +23,9 @@ NETWORK = NetworkConfig(name="small", anchor_scales=(2.0, 4.0), anchor_ratios=(0
 CLASSES = 3
 SIZE = (128, 96)
 KEY = (3, "test")
-ANCHORS = RPNRule(positive=0.7, negative=0.3, anchors_per_image=32, positive_fraction=0.5, sigma=3.0, box_weight=1.0)
-PROPOSALS = ProposalRule(pre_nms=120, nms=0.7, post_nms=60, min_side=8)
-ROIS = RoISampling(RoIRule(0.5, 0.5, 0.0), per_image=24, fg_fraction=0.25)
+ANCHORS = AnchorSampling(0.7, 0.3, anchors_per_image=32, positive_fraction=0.5, sigma=3.0, box_weight=1.0)
+PROPOSALS = ProposalSettings(pre_nms=120, nms=0.7, post_nms=60, min_side=8)
+ROIS = RoISampling(RoIThresholds(0.5, 0.5, 0.0), per_image=24, fg_fraction=0.25)
 EQUAL = {"rpn_cls": 1.0, "rpn_box": 1.0, "cls": 1.0, "box": 1.0}
 OBJECTS = torch.tensor([[20.0, 20, 60, 60], [70, 10, 100, 74], [1, 50, 90, 95]])
 NONE = torch.zeros(0, 4)
@@ -77,11 +77,11 @@ def by_hand(training: JointTraining, batch: Batch, iteration: int, samples_per_b
     anchors = training.rpn.anchors_for(features)
     rois, of_rpn = [], []
     for b, sample in enumerate(batch.samples):
-        boxes, _ = proposals_of(logits[b].detach(), deltas[b].detach(), anchors, sample, PROPOSALS)
-        chosen = sample_rois(boxes, sample.objects, sample.classes, count=24, fg_fraction=0.25, rule=ROIS.rule,
+        boxes, _ = make_proposals(logits[b].detach(), deltas[b].detach(), anchors, sample, PROPOSALS)
+        chosen = sample_rois(boxes, sample.gt_boxes, sample.gt_labels, count=24, fg_fraction=0.25, rule=ROIS.rule,
                              generator=generator(*KEY, "rois", iteration, sample.id, sample.flipped))
         rois.append(chosen)
-        drawn = draw_anchors(sample, anchors, ANCHORS, *KEY, "anchors", iteration)
+        drawn = sample_anchors(sample, anchors, ANCHORS, *KEY, "anchors", iteration)
         of_rpn.append(rpn_losses(logits[b], deltas[b], drawn, ANCHORS))
     boxes = [chosen.rois for chosen in rois]
     if samples_per_bin:
@@ -148,7 +148,7 @@ def test_detector_losses_reach_the_rpn_through_coordinates_alone():
 def indices(monkeypatch) -> list[Tensor]:
     """Return a list that gets what every step chooses: the anchors that become proposals, labels of sampled RoIs."""
     chosen: list[Tensor] = []
-    keep, sample = joint.kept_boxes, sampling.sample_rois
+    keep, sample = joint.filter_proposals, sampling.sample_rois
 
     def recorded_keep(*arguments):
         chosen.append(keep(*arguments))
@@ -159,7 +159,7 @@ def indices(monkeypatch) -> list[Tensor]:
         chosen.append(result.labels)
         return result
 
-    monkeypatch.setattr(joint, "kept_boxes", recorded_keep)
+    monkeypatch.setattr(joint, "filter_proposals", recorded_keep)
     monkeypatch.setattr(sampling, "sample_rois", recorded_sample)
     return chosen
 
@@ -212,7 +212,7 @@ def test_a_gradient_above_the_limit_is_cut_to_it_and_others_are_not():
     assert CoordinatePath(0, 0.5).limited(torch.zeros(0, 4), 1.0).shape == (0, 4)
 
 
-def test_the_limit_holds_for_each_picture():
+def test_the_limit_holds_for_each_image():
     training = exact_of()
     one = Batch([BATCH.samples[0]], BATCH.images[:1])
     free = gradients(training, training(one, 0), "cls", "box")["rpn.bbox_pred.bias"]
@@ -222,7 +222,7 @@ def test_the_limit_holds_for_each_picture():
     assert cut.norm() < free.norm() / 10
 
 
-def test_the_convolutional_layers_run_once_for_each_picture():
+def test_the_convolutional_layers_run_once_for_each_image():
     training, calls = exact_of(), []
     training.conv[0].register_forward_hook(lambda layer, images, features: calls.append(len(features)))
     training(BATCH, 0)
@@ -235,7 +235,7 @@ def test_each_loss_has_its_weight():
     assert_same(weighted, {name: weights[name] * loss for name, loss in losses.items()})
 
 
-def test_the_sample_depends_on_iteration_and_picture_alone():
+def test_the_sample_depends_on_iteration_and_image_alone():
     training = training_of()
     first, again, other = training(BATCH, 1), training(BATCH, 1), training(BATCH, 2)
     renamed = training(Batch([sample_of(id="other"), BATCH.samples[1]], BATCH.images), 1)
@@ -259,7 +259,7 @@ def test_proposals_follow_the_rpn_of_the_moment():
     [sample_of(NONE)], [sample_of(NONE), sample_of(id="two")], [sample_of(NONE, width=17, height=16)],
     [sample_of(torch.tensor([[2.0, 2, 6, 7]]), width=17, height=16)], [sample_of(torch.tensor([[50.0, 50, 51, 51]]))],
 ], ids=["no objects", "objects in one only", "neither objects nor proposals", "no proposals", "one pixel"])
-def test_pictures_without_objects_or_proposals(make, samples):
+def test_images_without_objects_or_proposals(make, samples):
     training = make(proposals=replace(PROPOSALS, min_side=18))
     losses = training(batch_of(*samples), 0)
     sum(losses.values()).backward()

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from altopt.batches.samples import Batch, Sample
-from altopt.batches.sampling import label_anchors, sample_anchors
-from altopt.config import NetworkConfig, ProposalRule
+from altopt.batches.sampling import label_anchors, subsample_labels
+from altopt.config import NetworkConfig, ProposalSettings
 from altopt.machine.randomness import generator
-from altopt.models.rpn import RPNHead, RPNRule, RPNTraining, proposals_of, smooth_l1
+from altopt.models.rpn import AnchorSampling, RPNHead, RPNTraining, make_proposals, smooth_l1
 from altopt.ops import boxes as bx
 from altopt.ops.anchors import reference_anchors
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(2.0, 4.0), anchor_ratios=(0.5, 1.0, 2.0), rpn_channels=8)
-ALL = RPNRule(positive=0.7, negative=0.3, anchors_per_image=10_000, positive_fraction=1.0, sigma=3.0, box_weight=1.0)
+ALL = AnchorSampling(0.7, 0.3, anchors_per_image=10_000, positive_fraction=1.0, sigma=3.0, box_weight=1.0)
 OBJECTS = torch.tensor([[20.0, 20, 60, 60], [70, 10, 100, 74]])
 
 
@@ -34,7 +34,7 @@ def head_of(channels: int = 4, network: NetworkConfig = NETWORK, std: float = 0.
     return head
 
 
-def training_of(rule: RPNRule = ALL) -> RPNTraining:
+def training_of(rule: AnchorSampling = ALL) -> RPNTraining:
     conv = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.ReLU())
     random = generator("conv")
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_smooth_l1_is_quadratic_below_a_ninth():
 
 def slow_losses(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, objects: np.ndarray,
                 labels: np.ndarray) -> tuple[float, float]:
-    """Return the two losses of a picture for given labels, anchor by anchor."""
+    """Return the two losses of an image for given labels, anchor by anchor."""
     used = [n for n in range(len(labels)) if labels[n] >= 0]
     classification = box = 0.0
     for n in used:
@@ -129,7 +129,7 @@ def slow_losses(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, obj
     return classification / len(used), box / len(used)
 
 
-def test_losses_of_two_pictures_against_the_loop():
+def test_losses_of_two_images_against_the_loop():
     training = training_of()
     other = torch.tensor([[5.0, 5, 40, 50], [50, 25, 90, 60]])
     batch = batch_of(sample_of(OBJECTS), sample_of(other, "two"))
@@ -139,17 +139,17 @@ def test_losses_of_two_pictures_against_the_loop():
     anchors = training.rpn.anchors_for(features)
     expected = []
     for b, sample in enumerate(batch.samples):
-        labels = label_anchors(anchors, sample.objects, (128, 96), 0.7, 0.3)[0].numpy()
+        labels = label_anchors(anchors, sample.gt_boxes, (128, 96), 0.7, 0.3)[0].numpy()
         assert (labels == 1).sum() > 1
         assert (labels == 0).sum() > 20
         boxes = anchors.double().numpy()
-        expected.append(slow_losses(logits[b], deltas[b], boxes, sample.objects.double().numpy(), labels))
+        expected.append(slow_losses(logits[b], deltas[b], boxes, sample.gt_boxes.double().numpy(), labels))
     assert losses["rpn_cls"].item() == pytest.approx(np.mean([one[0] for one in expected]), rel=1e-4)
     assert losses["rpn_box"].item() == pytest.approx(np.mean([one[1] for one in expected]), rel=1e-4)
 
 
-def rule_of(count: int, box_weight: float = 1.0) -> RPNRule:
-    return RPNRule(0.7, 0.3, count, 0.5, 3.0, box_weight)
+def rule_of(count: int, box_weight: float = 1.0) -> AnchorSampling:
+    return AnchorSampling(0.7, 0.3, count, 0.5, 3.0, box_weight)
 
 
 def test_losses_are_divided_by_what_is_sampled():
@@ -159,7 +159,7 @@ def test_losses_are_divided_by_what_is_sampled():
     features = training.conv(batch.images)
     logits, deltas = (each.detach().double().numpy()[0] for each in training.rpn(features))
     anchors = training.rpn.anchors_for(features)
-    labels = sample_anchors(label_anchors(anchors, OBJECTS, (128, 96), 0.7, 0.3)[0], 16, 0.5,
+    labels = subsample_labels(label_anchors(anchors, OBJECTS, (128, 96), 0.7, 0.3)[0], 16, 0.5,
                             generator(3, "test", 5, "one", False))
     assert (labels >= 0).sum() == 16
     expected = slow_losses(logits, deltas, anchors.double().numpy(), OBJECTS.double().numpy(), labels.numpy())
@@ -170,7 +170,7 @@ def test_losses_are_divided_by_what_is_sampled():
     assert weighted["rpn_cls"].item() == losses["rpn_cls"].item()
 
 
-def test_the_sample_depends_on_iteration_and_picture_alone():
+def test_the_sample_depends_on_iteration_and_image_alone():
     training = training_of(rule_of(16))
     batch = batch_of(sample_of(OBJECTS))
     first = training(batch, 1)["rpn_cls"]
@@ -184,7 +184,7 @@ def gradients(training: RPNTraining) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in training.named_parameters()}
 
 
-def test_a_picture_without_objects_teaches_background_only():
+def test_a_image_without_objects_teaches_background_only():
     training = training_of()
     losses = training(batch_of(sample_of(torch.zeros(0, 4))), 0)
     (losses["rpn_cls"] + losses["rpn_box"]).backward()
@@ -196,7 +196,7 @@ def test_a_picture_without_objects_teaches_background_only():
     assert not found["rpn.bbox_pred.weight"].any()
 
 
-def test_pictures_with_and_without_objects_make_one_batch():
+def test_images_with_and_without_objects_make_one_batch():
     training = training_of()
     losses = training(batch_of(sample_of(OBJECTS), sample_of(torch.zeros(0, 4), "two")), 0)
     sum(losses.values()).backward()
@@ -204,7 +204,7 @@ def test_pictures_with_and_without_objects_make_one_batch():
     assert all(gradient.isfinite().all() for gradient in gradients(training).values())
 
 
-def test_a_picture_smaller_than_every_anchor_gives_zero_not_nan():
+def test_a_image_smaller_than_every_anchor_gives_zero_not_nan():
     training = training_of()
     losses = training(batch_of(sample_of(torch.tensor([[2.0, 2, 9, 9]]), width=16, height=16)), 0)
     sum(losses.values()).backward()
@@ -219,7 +219,7 @@ def test_one_pixel_objects_give_finite_losses():
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_a_picture_does_not_see_those_that_share_its_batch():
+def test_a_image_does_not_see_those_that_share_its_batch():
     """One is 64 px wide and one 128: losses are what they are alone, and all anchors of the first lie within it."""
     training = training_of()
     narrow, wide = sample_of(torch.zeros(0, 4), "narrow", width=64), sample_of(OBJECTS)
@@ -237,7 +237,7 @@ def test_a_picture_does_not_see_those_that_share_its_batch():
 
 
 def slow_proposals(scores: list[float], boxes: list[list[float]], size: tuple[int, int], scale: float,
-                   rule: ProposalRule) -> list[int]:
+                   rule: ProposalSettings) -> list[int]:
     """Return the numbers of the boxes that become proposals, best first."""
     clipped = [[min(max(v, 0), size[k % 2]) for k, v in enumerate(box)] for box in boxes]
     side = rule.min_side * scale
@@ -252,10 +252,10 @@ def slow_proposals(scores: list[float], boxes: list[list[float]], size: tuple[in
 
 
 @pytest.mark.parametrize("rule", [
-    ProposalRule(pre_nms=0, nms=0.7, post_nms=2000, min_side=16),
-    ProposalRule(pre_nms=60, nms=0.7, post_nms=2000, min_side=16),
-    ProposalRule(pre_nms=100, nms=0.3, post_nms=9, min_side=16),
-    ProposalRule(pre_nms=0, nms=0.5, post_nms=1, min_side=0),
+    ProposalSettings(pre_nms=0, nms=0.7, post_nms=2000, min_side=16),
+    ProposalSettings(pre_nms=60, nms=0.7, post_nms=2000, min_side=16),
+    ProposalSettings(pre_nms=100, nms=0.3, post_nms=9, min_side=16),
+    ProposalSettings(pre_nms=0, nms=0.5, post_nms=1, min_side=0),
 ])
 @pytest.mark.parametrize("scale", [1.0, 1.6])
 def test_proposals_against_the_loop(rule, scale):
@@ -264,7 +264,7 @@ def test_proposals_against_the_loop(rule, scale):
     logits = torch.randn(len(anchors), 2, generator=random)
     deltas = torch.randn(len(anchors), 4, generator=random) * 0.3
     sample = sample_of(OBJECTS, scale=scale)
-    boxes, scores = proposals_of(logits, deltas, anchors, sample, rule)
+    boxes, scores = make_proposals(logits, deltas, anchors, sample, rule)
     everything = bx.decode(deltas, anchors)
     probability = torch.exp(logits[:, 1]) / torch.exp(logits).sum(dim=1)
     expected = slow_proposals(probability.tolist(), everything.tolist(), (128, 96), scale, rule)
@@ -278,8 +278,9 @@ def proposed(anchors: list[list[float]], scores: list[float], scale: float = 1.0
              **rule: float) -> tuple[list[list[float]], torch.Tensor]:
     logits = torch.stack([torch.zeros(len(scores)), torch.tensor(scores)], dim=1)
     shifts = torch.zeros(len(scores), 4) if deltas is None else deltas
-    boxes, found = proposals_of(logits, shifts, torch.tensor(anchors).reshape(-1, 4), sample_of(OBJECTS, scale=scale),
-                                ProposalRule(**{"pre_nms": 0, "nms": 0.7, "post_nms": 2000, "min_side": 16, **rule}))
+    settings = ProposalSettings(**{"pre_nms": 0, "nms": 0.7, "post_nms": 2000, "min_side": 16, **rule})
+    boxes, found = make_proposals(logits, shifts, torch.tensor(anchors).reshape(-1, 4),
+                                  sample_of(OBJECTS, scale=scale), settings)
     return boxes.tolist(), found
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from altopt.batches.samples import Sample
-from altopt.config import DetectionRule, NetworkConfig, ProposalRule
+from altopt.config import DetectionSettings, NetworkConfig, ProposalSettings
 from altopt.machine.randomness import generator
 from altopt.models import backbones
 from altopt.models.detector import FasterRCNN, initialise
@@ -28,13 +28,13 @@ def network():
 
 @pytest.fixture
 def detector(network):
-    return torchvision_detector(network, CONFIG, ProposalRule(pre_nms=500, post_nms=100),
-                                DetectionRule(pre_nms=50, proposals=20), rois_per_image=16).eval()
+    return torchvision_detector(network, CONFIG, ProposalSettings(pre_nms=500, post_nms=100),
+                                DetectionSettings(pre_nms=50, proposals=20), rois_per_image=16).eval()
 
 
 @torch.no_grad()
 def test_it_computes_what_the_network_computes(network, detector):
-    features = network.conv(torch.randn(1, 3, 64, 96, generator=generator("picture")))
+    features = network.conv(torch.randn(1, 3, 64, 96, generator=generator("image")))
     torch.testing.assert_close(detector.backbone(torch.zeros(1, 3, 64, 96)), network.conv(torch.zeros(1, 3, 64, 96)))
     logits, deltas = network.rpn(features)
     (objectness,), (regression,) = detector.rpn.head([features])
@@ -67,10 +67,10 @@ def test_the_same_layers_are_frozen_and_the_weights_are_its_own(network, detecto
 def test_it_trains_and_detects(detector):
     pixels = torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8, generator=generator("pixels"))
     sample = Sample("a", False, pixels, 1.0, torch.tensor([[10.0, 10, 40, 50]]), torch.tensor([2]))
-    picture, target = torchvision_input(sample, torch.device("cpu"))
-    assert picture.max() <= 1
+    image, target = torchvision_input(sample, torch.device("cpu"))
+    assert image.max() <= 1
     assert target["labels"].tolist() == [3]
-    losses = detector.train()([picture], [target])
+    losses = detector.train()([image], [target])
     assert len(losses) == 4
     assert all(loss.isfinite() for loss in losses.values())
-    assert set(detector.eval()([picture])[0]) == {"boxes", "labels", "scores"}
+    assert set(detector.eval()([image])[0]) == {"boxes", "labels", "scores"}

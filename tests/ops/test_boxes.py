@@ -80,7 +80,7 @@ def test_zero_deltas_return_the_anchor_itself():
 
 
 @pytest.mark.parametrize("size", [1, 1000])
-def test_the_smallest_and_the_largest_object_of_a_picture_survive_the_code(size):
+def test_the_smallest_and_the_largest_object_of_a_image_survive_the_code(size):
     anchors = torch.tensor([[-360.0, -184, 376, 200], [0, 0, 16, 16]], dtype=torch.float64)
     boxes = torch.tensor([[3.0, 3, 3 + size, 3 + size]], dtype=torch.float64).expand(2, 4)
     torch.testing.assert_close(bx.decode(bx.encode(boxes, anchors), anchors), boxes)
@@ -110,7 +110,7 @@ def test_code_without_boxes():
     assert bx.decode(torch.zeros(0, 3, 4), none).shape == (0, 3, 4)
 
 
-def test_clip_to_a_picture_that_is_not_square():
+def test_clip_to_a_image_that_is_not_square():
     boxes = torch.tensor([[-5.0, -6, 500, 400], [10, 20, 30, 40], [310, 250, 350, 270], [-9, -9, -2, -2]])
     expected = [[0, 0, 320, 240], [10, 20, 30, 40], [310, 240, 320, 240], [0, 0, 0, 0]]
     assert bx.clip(boxes, (320, 240)).tolist() == expected
@@ -126,7 +126,7 @@ def test_flip_by_hand_and_twice():
 
 
 def test_flip_of_the_first_column_is_the_last_one():
-    """No pixel is lost to a "+1": column 0 of a picture 100 wide becomes column 99."""
+    """No pixel is lost to a "+1": column 0 of an image 100 wide becomes column 99."""
     assert bx.flip(torch.tensor([[0.0, 0, 1, 1]]), 100).tolist() == [[99, 0, 100, 1]]
 
 

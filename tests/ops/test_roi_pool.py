@@ -74,7 +74,7 @@ def distinct(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def random_boxes(count: int, seed: int) -> torch.Tensor:
-    """Return boxes of a picture of 144 x 112 pixels, some of them reaching out of it."""
+    """Return boxes of an image of 144 x 112 pixels, some of them reaching out of it."""
     random = torch.Generator().manual_seed(seed)
     corners = torch.rand(count, 2, generator=random) * 160 - 30
     return torch.cat([corners, corners + 1 + torch.rand(count, 2, generator=random) * 120], dim=1)
@@ -89,7 +89,7 @@ def pooled(features: torch.Tensor, boxes: list[torch.Tensor], size: int) -> torc
 
 
 @pytest.mark.parametrize("size", [1, 2, 6, 7])
-def test_forward_and_backward_of_random_boxes_in_several_pictures(size):
+def test_forward_and_backward_of_random_boxes_in_several_images(size):
     features = distinct(3, 2, 7, 9).requires_grad_()
     boxes = [random_boxes(6, 1), torch.zeros(0, 4), random_boxes(5, 2)]
     weights = distinct(11, 2, size, size, seed=3)
@@ -98,12 +98,12 @@ def test_forward_and_backward_of_random_boxes_in_several_pictures(size):
     (result * weights).sum().backward()
     assert torch.equal(result, expected)
     assert torch.equal(features.grad, gradient)
-    assert not features.grad[1].any()  # the picture without boxes
+    assert not features.grad[1].any()  # the image without boxes
 
 
-# Names of the cases, boxes in pixels; the picture is 144 x 112, its map 9 x 7.
+# Names of the cases, boxes in pixels; the image is 144 x 112, its map 9 x 7.
 CASES = {
-    "whole picture": [0, 0, 144, 112],
+    "whole image": [0, 0, 144, 112],
     "one pixel": [40, 40, 41, 41],
     "one pixel at the far corner": [143, 111, 144, 112],
     "less than a pixel": [40.2, 40.2, 40.6, 40.6],
@@ -113,7 +113,7 @@ CASES = {
     "negative half cells too": [-24, -8, 41, 41],
     "right and below": [200, 160, 300, 300],
     "left and above": [-300, -300, -200, -160],
-    "larger than the picture": [-100, -100, 300, 300],
+    "larger than the image": [-100, -100, 300, 300],
     "partly outside": [100, 80, 220, 180],
 }
 
@@ -150,7 +150,7 @@ def test_an_empty_bin_is_zero_even_among_negative_features():
     assert half.tolist() == [[-3, 0], [-3, 0]]
 
 
-def test_every_picture_is_read_from_its_own_features():
+def test_every_image_is_read_from_its_own_features():
     features = torch.stack([torch.full((1, 4, 4), float(b)) for b in range(3)])
     box = torch.tensor([[0.0, 0, 64, 64]])
     assert pooled(features, [box, box.expand(2, 4), box], 1).flatten().tolist() == [0, 1, 1, 2]

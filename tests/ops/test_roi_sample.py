@@ -9,7 +9,7 @@ from altopt.ops.roi_pool import roi_pool
 from altopt.ops.roi_sample import pool_rois, roi_sample
 
 STRIDE = 16
-HEIGHT, WIDTH = 7, 9  # of the map; the picture is 144 x 112
+HEIGHT, WIDTH = 7, 9  # of the map; the image is 144 x 112
 
 
 def features_of(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -17,7 +17,7 @@ def features_of(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) 
 
 
 def random_boxes(count: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Return boxes of a picture of 144 x 112 pixels, some of them reaching out of it."""
+    """Return boxes of an image of 144 x 112 pixels, some of them reaching out of it."""
     random = torch.Generator().manual_seed(seed)
     corners = torch.rand(count, 2, generator=random, dtype=torch.float64) * 160 - 30
     sizes = 1 + torch.rand(count, 2, generator=random, dtype=torch.float64) * 120
@@ -29,7 +29,7 @@ def sampled(features: torch.Tensor, boxes: list[torch.Tensor], size: int, sample
 
 
 def value_at(plane: list[list[float]], x: float, y: float) -> float:
-    """Return what a map is worth at a point of the picture: its cell (i, j) stands for (16 j + 8, 16 i + 8)."""
+    """Return what a map is worth at a point of the image: its cell (i, j) stands for (16 j + 8, 16 i + 8)."""
     height, width = len(plane), len(plane[0])
     column, row = (min(max((v - 8) / 16, 0), n - 1) for v, n in ((x, width), (y, height)))
     left, top = math.floor(column), math.floor(row)
@@ -60,7 +60,7 @@ def slow(features: torch.Tensor, boxes: list[torch.Tensor], size: int, samples: 
 
 
 @pytest.mark.parametrize(("size", "samples"), [(1, 1), (1, 4), (2, 3), (6, 2), (7, 2)])
-def test_random_boxes_in_several_pictures(size, samples):
+def test_random_boxes_in_several_images(size, samples):
     features = features_of(3, 2, HEIGHT, WIDTH)
     boxes = [random_boxes(6, 1), torch.zeros(0, 4, dtype=torch.float64), random_boxes(5, 2)]
     torch.testing.assert_close(sampled(features, boxes, size, samples), slow(features, boxes, size, samples))
@@ -68,13 +68,13 @@ def test_random_boxes_in_several_pictures(size, samples):
 
 # Names of the cases, and boxes in pixels.
 CASES = {
-    "whole picture": [0, 0, 144, 112],
+    "whole image": [0, 0, 144, 112],
     "one pixel": [40, 40, 41, 41],
     "one pixel at the far corner": [143, 111, 144, 112],
     "no area": [40, 40, 40, 40],
     "right and below": [200, 160, 300, 300],
     "left and above": [-300, -300, -200, -160],
-    "larger than the picture": [-100, -100, 300, 300],
+    "larger than the image": [-100, -100, 300, 300],
     "partly outside": [100, 80, 220, 180],
 }
 
@@ -108,7 +108,7 @@ def test_a_box_outside_gives_zero_among_negative_features():
     assert half.tolist() == [[-3, 0], [-3, 0]]
 
 
-def test_every_picture_is_read_from_its_own_features():
+def test_every_image_is_read_from_its_own_features():
     features = torch.stack([torch.full((1, 4, 4), float(b)) for b in range(3)])
     box = torch.tensor([[0.0, 0, 64, 64]])
     assert sampled(features, [box, box.expand(2, 4), box], 1, 2).flatten().tolist() == [0, 1, 1, 2]

@@ -6,22 +6,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import altopt.ops.roi_pool
 from altopt.batches.samples import Sample, make_batch
-from altopt.batches.sampling import RoIRule, RoISampling
-from altopt.config import NetworkConfig, ProposalRule, TrainingConfig
-from altopt.machine.distributed import Ranks
+from altopt.batches.sampling import RoISampling, RoIThresholds
+from altopt.config import NetworkConfig, ProposalSettings, TrainingConfig
+from altopt.machine.distributed import SingleProcess
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN
 from altopt.models.fast_rcnn import FastRCNNTraining
 from altopt.models.joint import JointTraining
 from altopt.models.region_classifier import PyramidTraining, WarpedTraining
-from altopt.models.rpn import RPNRule, RPNTraining
+from altopt.models.rpn import AnchorSampling, RPNTraining
 from altopt.ops.targets import RoISample
-from altopt.training.loop import freeze, make_optimizer, prepared, take_step
+from altopt.training.loop import freeze, make_optimizer, prepared, train_step
 
 CPU = torch.device("cpu")
 NETWORK = NetworkConfig(name="small", short_side=80, max_side=96, anchor_scales=(1.5, 3), rpn_channels=8)
-ANCHORS = RPNRule(0.7, 0.3, 16, 0.5, 3.0, 1.0)
-ROIS = RoISampling(RoIRule(0.5, 0.5, 0.0), 32, 0.25)
+ANCHORS = AnchorSampling(0.7, 0.3, 16, 0.5, 3.0, 1.0)
+ROIS = RoISampling(RoIThresholds(0.5, 0.5, 0.0), 32, 0.25)
 KEY = (3, "targets")
 CONFIG = TrainingConfig(lr=0.01, clip_gradient=10.0)
 
@@ -61,7 +61,7 @@ def fast_rcnn(frozen: tuple[str, ...] = ("conv1",)) -> FastRCNNTraining:
 def joint(frozen: tuple[str, ...] = ("conv1",)) -> JointTraining:
     return JointTraining(network(frozen), anchors=ANCHORS, rois=ROIS, path=None, key=KEY,
                          weights=dict.fromkeys(("rpn_cls", "rpn_box", "cls", "box"), 1.0),
-                         proposals=ProposalRule(pre_nms=200, nms=0.7, post_nms=30, min_side=4))
+                         proposals=ProposalSettings(pre_nms=200, nms=0.7, post_nms=30, min_side=4))
 
 
 @pytest.mark.parametrize("make", [rpn, fast_rcnn, joint])
@@ -120,7 +120,7 @@ def test_a_step_does_not_wait_for_the_device(monkeypatch, make, frozen, precisio
     samples = prepared(module, [sample(0), sample(1)], 0, CPU)
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     with Asking():
-        taken = take_step(module, optimizer, make_batch(samples, CPU), config, 0, KEY, Ranks())
+        taken = train_step(module, optimizer, make_batch(samples, CPU), config, 0, KEY, SingleProcess())
     own, losses = taken.losses()
     assert own == losses
     assert all(loss > 0 for loss in losses.values())
@@ -132,4 +132,5 @@ def test_what_is_drawn_in_the_step_would_ask():
     """Otherwise the test before this one says nothing."""
     module = rpn()
     with pytest.raises(AssertionError, match="nonzero"), Asking():
-        take_step(module, make_optimizer(module, CONFIG), make_batch([sample(0)], CPU), CONFIG, 0, KEY, Ranks())
+        train_step(module, make_optimizer(module, CONFIG), make_batch([sample(0)], CPU), CONFIG, 0, KEY,
+                   SingleProcess())

@@ -8,16 +8,16 @@ from altopt.ops.warped_crops import context_windows, crop_padding, warp
 
 BOXES = torch.tensor([
     [4.0, 3, 20, 15],     # inside
-    [0, 0, 30, 20],       # all of the picture: context on every side
+    [0, 0, 30, 20],       # all of the image: context on every side
     [-6, 5, 9, 26],       # beyond two edges
     [10, 4, 11, 5],       # one pixel
     [40, 40, 60, 60],     # elsewhere
 ])
 
 
-def direct(picture, box, side):
-    """The crop, pixel by pixel: where its centre lies in the picture, and a mean of up to four pixels there."""
-    height, width = picture.shape[1:]
+def direct(image, box, side):
+    """The crop, pixel by pixel: where its centre lies in the image, and a mean of up to four pixels there."""
+    height, width = image.shape[1:]
     padding = round(16 * side / 227)
     grown = side / (side - 2 * padding)
     x1, y1, x2, y2 = box.tolist()
@@ -31,26 +31,26 @@ def direct(picture, box, side):
             u, v = min(max(x - 0.5, 0), width - 1), min(max(y - 0.5, 0), height - 1)
             left, top = math.floor(u), math.floor(v)
             right, bottom = min(left + 1, width - 1), min(top + 1, height - 1)
-            upper = picture[:, top, left] * (left + 1 - u) + picture[:, top, right] * (u - left)
-            lower = picture[:, bottom, left] * (left + 1 - u) + picture[:, bottom, right] * (u - left)
+            upper = image[:, top, left] * (left + 1 - u) + image[:, top, right] * (u - left)
+            lower = image[:, bottom, left] * (left + 1 - u) + image[:, bottom, right] * (u - left)
             crop[:, i, j] = upper * (top + 1 - v) + lower * (v - top)
     return crop
 
 
 @pytest.mark.parametrize("side", [8, 29])
 def test_crops_are_what_a_direct_loop_makes(side):
-    picture = torch.randn(3, 20, 30, generator=generator("warp"))
-    crops = warp(picture, BOXES, side)
+    image = torch.randn(3, 20, 30, generator=generator("warp"))
+    crops = warp(image, BOXES, side)
     assert crops.shape == (5, 3, side, side)
     for crop, box in zip(crops, BOXES, strict=True):
-        torch.testing.assert_close(crop, direct(picture, box, side), atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(crop, direct(image, box, side), atol=2e-4, rtol=1e-4)
 
 
 def test_a_crop_does_not_depend_on_the_others():
-    picture = torch.randn(3, 20, 30, generator=generator("warp"))
-    together = warp(picture, BOXES, 16)
+    image = torch.randn(3, 20, 30, generator=generator("warp"))
+    together = warp(image, BOXES, 16)
     for k in range(len(BOXES)):
-        assert torch.equal(warp(picture, BOXES[k : k + 1], 16)[0], together[k])
+        assert torch.equal(warp(image, BOXES[k : k + 1], 16)[0], together[k])
 
 
 def test_padding_is_16_px_of_227():

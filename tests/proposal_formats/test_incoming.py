@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from altopt.errors import ArtifactError
-from altopt.proposal_formats.incoming import Incoming, in_order, rank_scores
+from altopt.proposal_formats.incoming import ProposalFileReader, in_order, rank_scores
 
 PATH = Path("boxes.xyz")
 
 
 def read(boxes, scores=None, frame="xyxy"):
-    return next(iter(Incoming(PATH, "a test", frame, [("a", boxes, scores)])))[1:]
+    return next(iter(ProposalFileReader(PATH, "a test", frame, [("a", boxes, scores)])))[1:]
 
 
 def test_ranks_fall_from_one():
@@ -21,8 +21,9 @@ def test_ranks_fall_from_one():
     assert many[-1] > 0
 
 
-def test_pictures_without_scores_are_counted():
-    incoming = Incoming(PATH, "a test", "xyxy", [("a", [[0, 0, 1, 1]] * 2, None), ("b", [[0, 0, 1, 1]], [0.3])])
+def test_images_without_scores_are_counted():
+    given = [("a", [[0, 0, 1, 1]] * 2, None), ("b", [[0, 0, 1, 1]], [0.3])]
+    incoming = ProposalFileReader(PATH, "a test", "xyxy", given)
     assert [scores.tolist() for _, _, scores in incoming] == [[1, 0.5], [np.float32(0.3)]]
     assert incoming.unscored == 1
 
@@ -55,12 +56,12 @@ def test_column_of_scores():
 def test_what_is_no_box(boxes, scores, words):
     with pytest.raises(ArtifactError, match=words) as caught:
         read(boxes, scores)
-    assert str(caught.value).startswith("boxes.xyz cannot be imported as a test: picture a has ")
+    assert str(caught.value).startswith("boxes.xyz cannot be imported as a test: image a has ")
 
 
 def test_order_instead_of_ids():
     assert in_order(PATH, 2, ("a", "b")) == ("a", "b")
-    with pytest.raises(ArtifactError, match="holds 3 pictures and the split 2:"):
+    with pytest.raises(ArtifactError, match="holds 3 images and the split 2:"):
         in_order(PATH, 3, ("a", "b"))
-    with pytest.raises(ArtifactError, match="leave the mirrored pictures out"):
+    with pytest.raises(ArtifactError, match="leave the mirrored images out"):
         in_order(PATH, 4, ("a", "b"))

@@ -74,11 +74,11 @@ def test_some_with_scores_and_some_without(read):
 
 def test_round_trip_is_exact(read):
     random = np.random.default_rng(0)
-    pictures = [(f"{n}", random.random((n, 4), np.float32), np.sort(random.random(n, np.float32))[::-1])
+    images = [(f"{n}", random.random((n, 4), np.float32), np.sort(random.random(n, np.float32))[::-1])
                 for n in (3, 0, 5)]
     output = io.BytesIO()
-    write_json(output, iter(pictures))
-    for (name, boxes, scores), (expected, *arrays) in zip(read(output.getvalue()), pictures, strict=True):
+    write_json(output, iter(images))
+    for (name, boxes, scores), (expected, *arrays) in zip(read(output.getvalue()), images, strict=True):
         assert name == expected
         assert np.array_equal(boxes, arrays[0])
         assert np.array_equal(scores, arrays[1])

@@ -11,7 +11,7 @@ from altopt.proposal_formats.pickles import read_pickle, write_detectron2, write
 
 IDS = ("000005", "000007", "000009")
 BOXES = [np.array([[0, 20, 9, 39], [1, 1, 1, 1]], np.uint16), np.empty((0, 4), np.float32), np.array([[5, 6, 7, 8.0]])]
-PICTURES = [
+IMAGES = [
     ("b", np.array([[0, 20, 10, 40], [1, 1, 2, 2]], np.float32), np.array([0.9, 0.1], np.float32)),
     ("a", np.empty((0, 4), np.float32), np.empty(0, np.float32)),
     ("c", np.array([[0.25, 0.5, 7.75, 8]], np.float32), np.array([0.5], np.float32)),
@@ -33,8 +33,8 @@ def save(tmp_path):
     return make
 
 
-def assert_equal(read, pictures):
-    for (name, boxes, scores), (expected, *arrays) in zip(read, pictures, strict=True):
+def assert_equal(read, images):
+    for (name, boxes, scores), (expected, *arrays) in zip(read, images, strict=True):
         assert name == expected
         assert np.array_equal(boxes, arrays[0])
         assert np.array_equal(scores, arrays[1])
@@ -60,7 +60,7 @@ def test_list_of_arrays_with_scores(save):
 
 
 def test_list_of_another_length(save):
-    with pytest.raises(ArtifactError, match="3 pictures and the split 2"):
+    with pytest.raises(ArtifactError, match="3 images and the split 2"):
         read_pickle(save(BOXES), IDS[:2])
 
 
@@ -97,24 +97,24 @@ def test_other_contents(save, content):
 
 def test_round_trip_with_ids(save):
     output = io.BytesIO()
-    write_detectron2(output, iter(PICTURES))
-    assert_equal(read_pickle(save(output.getvalue()), ()), PICTURES)
+    write_detectron2(output, iter(IMAGES))
+    assert_equal(read_pickle(save(output.getvalue()), ()), IMAGES)
 
 
 def test_round_trip_by_order(save):
     output = io.BytesIO()
-    write_py_faster_rcnn(output, iter(PICTURES))
+    write_py_faster_rcnn(output, iter(IMAGES))
     plain = pickle.loads(output.getvalue().replace(b"cnumpy.core.", b"cnumpy._core."))
     assert plain[0].tolist() == [[0, 20, 9, 39], [1, 1, 1, 1]]
     read = read_pickle(save(output.getvalue()), ("b", "a", "c"))
     ranks = [np.array([1, 0.5]), np.empty(0), np.ones(1)]
-    assert_equal(read, [(name, boxes, each) for (name, boxes, _), each in zip(PICTURES, ranks, strict=True)])
+    assert_equal(read, [(name, boxes, each) for (name, boxes, _), each in zip(IMAGES, ranks, strict=True)])
 
 
 @pytest.mark.parametrize("write", [write_detectron2, write_py_faster_rcnn])
 def test_written_for_old_readers(write):
     output = io.BytesIO()
-    write(output, iter(PICTURES))
+    write(output, iter(IMAGES))
     found = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(output.getvalue())]
     assert found[0] == ("PROTO", 2)
     names = {argument for name, argument in found if name == "GLOBAL"}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from altopt.proposal_formats.frames import to_continuous
+from altopt.proposal_formats.box_formats import to_continuous
 from altopt.proposal_formats.plausibility import Plausibility
 
 SIZE = (100, 60)
@@ -37,8 +37,8 @@ def test_nothing_to_say_of_the_right_frame(boxes, frame):
 
 @pytest.mark.parametrize(("boxes", "frame", "words"), [
     (PIXELS + 1, "inclusive-0", "every x1 and y1 is at least 1 and 4 boxes end one pixel outside"),
-    (PIXELS + 1, "xyxy", "at least 1 though 4 boxes end at the picture's edge"),
-    (PIXELS, "xyxy", "4 boxes begin at 0, 4 end one pixel before the picture's edge, none at it"),
+    (PIXELS + 1, "xyxy", "at least 1 though 4 boxes end at the image's edge"),
+    (PIXELS, "xyxy", "4 boxes begin at 0, 4 end one pixel before the image's edge, none at it"),
     (PIXELS, "inclusive-1", "4 boxes begin at pixel 0: they look counted from 0"),
 ])
 def test_another_count_of_pixels(boxes, frame, words):
@@ -48,7 +48,7 @@ def test_another_count_of_pixels(boxes, frame, words):
 
 
 @pytest.mark.parametrize(("boxes", "frame", "advice"), [
-    (PIXELS[:, [1, 0, 3, 2]], "inclusive-0", "with x and y exchanged, on the first 1 pictures with objects: the "
+    (PIXELS[:, [1, 0, 3, 2]], "inclusive-0", "with x and y exchanged, on the first 1 images with objects: the "
                                              "boxes look like that (--frame yxyx-inclusive-1)"),
     (PIXELS + 1, "yxyx-inclusive-1", "(--frame inclusive-1)"),
     (np.hstack([PIXELS[:, :2], PIXELS[:, 2:] - PIXELS[:, :2] + 1]), "xyxy", "with x y width height"),
@@ -65,7 +65,7 @@ def test_boxes_that_cannot_be_used():
     plausibility, usable = look(boxes, "xyxy")
     assert usable.tolist() == [True, False, False, False, False, True]
     assert plausibility.problem() == ("of 6 boxes read as xyxy, 1 not finite and 1 ending before they begin and 2 "
-                                      "outside their picture, first (0, 0, nan, 1) of picture a, 100 x 60 pixels")
+                                      "outside their image, first (0, 0, nan, 1) of image a, 100 x 60 pixels")
 
 
 def test_scores_that_are_not_finite():

@@ -81,7 +81,7 @@ def test_whole_split(tmp_path, split):
 def test_whole_split_without_names_goes_by_order(tmp_path, split):
     path = split(tmp_path / "boxes.mat", names=())
     assert [name for name, *_ in read_mat(path, ("a", "b", "c"))] == ["a", "b", "c"]
-    with pytest.raises(ArtifactError, match="3 pictures and the split 2"):
+    with pytest.raises(ArtifactError, match="3 images and the split 2"):
         list(read_mat(path, ("a", "b")))
 
 
@@ -101,7 +101,7 @@ def test_scores_in_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("write", [version_5, version_73])
-def test_one_picture(tmp_path, write):
+def test_one_image(tmp_path, write):
     boxes = np.array([[0, 20, 9, 39], [0, 0, 499, 332]], np.uint16)
     incoming = read_mat(write(tmp_path / "000005_boxes.mat", boxes=boxes), IDS)
     (name, read, _), = incoming
@@ -109,7 +109,7 @@ def test_one_picture(tmp_path, write):
     assert read.tolist() == [[0, 20, 10, 40], [0, 0, 500, 333]]
 
 
-def test_folder_of_pictures(tmp_path):
+def test_folder_of_images(tmp_path):
     version_5(tmp_path / "b_boxes.mat", boxes=np.array([[0, 0, 1, 1]], np.uint16))
     version_73(tmp_path / "a.mat", boxes=np.array([[0, 0, 2, 2]], np.uint16))
     assert [(name, boxes.tolist()) for name, boxes, _ in read_mat(tmp_path, IDS)] == [
@@ -172,6 +172,6 @@ def test_boxes_that_fast_rcnn_ships(name):
     same = np.array(json.loads((folder / f"{name}_boxes.json").read_text())["boxes"], np.float32)
     assert image_id == name
     assert np.array_equal(boxes, same + np.array([0, 0, 1, 1]))
-    with Image.open(folder / f"{name}.jpg") as picture:
-        assert (boxes[:, 2:].max(0) == picture.size).all()
+    with Image.open(folder / f"{name}.jpg") as image:
+        assert (boxes[:, 2:].max(0) == image.size).all()
     assert boxes.min() == 0

@@ -10,8 +10,8 @@ from altopt.training.box_statistics import FIXED_STDS, BoxStatistics, fixed_stat
 CLASSES = 3
 
 
-def pictures(count: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]:
-    """Return pictures with one to three objects of classes 0 and 1, and 40 proposals around them."""
+def images(count: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]:
+    """Return images with one to three objects of classes 0 and 1, and 40 proposals around them."""
     random = torch.Generator().manual_seed(1)
     made = []
     for n in range(count):
@@ -43,14 +43,14 @@ def numpy_deltas(proposals: np.ndarray, objects: np.ndarray, labels: np.ndarray)
 @pytest.mark.parametrize("flips", [False, True])
 def test_measured_statistics_are_numpys(flips):
     pairs = []
-    for proposals, objects, labels, width in pictures(12):
+    for proposals, objects, labels, width in images(12):
         proposals, objects, labels = proposals.double().numpy(), objects.double().numpy(), labels.numpy()
         pairs += numpy_deltas(proposals, objects, labels)
         if flips:
             mirrored = [np.stack([width - b[:, 2], b[:, 1], width - b[:, 0], b[:, 3]], axis=1)
                         for b in (proposals, objects)]
             pairs += numpy_deltas(*mirrored, labels)
-    means, stds = measure(pictures(12), CLASSES, 0.5, flips)
+    means, stds = measure(images(12), CLASSES, 0.5, flips)
     assert means.shape == stds.shape == (CLASSES + 1, 4)
     assert means.dtype == stds.dtype == torch.float32
     for label in (0, 1):
@@ -59,17 +59,17 @@ def test_measured_statistics_are_numpys(flips):
         np.testing.assert_allclose(means[label + 1], deltas.mean(axis=0), atol=2e-5)
         np.testing.assert_allclose(stds[label + 1], deltas.std(axis=0), rtol=2e-4)
     if flips:
-        assert means[1:3, 0].abs().max() < 1e-6  # a mirrored picture asks for the opposite shift
+        assert means[1:3, 0].abs().max() < 1e-6  # a mirrored image asks for the opposite shift
 
 
 def test_background_and_a_class_never_seen_stay_in_plain_units():
-    means, stds = measure(pictures(12), CLASSES, 0.5, True)
+    means, stds = measure(images(12), CLASSES, 0.5, True)
     for label in (0, CLASSES):
         assert means[label].eq(0).all()
         assert stds[label].eq(1).all()
 
 
-def test_without_pictures_or_without_objects_units_are_plain():
+def test_without_images_or_without_objects_units_are_plain():
     nothing = (torch.rand(5, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 100.0)
     for given in ([], [nothing]):
         means, stds = measure(given, CLASSES, 0.5, True)
@@ -95,8 +95,8 @@ def test_proposals_below_the_overlap_do_not_count():
     torch.testing.assert_close(means[1], bx.encode(objects, proposals[:1])[0] / 2)
 
 
-def test_pictures_can_come_in_any_order():
-    forth, back = measure(pictures(9), CLASSES, 0.5, True), measure(pictures(9)[::-1], CLASSES, 0.5, True)
+def test_images_can_come_in_any_order():
+    forth, back = measure(images(9), CLASSES, 0.5, True), measure(images(9)[::-1], CLASSES, 0.5, True)
     for one, other in zip(forth, back, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -41,7 +41,7 @@ class Classifier(nn.Module):
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         self.seen.append([sample.id for sample in batch.samples])
         logits = self.fc(self.conv(batch.images).mean(dim=(2, 3)))
-        labels = torch.cat([sample.classes for sample in batch.samples])
+        labels = torch.cat([sample.gt_labels for sample in batch.samples])
         return {"cls": nn.functional.cross_entropy(logits.float(), labels), "size": logits.float().square().mean()}
 
 
@@ -161,7 +161,7 @@ def test_frozen_blocks_stay_bit_equal_and_out_of_the_optimizer():
     assert module.conv.conv1.weight.grad is None
 
 
-def test_each_iteration_trains_on_its_own_pictures():
+def test_each_iteration_trains_on_its_own_images():
     module = Classifier()
     trained(config(), module)
     assert module.seen == [[f"{t:02}-0", f"{t:02}-1"] for t in range(7)]

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from altopt.batches.samples import Batch, Sample, make_batch
-from altopt.batches.sampling import RoIRule, RoISampling
-from altopt.config import NetworkConfig, ProposalRule
+from altopt.batches.sampling import RoISampling, RoIThresholds
+from altopt.config import NetworkConfig, ProposalSettings
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN, initialise
 from altopt.models.joint import CoordinatePath, JointTraining
-from altopt.models.rpn import RPNRule
+from altopt.models.rpn import AnchorSampling
 from altopt.training.probe import compare_gradients
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(1.5, 3.0), rpn_channels=8)
@@ -28,12 +28,13 @@ def module_of(**weights: float) -> JointTraining:
         network.rpn.bbox_pred.weight.mul_(10)
         network.head.bbox_pred.weight.mul_(50)
     return JointTraining(
-        network, anchors=RPNRule(0.7, 0.3, 64, 0.5, 3.0, 1.0), proposals=ProposalRule(post_nms=50, min_side=4),
-        rois=RoISampling(RoIRule(0.5, 0.5, 0.0), 16, 0.25), weights=EQUAL | weights, path=CoordinatePath(0, 0.0),
+        network, anchors=AnchorSampling(0.7, 0.3, 64, 0.5, 3.0, 1.0),
+        proposals=ProposalSettings(post_nms=50, min_side=4),
+        rois=RoISampling(RoIThresholds(0.5, 0.5, 0.0), 16, 0.25), weights=EQUAL | weights, path=CoordinatePath(0, 0.0),
         key=("test",)).eval()
 
 
-def picture(id: str, objects: torch.Tensor = OBJECTS) -> Batch:
+def image(id: str, objects: torch.Tensor = OBJECTS) -> Batch:
     pixels = torch.randint(0, 256, (3, 80, 96), dtype=torch.uint8, generator=generator(id))
     return make_batch([Sample(id, False, pixels, 1.0, objects, torch.arange(len(objects)))], torch.device("cpu"))
 
@@ -49,7 +50,7 @@ def by_hand(batches: list[Batch], block: str, share: float, *names: str) -> torc
 
 
 def test_rows_are_those_of_backward_passes():
-    batches = [picture("one"), picture("two"), picture("three", OBJECTS[:1])]
+    batches = [image("one"), image("two"), image("three", OBJECTS[:1])]
     rows = compare_gradients(module_of(), batches)
     assert [row.block for row in rows] == [*BLOCKS, "all"] * 2
     assert [row.losses for row in rows] == [("cls", "box")] * 6 + [("rpn_cls", "rpn_box", "cls", "box")] * 6
@@ -63,14 +64,14 @@ def test_rows_are_those_of_backward_passes():
 
 def test_without_proposals_the_two_are_one():
     module = module_of()
-    module.proposals = ProposalRule(post_nms=50, min_side=1000)
-    for row in compare_gradients(module, [picture("one")]):
+    module.proposals = ProposalSettings(post_nms=50, min_side=1000)
+    for row in compare_gradients(module, [image("one")]):
         assert row.cosine == pytest.approx(1, abs=1e-9)
         assert row.norm_ratio == pytest.approx(1, abs=1e-9)
 
 
 def test_what_is_not_defined_is_none():
-    rows = compare_gradients(module_of(cls=0.0, box=0.0), [picture("one")])
+    rows = compare_gradients(module_of(cls=0.0, box=0.0), [image("one")])
     assert {(row.cosine, row.norm_ratio) for row in rows[:6]} == {(None, None)}
     assert all(row.cosine == pytest.approx(1) for row in rows[6:])
 
@@ -78,6 +79,6 @@ def test_what_is_not_defined_is_none():
 def test_probing_leaves_the_network_as_it_was():
     module = module_of()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    compare_gradients(module, [picture("one"), picture("none", torch.zeros(0, 4))])
+    compare_gradients(module, [image("one"), image("none", torch.zeros(0, 4))])
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())

@@ -4,11 +4,11 @@ import warnings
 import numpy as np
 import pytest
 
-from altopt.config import SVMRule
+from altopt.config import SVMSettings
 from altopt.errors import UsageError
 from altopt.training.svm import MinedSVM, feature_scale, fit, mine
 
-RULE = SVMRule(cost=1.0, retrain_after=30)
+RULE = SVMSettings(cost=1.0, retrain_after=30)
 
 
 def cloud(centre, count, seed, spread=0.3):
@@ -20,7 +20,7 @@ def test_fit_minimises_the_objective():
     """No small step from the solution makes |w|^2 / 2 + C * weighted hinge losses smaller."""
     rows = np.concatenate([cloud((1, 0), 30, 1, 1.0), cloud((-1, 0.5), 50, 2, 1.0)])
     labels = np.repeat([1, -1], [30, 50])
-    rule = SVMRule(cost=0.1, tolerance=1e-8, max_iterations=100_000)
+    rule = SVMSettings(cost=0.1, tolerance=1e-8, max_iterations=100_000)
     weights, bias, converged = fit(rows, labels, rule, 3)
     assert converged
 
@@ -39,7 +39,7 @@ def test_the_limit_of_iterations_is_reported_and_not_hidden():
     rows, labels = np.concatenate([cloud((0, 0), 40, 1), cloud((0.1, 0), 40, 2)]), np.repeat([1, -1], 40)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        converged = fit(rows, labels, SVMRule(cost=100.0, max_iterations=1), 3)[2]
+        converged = fit(rows, labels, SVMSettings(cost=100.0, max_iterations=1), 3)[2]
     assert not converged
 
 
@@ -61,7 +61,7 @@ def test_mining_keeps_only_negatives_at_the_margin():
 
 
 def test_trains_again_after_enough_new_negatives():
-    svm = MinedSVM(cloud((1, 1), 20, 1), SVMRule(retrain_after=30, hard_score=-1e9), 3)  # every one is hard
+    svm = MinedSVM(cloud((1, 1), 20, 1), SVMSettings(retrain_after=30, hard_score=-1e9), 3)  # every one is hard
     overlaps = np.zeros((16, 1), np.float32)
     trainings = []
     for seed in range(8):
@@ -82,7 +82,7 @@ def test_overlapping_regions_are_no_negatives():
     np.testing.assert_array_equal(seen[1][0], rows[[1, 2, 3, 4]])
 
 
-def test_a_class_without_objects_and_a_picture_without_regions():
+def test_a_class_without_objects_and_a_image_without_regions():
     unseen, seen = MinedSVM(np.empty((0, 2), np.float32), RULE, 3), MinedSVM(cloud((3, 3), 5, 2), RULE, 3)
     mine([unseen, seen], np.empty((0, 2), np.float32), np.empty((0, 2), np.float32))
     assert seen.weights is None

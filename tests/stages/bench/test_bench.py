@@ -10,7 +10,7 @@ from stages.bench.measuring import CONTENDERS, make_plan, measure
 from stages.bench.watching import watched
 from stages.bench.workplace import Workplace
 
-ROW = {"name", "precision", "store", "compiled", "pictures", "seconds", "least", "greatest", "processor_seconds",
+ROW = {"name", "precision", "store", "compiled", "images", "seconds", "least", "greatest", "processor_seconds",
        "steps", "parts", "shares", "held_bytes", "peak_bytes"}
 FROZEN = ("train_rpn_frozen_conv", "train_fast_rcnn_frozen_conv", "generate_proposals")
 TRAINED = {name for name in CONTENDERS if name.startswith("train_")} | {"torchvision_training"}
@@ -18,7 +18,7 @@ TRAINED = {name for name in CONTENDERS if name.startswith("train_")} | {"torchvi
 
 @pytest.fixture(scope="module")
 def report():
-    """A bench of everything on the smallest pictures."""
+    """A bench of everything on the smallest images."""
     plan = make_plan(networks="small", sizes="48x64", device="cpu", rounds=1, precision="float32")
     return measure(plan, "altopt bench", lambda text: None)
 

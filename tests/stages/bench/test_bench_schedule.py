@@ -14,7 +14,7 @@ SECONDS = {
 
 
 def row(name, store, seconds, precision="float32"):
-    return {"name": name, "precision": precision, "store": store, "compiled": False, "pictures": 2,
+    return {"name": name, "precision": precision, "store": store, "compiled": False, "images": 2,
             "seconds": seconds, "processor_seconds": 2 * seconds, "parts": {"optimizer": 0.1}}
 
 

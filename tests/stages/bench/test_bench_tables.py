@@ -7,7 +7,7 @@ from stages.bench.tables import BEGIN, END, insert, markdown_of
 
 
 def row(name, seconds, **others):
-    return {"name": name, "precision": "float32", "store": False, "compiled": False, "pictures": 1,
+    return {"name": name, "precision": "float32", "store": False, "compiled": False, "images": 1,
             "seconds": seconds, "least": seconds / 2, "greatest": seconds * 2, "processor_seconds": seconds,
             "steps": 3, "parts": dict.fromkeys(PARTS, 0.1), "shares": dict.fromkeys(PARTS, 0.1),
             "held_bytes": 2**30, "peak_bytes": 3 * 2**29, **others}

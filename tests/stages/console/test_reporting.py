@@ -51,7 +51,7 @@ def test_number():
     ({"event": "reason", "artifact": "M2", "text": 'freeze was ["conv1"], is [/x] [bold]'},
      'M2: freeze was ["conv1"], is [/x] [bold]'),
     ({"event": "note", "text": "nothing to do"}, "nothing to do"),
-    ({"event": "weights", "artifact": "M2", "drawn": ["fc", "head"]}, "M2: drawn anew: fc, head"),
+    ({"event": "weights", "artifact": "M2", "drawn": ["fc", "head"]}, "M2: re-initialised: fc, head"),
     ({"event": "warning", "text": "a.xml: one pixel"}, "warning: a.xml: one pixel"),
 ])
 def test_events_become_lines(plain, event, line):
@@ -72,10 +72,10 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(plain, monke
     for now[0] in (9.9, 10.0, 19.9):
         plain(PROGRESS)
     now[0] = 30.0
-    plain({"event": "pictures", "artifact": "P1", "done": 3, "total": 6})
+    plain({"event": "images", "artifact": "P1", "done": 3, "total": 6})
     assert text_of(plain).splitlines()[1:] == [
         "M1: 40/80  rpn_cls 0.5000 rpn_box 0.2500  lr 0.001  12.3 images/s  wait 2%  20.0 s left",
-        "P1: 3/6  pictures",
+        "P1: 3/6  images",
     ]
 
 

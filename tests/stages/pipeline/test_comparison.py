@@ -222,7 +222,7 @@ def pair(finished, tmp_path):
 
 
 def take_m0(run, other, index=0):
-    return run.take_over(run.recipe.steps[index], other)
+    return run.reuse(run.recipe.steps[index], other)
 
 
 def test_take_over_links_and_is_done(pair):

@@ -40,16 +40,16 @@ def test_scores_of_both_networks(finished, copied):
     dataset = stages.pipeline.evaluation.open_dataset(run.recipe.config(detection_step(run, "M5")).data, "test", None)
     for word, name in (("M1+M2", "M1+M2 (unshared)"), ("M5", "M5 (shared)")):
         result = evaluate(run, detection_step(run, word), "voc07")
-        assert (result["name"], result["protocol"], result["pictures"]) == (name, "voc07", 4)
+        assert (result["name"], result["protocol"], result["images"]) == (name, "voc07", 4)
         assert list(result["classes"]) == ["circle", "square", "triangle", "cross", "ring"]
         found = read_detections(run.path(detection_step(run, word).output), dataset.ids, dataset.category_ids)
         again = score("voc07", {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
         assert result["map"] == again.map
         assert 0 <= result["recall_at_0.5"] <= 1
-        assert result["seconds_per_picture"] > 0
+        assert result["seconds_per_image"] > 0
 
 
-def test_detections_lie_in_their_pictures(finished):
+def test_detections_lie_in_their_images(finished):
     detections = json.loads((finished / "D5.detections.json").read_text())
     assert {each["image_id"] for each in detections} <= {f"test-{number:05}" for number in range(4)}
     assert detections
@@ -91,7 +91,7 @@ def test_changed_network_is_detected_with_again(copied):
 
 
 def test_changed_detection_setting_is_detected_with_again(copied):
-    run = open_tiny(copied, "detect.per_picture=1")
+    run = open_tiny(copied, "detect.per_image=1")
     evaluate(run, detection_step(run, "M5"), "voc07")
     assert len(json.loads((copied / "D5.detections.json").read_text())) <= 4
 

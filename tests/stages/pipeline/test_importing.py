@@ -29,7 +29,7 @@ def run(tmp_path):
 
 
 def covering(run, artifact="P0"):
-    """Proposals that are the objects themselves, and a box of the whole picture; continuous."""
+    """Proposals that are the objects themselves, and a box of the whole image; continuous."""
     dataset = open_split(run, artifact)
     whole = {id: np.array([[0, 0, *dataset.size(id)]], np.float32) for id in dataset.ids}
     return {id: np.concatenate([dataset.objects(id).boxes, whole[id]]) for id in dataset.ids}
@@ -85,28 +85,28 @@ def test_ids_of_other_spellings(run, tmp_path):
     assert list(stored(run)) == list(covering(run))
 
 
-def test_missing_pictures(run, tmp_path):
+def test_missing_images(run, tmp_path):
     boxes = covering(run)
     missing = list(boxes)[1:3]
     path = save(tmp_path / "mine.json", {id: each for id, each in boxes.items() if id not in missing})
-    words = f"no entry for 2 of 6 pictures .*{missing[0]}, {missing[1]}: .*--allow-missing"
+    words = f"no entry for 2 of 6 images .*{missing[0]}, {missing[1]}: .*--allow-missing"
     with pytest.raises(ArtifactError, match=words):
         import_proposals(run, path, "P0")
     assert not run.path("P0").exists()
     assert run.record("P0") is None
     result = import_proposals(run, path, "P0", allow_missing=True)
     assert {id for id, (each, _) in stored(run).items() if not len(each)} == set(missing)
-    assert result["pictures_missing"] == 2
-    assert f"2 pictures get no proposals: {missing[0]}, {missing[1]}" in texts(run)
+    assert result["images_missing"] == 2
+    assert f"2 images get no proposals: {missing[0]}, {missing[1]}" in texts(run)
     assert result["limits"]["2000"]["areas"]["all"]["recall"][0] < 1
 
 
-def test_foreign_pictures_are_left_out_and_named(run, tmp_path):
+def test_foreign_images_are_left_out_and_named(run, tmp_path):
     foreign = {f"other-{number}": [[0, 0, 9, 9]] for number in range(5)}
     result = import_proposals(run, save(tmp_path / "mine.json", covering(run) | foreign), "P0")
     assert set(stored(run)) == set(covering(run))
-    assert result["pictures_foreign"] == 5
-    words = "5 pictures of the file are not in shapes train:6 and are left out: other-0, other-1, other-2, ..."
+    assert result["images_foreign"] == 5
+    words = "5 images of the file are not in shapes train:6 and are left out: other-0, other-1, other-2, ..."
     assert words in texts(run)
 
 
@@ -115,10 +115,10 @@ def test_the_other_splits_file(run, tmp_path):
         import_proposals(run, save(tmp_path / "mine.json", covering(run, "T0")), "P0")
 
 
-def test_a_picture_with_two_entries(run, tmp_path):
+def test_a_image_with_two_entries(run, tmp_path):
     boxes = covering(run)
     first = next(iter(boxes))
-    with pytest.raises(ArtifactError, match=f"two entries for picture {first}"):
+    with pytest.raises(ArtifactError, match=f"two entries for image {first}"):
         import_proposals(run, save(tmp_path / "mine.json", boxes | {f"{first}.png": [[0, 0, 1, 1]]}), "P0")
 
 
@@ -127,7 +127,7 @@ def test_boxes_that_cannot_be_used(run, tmp_path):
     first = next(iter(boxes))
     boxes[first] = np.concatenate([boxes[first], [[0, 0, 500, 10], [9, 9, 5, 5]]])
     path = save(tmp_path / "mine.json", boxes)
-    with pytest.raises(ArtifactError, match=f"1 ending before they begin and 1 outside their picture, first .*{first}.*"
+    with pytest.raises(ArtifactError, match=f"1 ending before they begin and 1 outside their image, first .*{first}.*"
                                             "--frame .*--invalid leave-out"):
         import_proposals(run, path, "P0")
     assert not run.path("P0").exists()
@@ -148,7 +148,7 @@ def test_a_failed_import_leaves_the_artifact_there(run, tmp_path):
 def test_wrong_frame_shows_at_once_and_the_right_one_is_taken(run, tmp_path):
     swapped = {id: each[:, [1, 0, 3, 2]] + [1, 1, 0, 0] for id, each in covering(run).items()}
     path = save(tmp_path / "mine.json", swapped)
-    with pytest.raises(ArtifactError, match="outside their picture"):
+    with pytest.raises(ArtifactError, match="outside their image"):
         import_proposals(run, path, "P0")
     assert "with x and y exchanged" in texts(run)
     assert import_proposals(run, path, "P0", frame="yxyx-inclusive-1")["frame"] == "yxyx-inclusive-1"
@@ -188,7 +188,7 @@ def test_exported_and_imported_again(run, tmp_path, name, form):
     import_proposals(run, save(tmp_path / "mine.json", shuffled, scores=scores[::-1]), "P0")
     before = stored(run)
     result = export_proposals(run, "P0", tmp_path / name, form)
-    assert (result["pictures"], result["file"]) == (6, str(tmp_path / name))
+    assert (result["images"], result["file"]) == (6, str(tmp_path / name))
     if name == "out.x":
         shutil.move(tmp_path / name, tmp_path / "out.json")
         name = "out.json"
@@ -225,13 +225,13 @@ def test_voc_and_a_selective_search_file(tmp_path):
     savemat(root / "boxes.mat", {"boxes": cells.reshape(1, -1), "images": names})
     result = import_proposals(run, root / "boxes.mat", "P0")
     assert result["limits"]["2000"]["areas"]["all"]["recall"][-1] == 1
-    assert result["pictures_without_scores"] == 2
+    assert result["images_without_scores"] == 2
     assert stored(run)["000002"][0].tolist() == [[50, 50, 150, 150], [0, 0, 300, 200]]
-    assert run.runtime.report.texts()[1:] == ["2 pictures have no scores: the order of their boxes stands for them"]
+    assert run.runtime.report.texts()[1:] == ["2 images have no scores: the order of their boxes stands for them"]
 
 
 def voc_run(tmp_path):
-    """A run whose data set is two pictures, 300 x 200, with an object each."""
+    """A run whose data set is two images, 300 x 200, with an object each."""
     from PIL import Image
 
     root = tmp_path / "data"
@@ -250,7 +250,7 @@ def voc_run(tmp_path):
 
 @pytest.mark.skipif("ALTOPT_DATA" not in os.environ, reason="ALTOPT_DATA names no folder of data sets")
 def test_recall_of_boxes_that_fast_rcnn_ships():
-    """Objects brought to the frame of the full picture: all are covered, and less well with x and y exchanged."""
+    """Objects brought to the frame of the full image: all are covered, and less well with x and y exchanged."""
     pytest.importorskip("scipy.io")
     root = Path(os.environ["ALTOPT_DATA"])
     config = DataConfig(format="voc", train=("2007_trainval",), test=("2007_test",))
@@ -272,13 +272,13 @@ def test_commands(altopt, workplace):
     assert "P0: done" in answer.err
     again = altopt("proposals", "selective-search", "--as", "P0", "--recipe", "tiny.toml")
     assert "P0 is up to date: nothing to do" in again.err
-    assert altopt("proposals", "export", "P0", "out.json", "--run", "tiny").out == "out.json: P0 as json, 6 pictures\n"
+    assert altopt("proposals", "export", "P0", "out.json", "--run", "tiny").out == "out.json: P0 as json, 6 images\n"
     shown = altopt("proposals", "import", "out.json", "--as", "P1", "--run", "tiny")
     assert shown.code == 0
     assert shown.out.startswith("runs/tiny/P1.h5: ")
     assert "recall on shapes train:6 at IoU 0.5: " in shown.err
     plain = json.loads(altopt("proposals", "import", "out.json", "--as", "P1", "--run", "tiny", "--json").out)
-    assert (plain["artifact"], plain["pictures"]) == ("P1", 6)
+    assert (plain["artifact"], plain["images"]) == ("P1", 6)
     wrong = altopt("proposals", "import", "out.json", "--as", "T0", "--run", "tiny")
     assert (wrong.code, wrong.out) == (4, "")
     assert "--allow-missing" in wrong.err.splitlines()[-1]
@@ -287,7 +287,7 @@ def test_commands(altopt, workplace):
 
 
 def test_help_of_import_lists_the_frames(altopt):
-    from altopt.proposal_formats.frames import FRAMES
+    from altopt.proposal_formats.box_formats import FRAMES
 
     assert tuple(FRAMES) == cli.FRAMES
     text = altopt("proposals", "import", "--help").out

@@ -6,13 +6,13 @@ ROWS = ["conv1", "conv2", "conv3", "conv4", "conv5", "all"] * 2
 
 
 def test_probe_prints_a_row_for_each_block_and_one_for_all(altopt, copied):
-    result = json.loads(altopt("probe", "--run", "tiny", "--pictures", "3", "--json").out)
+    result = json.loads(altopt("probe", "--run", "tiny", "--images", "3", "--json").out)
     assert result["network"] == "M5"
-    assert len(set(result["pictures"])) == 3
+    assert len(set(result["images"])) == 3
     assert [row["block"] for row in result["rows"]] == ROWS
     assert all(-1 <= row["cosine"] <= 1 and row["norm_ratio"] > 0 for row in result["rows"])
     assert any(row["cosine"] < 1 - 1e-6 for row in result["rows"])
-    table = altopt("probe", "M5", "--run", "tiny", "--pictures", "3").out
+    table = altopt("probe", "M5", "--run", "tiny", "--images", "3").out
     lines = [line.split() for line in table.splitlines()]
     for row in result["rows"]:
         losses = ", ".join(row["losses"]).split()
@@ -24,13 +24,13 @@ def test_probe_leaves_the_run_as_it_was(altopt, copied):
         return {path.name: path.read_bytes() for path in copied.glob("[!.]*")}
 
     before = content()
-    assert altopt("probe", "M5", "--run", "tiny", "--pictures", "1").code == 0
+    assert altopt("probe", "M5", "--run", "tiny", "--images", "1").code == 0
     assert content() == before
 
 
-def test_more_pictures_than_there_are_mean_all(altopt, copied):
-    result = json.loads(altopt("probe", "--run", "tiny", "--pictures", "100", "--json").out)
-    assert result["pictures"] == [f"train-0000{k}" for k in range(6)]
+def test_more_images_than_there_are_mean_all(altopt, copied):
+    result = json.loads(altopt("probe", "--run", "tiny", "--images", "100", "--json").out)
+    assert result["images"] == [f"train-0000{k}" for k in range(6)]
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [

@@ -10,7 +10,7 @@ from altopt.errors import ArtifactError, UsageError
 from cache.checkpoints import load_checkpoint, save_checkpoint
 from cache.records import read_record
 from stages.pipeline.recipe import read_recipe
-from stages.pipeline.run import Run, find_step, open_folder, run_one, take_from
+from stages.pipeline.run import Run, find_step, import_given, open_folder, run_one
 from stages.shared.step import Runtime, file_name
 from stages.steps.rpn import TrainRPN
 
@@ -29,8 +29,8 @@ def only(folder, *artifacts, records=True):
 
 
 def take(run, words, target="M5"):
-    """What --from does, with one word or several: adopt, then make what lies between."""
-    steps = take_from(run, run.recipe.steps, words.split(), step_of(run, target))
+    """What --from does, with one word or several: import_artifact, then make what lies between."""
+    steps = import_given(run, run.recipe.steps, words.split(), step_of(run, target))
     return [step.output for step in run.bring_up_to_date(steps)]
 
 
@@ -85,7 +85,7 @@ def test_changed_input(finished, copied):
     tensors["conv.conv1.0.bias"] += 1
     save_checkpoint(copied / "M0.safetensors", tensors, description)
     run = open_tiny(copied)
-    take_from(run, run.recipe.steps, ["M0"], step_of(run, "M5"))
+    import_given(run, run.recipe.steps, ["M0"], step_of(run, "M5"))
     old, new = (hashes(folder, "M0")["M0"][:8] for folder in (finished, copied))
     assert verdicts(run) == {"M0": "given", "M1": "stale", "P1": "waits", "M2": "stale"} | dict.fromkeys(
         ("M3", "P2", "M4", "M5"), "waits")
@@ -139,10 +139,10 @@ def test_setting_that_changes_no_byte_stops_there(copied):
     assert make_all(open_tiny(copied, "pretrain_on_crops.warmup=1")) == ["M0"]
 
 
-def test_changed_pictures(copied):
+def test_changed_images(copied):
     run = open_tiny(copied, "data.seed=1")
     assert verdicts(run)["M0"] == "stale"
-    assert reasons(run, "M0").startswith("data.seed was 0, is 1; the pictures or annotations changed (sha256 ")
+    assert reasons(run, "M0").startswith("data.seed was 0, is 1; the images or annotations changed (sha256 ")
 
 
 def test_change_of_the_test_split_leaves_training_valid(copied):
@@ -282,7 +282,7 @@ def test_nothing_is_adopted_when_one_of_several_cannot_be_taken(copied, words, m
 def test_file_of_another_kind_is_not_adopted(copied, artifact, other):
     before = hashes(copied)
     with pytest.raises(ArtifactError):
-        open_tiny(copied).adopt(artifact, copied / file_name(other), "a test")
+        open_tiny(copied).import_artifact(artifact, copied / file_name(other), "a test")
     assert hashes(copied) == before
     assert not [path for path in copied.iterdir() if path.name.startswith(("F", "S", "R"))]
 
@@ -414,7 +414,7 @@ def test_force_makes_the_last_one_anew(finished, copied):
 
 def test_force_makes_a_given_artifact_anew(copied):
     run = open_tiny(copied)
-    run.adopt("M1", None, "a test")
+    run.import_artifact("M1", None, "a test")
     assert verdicts(run)["M1"] == "given"
     run_one(run, step_of(run, "M1"), force=True)
     assert verdicts(run)["M1"] == "done"
@@ -443,7 +443,7 @@ def test_one_stage_refuses_missing_inputs(copied):
 def test_one_stage_refuses_stale_inputs_also_when_it_or_a_later_one_is_given(copied, later, force):
     """What is given needs nothing of what comes before; a stage asked for by name does."""
     run = open_tiny(copied, "generate_proposals.nms=0.5")
-    run.adopt(later, None, "a test")
+    run.import_artifact(later, None, "a test")
     if later == "M2" and not force:
         assert run_one(run, step_of(run, "M2"), force) == []
         return
@@ -523,5 +523,5 @@ def test_another_scheme_is_another_list(copied):
 def test_a_network_is_given_to_a_scheme_that_begins_with_proposals(finished, workplace):
     run = open_folder("tiny.toml", None, [], None, Runtime(), "fast-rcnn")
     run.folder.mkdir(parents=True)
-    run.adopt("M0", finished / "M0.safetensors", "from elsewhere")
+    run.import_artifact("M0", finished / "M0.safetensors", "from elsewhere")
     assert run.verdict(run.recipe.steps[0]).state == "given"

@@ -88,7 +88,7 @@ def test_stage_6_learns(finished):
 
 
 @pytest.mark.parametrize("artifact", ["P1", "P2"])
-def test_proposals_lie_in_their_pictures_best_first(finished, artifact):
+def test_proposals_lie_in_their_images_best_first(finished, artifact):
     dataset = ShapesDataset(("train:6",), width=96, height=80)
     with ProposalFile(finished / file_name(artifact)) as file:
         assert tuple(file.image_ids) == dataset.ids
@@ -199,7 +199,7 @@ def test_killed_and_continued_gives_the_same_bytes(finished, tmp_path):
     open_tiny(folder)
     assert run_and_join(work_until_killed, folder, "M2", "progress", 3) == -signal.SIGKILL
     assert (folder / "M2.snapshot.safetensors").exists()
-    assert run_and_join(work_until_killed, folder, "P2", "pictures", 2) == -signal.SIGKILL
+    assert run_and_join(work_until_killed, folder, "P2", "images", 2) == -signal.SIGKILL
     assert list(folder.glob(".P2.*partial"))
     assert verdicts(open_tiny(folder))["P2"] == "missing"
     assert make_all(open_tiny(folder)) == ["P2", "M4", "M5"]
@@ -258,7 +258,7 @@ def test_assembly_refuses_other_anchors_and_sizes(finished, tmp_path, key):
     tensors, description = load_checkpoint(finished / "M3.safetensors")
     description["network"][key] = None
     save_checkpoint(tmp_path / "other.safetensors", tensors, description)
-    with pytest.raises(ArtifactError, match="different anchors or picture sizes"):
+    with pytest.raises(ArtifactError, match="different anchors or image sizes"):
         assemble(finished / "M4.safetensors", tmp_path / "other.safetensors", tmp_path / "M5.safetensors")
 
 
@@ -291,7 +291,7 @@ def test_rpn_of_other_anchors_is_refused(copied):
         run.make(run.recipe.steps[2])
 
 
-def test_proposals_of_other_pictures_are_refused(copied):
+def test_proposals_of_other_images_are_refused(copied):
     run = open_tiny(copied, 'data.train=["train:7"]')
-    with pytest.raises(ArtifactError, match=r"P1.h5 has no proposals for picture train-00006"):
+    with pytest.raises(ArtifactError, match=r"P1.h5 has no proposals for image train-00006"):
         run.make(run.recipe.steps[3])

@@ -15,7 +15,7 @@ import torch
 from rank_runs import in_ranks, kill, ranks_of, start
 from tiny_runs import hashes, link_or_copy, open_tiny, write_recipe
 
-from altopt.machine.distributed import Ranks
+from altopt.machine.distributed import SingleProcess
 from cache.checkpoints import load_checkpoint
 from cache.files import sha256_file
 from stages.pipeline.evaluation import detection_steps
@@ -25,7 +25,7 @@ from stages.shared.step import file_name
 
 FILES = ("P1", "P2", "D2", "D5")
 NETWORKS = ("M1", "M2", "M3", "M4")
-SETS = ("all.iterations=6",)  # of two pictures each, mirror images among them
+SETS = ("all.iterations=6",)  # of two images each, mirror images among them
 
 
 def remake(ranks, folder):
@@ -63,7 +63,7 @@ def remade(count, finished, folder, work=remake):
         in_ranks(count, work, folder)
     else:
         with as_many_threads_as_ranks_have():
-            work(Ranks(), folder)
+            work(SingleProcess(), folder)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_the_same_inputs_give_the_same_files_and_weights_that_differ_by_rounding
     assert (together / "features").is_dir()
 
 
-def test_joint_training_weighs_pictures_and_rois_each_by_their_own(finished, tmp_path):
+def test_joint_training_weighs_images_and_rois_each_by_their_own(finished, tmp_path):
     alone, together = (remade(count, finished, tmp_path / str(count) / "tiny", joint) for count in (1, 3))
     assert difference(together, alone, "M1") < 1e-5
 
@@ -165,7 +165,7 @@ def test_a_killed_rank_ends_the_job_with_a_reason(copied, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_job_killed_and_then_terminated_goes_on_to_the_same_bytes(copied, count):
-    """In batches of as many pictures, of which none has all: a sum of three has an order."""
+    """In batches of as many images, of which none has all: a sum of three has an order."""
     command = (*LONG, "--set", f"train_rpn.images_per_batch={count}")
     uninterrupted = start(copied.parents[1], count, *command)
     uninterrupted.communicate(timeout=300)

@@ -29,10 +29,10 @@ VOC = DataConfig(format="voc", train=("trainval",), test=("test",))
 @pytest.mark.parametrize(("wish", "needed", "free", "visits", "used", "reason"), [
     ("off", 1, 9 * GIB, 100, False, "not wanted"),
     ("on", 9 * GIB, 1, 1, True, "asked for, 9.7 GB"),
-    ("auto", 1, 9 * GIB, 9, False, "9 visits of 10 pictures: some are never seen"),
+    ("auto", 1, 9 * GIB, 9, False, "9 visits of 10 images: some are never seen"),
     ("auto", 1, 9 * GIB, 10, True, "1.0 visits"),
     ("auto", GIB, 2 * GIB - 1, 100, False, "1.1 GB do not fit"),
-    ("auto", GIB, 2 * GIB, 100, True, "1.1 GB, 10.0 visits of each picture"),
+    ("auto", GIB, 2 * GIB, 100, True, "1.1 GB, 10.0 visits of each image"),
     ("auto", 20 * GIB, 22 * GIB - 1, 100, False, "and 2.1 GB of them stay so"),
     ("auto", 20 * GIB, 22 * GIB, 100, True, "21.5 GB"),
     ("auto", 0, 9 * GIB, 0, False, "0 visits"),
@@ -108,15 +108,15 @@ def test_frozen_stages_foresee_their_store_and_others_none(tmp_path):
     assert found["M3"]["bytes"] == found["M4"]["bytes"] == 6 * 128 * 5 * 6 * 4
     assert [found[name]["used"] for name in ("M1", "M2", "M3", "M4")] == [True, True, True, True]
     assert store_line("M1", found["M1"]) == \
-        "M1: feature store on, conv1 to conv2 (0 MB, 1.3 visits of each picture; on the CPU alone)"
-    assert store_line("M3", found["M3"]) == "M3: feature store on, conv1 to conv5 (0 MB, 2.3 visits of each picture)"
+        "M1: feature store on, conv1 to conv2 (0 MB, 1.3 visits of each image; on the CPU alone)"
+    assert store_line("M3", found["M3"]) == "M3: feature store on, conv1 to conv5 (0 MB, 2.3 visits of each image)"
 
 
 def test_plan_and_status_say_so(altopt, workplace):
     command = ["plan", "--recipe", "tiny.toml"]
     said = altopt(*command).out
-    assert "M3: feature store off, conv1 to conv5 (8 visits of 12 pictures: some are never seen)" in said
+    assert "M3: feature store off, conv1 to conv5 (8 visits of 12 images: some are never seen)" in said
     steps = json.loads(altopt(*command, "--json", "--set", "all.iterations=7").out)["steps"]
     assert [each["output"] for each in steps if each["feature_store"]] == ["M1", "M2", "M3", "M4"]
     assert steps[4]["feature_store"] == {"maps": "conv1 to conv5", "bytes": 12 * 128 * 5 * 6 * 4, "used": True,
-                                         "reason": "0 MB, 1.2 visits of each picture"}
+                                         "reason": "0 MB, 1.2 visits of each image"}

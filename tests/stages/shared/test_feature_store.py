@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_runs import TINY, Reports, hashes, link_or_copy, make_all, open_tiny, work_until_killed, write_recipe
 
 from altopt.batches.samples import make_batch, read_sample
-from altopt.models.frozen import picture_map
+from altopt.models.frozen import image_map
 from cache.features import FeatureMapFile
 from cache.files import sha256_file
 from cache.preallocated import growing_path
@@ -45,8 +45,8 @@ def _server_starts_while_other_tests_run():
     forkserver.ensure_running()
 
 
-def write_pictures(root):
-    """Five pictures in VOC layout; the last one shows nothing."""
+def write_images(root):
+    """Five images in VOC layout; the last one shows nothing."""
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def write_pictures(root):
 def without(tmp_path_factory):
     """A whole run that stores nothing; not to be changed."""
     folder = tmp_path_factory.mktemp("without") / "run"
-    write_pictures(folder.parent / "data")
+    write_images(folder.parent / "data")
     write_recipe(folder.parent / "tiny.toml", TINY.replace(SHAPES_DATA, VOC_DATA).replace('"."', '"data"'))
     make_all(opened(folder, feature_store="off"))
     assert not (folder / FOLDER).exists()
@@ -144,7 +144,7 @@ def test_bfloat16_is_stored_as_it_is_computed(folder):
         assert file.precision == "bfloat16"
 
 
-def test_maps_are_those_of_m2s_conv_layers_picture_by_picture(folder):
+def test_maps_are_those_of_m2s_conv_layers_image_by_image(folder):
     run = make_m3(folder, feature_store="on")
     config = run.recipe.config(find_step(run.recipe.steps, "M3"))
     inference = Inference([(folder / "M2.safetensors", ("conv",))], config, run.runtime, "train")
@@ -152,18 +152,18 @@ def test_maps_are_those_of_m2s_conv_layers_picture_by_picture(folder):
         assert len(file.keys) == MAPS
         for key in file.keys:
             sample = read_sample(inference.dataset, key.image_id, config.network, flipped=key.mirrored)
-            expected = picture_map(inference.networks[0].conv, make_batch([sample], torch.device("cpu")).images[0])
+            expected = image_map(inference.networks[0].conv, make_batch([sample], torch.device("cpu")).images[0])
             assert torch.equal(file.get(key), expected)
 
 
 def test_auto_says_why_not(folder):
     reports = Reports()
     make_all(opened(folder, report=reports))
-    assert "feature store: off: 8 visits of 10 pictures: some are never seen" in reports.texts()
+    assert "feature store: off: 8 visits of 10 images: some are never seen" in reports.texts()
     assert not stores(folder)
 
 
-def test_auto_builds_where_pictures_are_seen_again(folder):
+def test_auto_builds_where_images_are_seen_again(folder):
     make_all(opened(folder, "train_rpn_frozen_conv.iterations=6"))
     assert facts(folder, "M3")["feature_store"].startswith("built")
     assert facts(folder, "M4")["feature_store"] == "read, conv1 to conv5"  # though it alone would not have built one
@@ -212,7 +212,7 @@ def test_without_a_digest_of_the_data_nothing_is_stored(folder):
 
 
 def test_interrupted_while_building_it_goes_on(folder, without):
-    reports = Reports(at=lambda event: event["event"] == "pictures" and event.get("what") == "maps"
+    reports = Reports(at=lambda event: event["event"] == "images" and event.get("what") == "maps"
                       and event["done"] == 4, act=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         make_all(opened(folder, feature_store="on", report=reports, workers=2))
@@ -224,7 +224,7 @@ def test_interrupted_while_building_it_goes_on(folder, without):
 
 def test_killed_while_building_and_while_training_gives_the_same_bytes(folder, without):
     """kill -9, then the same again: first in the middle of the store, then of M3, then of M4."""
-    for artifact, event, count in (("M3", "pictures", 5), ("M3", "progress", 3), ("M4", "progress", 2)):
+    for artifact, event, count in (("M3", "images", 5), ("M3", "progress", 3), ("M4", "progress", 2)):
         process = PROCESSES.Process(target=work_until_killed, args=(folder, artifact, event, count, "on"))
         process.start()
         process.join(timeout=120)
@@ -335,7 +335,7 @@ def test_joint_training_too(beginning, stage):
 
 @pytest.mark.parametrize(("device", "wish", "sets", "reason"), [
     ("cuda", "auto", (), "a GPU computes conv1 to conv2 sooner than a disk delivers it"),
-    ("cpu", "auto", (), "8 visits of 10 pictures"),
+    ("cpu", "auto", (), "8 visits of 10 images"),
     ("cpu", "on", (), "asked for"),
     ("cuda", "on", (), "asked for"),
     ("cpu", "on", ("train_rpn.freeze=[]",), "the first conv layer learns"),

@@ -1,4 +1,4 @@
-"""Fast R-CNN's ablations on the tiny recipe's pictures: what is frozen, scales, box layers, SVMs."""
+"""Fast R-CNN's ablations on the tiny recipe's images: what is frozen, scales, box layers, SVMs."""
 
 import importlib.util
 import json
@@ -61,7 +61,7 @@ def given(finished, tmp_path):
 
 @pytest.fixture
 def detect(finished, tmp_path, given):
-    """Detect with a network on the test split's proposals and return the detections of each picture."""
+    """Detect with a network on the test split's proposals and return the detections of each image."""
 
     def detect(network, stage=detect_on_proposals, *more, **settings):
         settings = {"score": 0.0} | settings
@@ -148,7 +148,7 @@ def test_regression_can_be_switched_off_at_test(train, detect, given):
     from cache.proposals import ProposalFile
 
     network = train()
-    with_boxes, without = (detect(network, regress_boxes=on, nms=1.0, per_picture=10_000) for on in (True, False))
+    with_boxes, without = (detect(network, regress_boxes=on, nms=1.0, per_image=10_000) for on in (True, False))
     proposals = ProposalFile(given)
     boxes = [[x1, y1, x2 - x1, y2 - y1]
              for id in proposals.image_ids for x1, y1, x2, y2 in proposals.get(id)[0].tolist()]
@@ -201,7 +201,7 @@ def test_svms_take_the_place_of_the_softmax(finished, train, detect, tmp_path):
     assert facts["positives"] > 0
     found = detect(network, detect_with_svms, svms, score=-1e9, nms=1.0)
     assert len({each["category_id"] for each in found}) == 5 - facts["classes_without_svm"]
-    assert near(found, [each["bbox"] for each in detect(network, nms=1.0, per_picture=10_000)]).all()
+    assert near(found, [each["bbox"] for each in detect(network, nms=1.0, per_image=10_000)]).all()
 
 
 @with_solver

@@ -1,4 +1,4 @@
-"""SPP-net and slow R-CNN from M0 to detections, on five pictures of 96 x 80."""
+"""SPP-net and slow R-CNN from M0 to detections, on five images of 96 x 80."""
 
 import shutil
 
@@ -8,13 +8,13 @@ import torch
 from region_runs import DATA, NETWORK, STAGES, TRAINING, Stopping, hashes, make, make_all, prepare
 
 from altopt.batches.samples import make_batch, read_sample, stored_sample
-from altopt.batches.sampling import RoIRule, RoISampling
+from altopt.batches.sampling import RoISampling, RoIThresholds
 from altopt.datasets.shapes import ShapesDataset
 from altopt.errors import ArtifactError
 from altopt.evaluation.detections import read_detections
 from altopt.extents import original_frame
 from altopt.machine.randomness import generator, seed_of
-from altopt.models.frozen import picture_maps
+from altopt.models.frozen import image_maps
 from altopt.models.region_classifier import PyramidTraining, RegionClassifier
 from altopt.ops import boxes as bx
 from altopt.ops.pyramid import pyramid_pool
@@ -33,8 +33,8 @@ from stages.steps.svms import TrainSVMs
 CPU = torch.device("cpu")
 TRAIN, TEST = (ShapesDataset((split,), width=96, height=80) for split in ("train:5", "test:3"))
 # The event at which each stage is stopped; SVMs and regressors begin again.
-STOPS = {"F1": ("pictures", 3), "F2": ("pictures", 2), "M1": ("progress", 2), "S1": ("pictures", 2),
-         "R1": ("pictures", 1), "D1": ("pictures", 1)}
+STOPS = {"F1": ("images", 3), "F2": ("images", 2), "M1": ("progress", 2), "S1": ("images", 2),
+         "R1": ("images", 1), "D1": ("images", 1)}
 EACH_SCHEME = pytest.mark.parametrize("scheme", STAGES)
 WITH_REGRESSORS = pytest.mark.parametrize("scheme", ["spp_net", "rcnn"])
 
@@ -70,7 +70,7 @@ def test_stopped_in_every_stage_and_continued_gives_the_same_bytes(made, tmp_pat
         facts = make(tmp_path, artifact, scheme, report=again)
         if artifact == "M1":
             assert [event["iteration"] for event in again.seen if event["event"] == "progress"] == [3, 4]
-        assert facts.get("maps_found", facts.get("pictures_found", 2)) >= 2
+        assert facts.get("maps_found", facts.get("images_found", 2)) >= 2
     assert hashes(tmp_path, scheme) == hashes(made[0][scheme], scheme)
     assert not list(tmp_path.glob("*.growing.*"))
     assert not list(tmp_path.glob("*.snapshot.*"))
@@ -103,7 +103,7 @@ def test_rcnn_trains_all_layers(made):
 
 
 @torch.inference_mode()
-def test_maps_are_what_the_conv_layers_make_of_each_picture(made):
+def test_maps_are_what_the_conv_layers_make_of_each_image(made):
     folder = made[0]["spp_net"]
     conv = network_of(folder, (6, 3, 2, 1)).conv.to(memory_format=torch.channels_last)
     frames = NETWORK.at_scales((64, 96), 200)
@@ -120,8 +120,8 @@ def test_spp_net_features_are_pyramids_of_the_scale_that_suits_the_region(made):
     network = network_of(folder, (6, 3, 2, 1))
     scales = []
     with RegionFeatureFile(folder / "F2.h5") as file, FeatureMapFile(folder / "F1.h5") as maps:
-        for picture, id in enumerate(TRAIN.ids):
-            for box, hidden in zip(file.rows("boxes", picture), file.features(picture), strict=True):
+        for image, id in enumerate(TRAIN.ids):
+            for box, hidden in zip(file.rows("boxes", image), file.features(image), strict=True):
                 area = (box[2] - box[0]) * (box[3] - box[1])
                 scale = min((0, 1), key=lambda s: abs(area * (0.8, 1.2)[s] ** 2 - 1600))
                 scaled = torch.from_numpy(box)[None] * (0.8, 1.2)[scale]
@@ -139,11 +139,11 @@ def test_rcnn_features_are_those_of_each_warped_region_by_itself(made):
     id = TRAIN.ids[1]
     sample = read_sample(TRAIN, id, original_frame(NETWORK, TRAIN.size(id)))
     assert sample.scale == 1
-    picture = make_batch([sample], CPU).images[0]
+    image = make_batch([sample], CPU).images[0]
     with RegionFeatureFile(folder / "F1.h5") as file:
         rows = zip(file.rows("boxes", 1), file.features(1), strict=True)
         for box, hidden in list(rows)[::3]:
-            expected = network.fc(network.pool_crops(warp(picture, torch.from_numpy(box)[None], 64)))[0]
+            expected = network.fc(network.pool_crops(warp(image, torch.from_numpy(box)[None], 64)))[0]
             torch.testing.assert_close(torch.from_numpy(hidden), expected, atol=5e-3, rtol=5e-3)  # stored as float16
 
 
@@ -153,11 +153,11 @@ def test_regions_are_objects_and_proposals_with_their_overlaps(made, scheme, art
     kept = []
     with RegionFeatureFile(folder / f"{artifact}.h5") as file, ProposalFile(folder / "P0.h5") as proposals:
         assert file.image_ids == TRAIN.ids
-        for picture, id in enumerate(TRAIN.ids):
+        for image, id in enumerate(TRAIN.ids):
             objects = TRAIN.objects(id)
-            boxes, overlaps = file.rows("boxes", picture), file.rows("overlaps", picture)
+            boxes, overlaps = file.rows("boxes", image), file.rows("overlaps", image)
             np.testing.assert_array_equal(boxes, np.concatenate([objects.boxes, proposals.get(id)[0]]))
-            assert file.objects(picture)[0].tolist() == objects.labels.tolist()
+            assert file.objects(image)[0].tolist() == objects.labels.tolist()
             for r, box in enumerate(boxes):
                 of_object = [float(bx.iou(torch.tensor(box)[None], torch.tensor(each)[None])) for each in objects.boxes]
                 for label in range(len(TRAIN.classes)):
@@ -172,10 +172,10 @@ def test_regions_are_objects_and_proposals_with_their_overlaps(made, scheme, art
         np.testing.assert_allclose(targets, [deltas for _, *deltas in kept], atol=1e-6)
 
 
-def test_a_picture_without_objects_has_only_negatives():
+def test_a_image_without_objects_has_only_negatives():
     class Empty(ShapesDataset):
-        def objects(self, picture_id):
-            objects = super().objects(picture_id)
+        def objects(self, image_id):
+            objects = super().objects(image_id)
             objects.difficult[:] = True
             return objects
 
@@ -190,9 +190,9 @@ def test_a_picture_without_objects_has_only_negatives():
 
 @WITH_REGRESSORS
 def test_detections_are_scored_by_svms_and_refined_by_regressors(made, scheme):
-    """One picture again, by hand; suppression leaves what no better box of its class overlaps."""
+    """One image again, by hand; suppression leaves what no better box of its class overlaps."""
     folder, facts = made[0][scheme], made[1][scheme]["D1"]
-    assert {"seconds_per_picture", "recall_at_0.5", "average_recall"} == set(facts)
+    assert {"seconds_per_image", "recall_at_0.5", "average_recall"} == set(facts)
     found = read_detections(folder / file_name("D1"), TEST.ids, TEST.category_ids)
     assert sum(map(len, found.values())) > 0
     for id in TEST.ids:
@@ -210,7 +210,7 @@ def test_detections_are_scored_by_svms_and_refined_by_regressors(made, scheme):
 
 @torch.inference_mode()
 def by_hand(folder, scheme, id):
-    """The best box of a picture and its score, from all proposals one by one."""
+    """The best box of an image and its score, from all proposals one by one."""
     svms, regressors = (load_checkpoint(folder / file_name(name))[0] for name in ("S1", "R1"))
     network = network_of(folder, read_description(folder / "M1.safetensors").get("levels", ()))
     best = (None, -np.inf)
@@ -227,8 +227,8 @@ def by_hand(folder, scheme, id):
 
 def pooled_by_hand(network, scheme, id, box):
     if scheme == "rcnn":
-        picture = make_batch([read_sample(TEST, id, original_frame(NETWORK, (96, 80)))], CPU).images[0]
-        return network.pool_crops(warp(picture, box, 64))
+        image = make_batch([read_sample(TEST, id, original_frame(NETWORK, (96, 80)))], CPU).images[0]
+        return network.pool_crops(warp(image, box, 64))
     area = float(bx.area(box))
     scale = min((0, 1), key=lambda s: abs(area * (0.8, 1.2)[s] ** 2 - 1600))
     sample = read_sample(TEST, id, NETWORK.at_scales((64, 96), 200)[scale])
@@ -240,7 +240,7 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
     folder = made[0]["spp_net"]
     network = network_of(folder, (6, 3, 2, 1))
     frames = NETWORK.at_scales((64, 96), 200)
-    module = PyramidTraining(network, (6, 3, 2, 1), RoISampling(RoIRule(0.5, 0.5, 0.1), 16, 0.25), ("test",))
+    module = PyramidTraining(network, (6, 3, 2, 1), RoISampling(RoIThresholds(0.5, 0.5, 0.1), 16, 0.25), ("test",))
     with FeatureMapFile(folder / "F1.h5") as maps, ProposalFile(folder / "P0.h5") as proposals:
         stored, fresh = [], []
         for scale, id in enumerate(TRAIN.ids[:2]):
@@ -250,13 +250,13 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
     for one, other in zip(stored, fresh, strict=True):
         assert (one.id, one.flipped, one.scale, one.size) == (other.id, other.flipped, other.scale, other.size)
         assert torch.equal(one.proposals, other.proposals)
-        assert torch.equal(one.objects, other.objects)
+        assert torch.equal(one.gt_boxes, other.gt_boxes)
         assert one.pixels.untyped_storage().nbytes() == 1
     together = module(make_batch(stored, CPU), 0)["cls"]
     alone = []
     for sample in fresh:
         batch = make_batch([sample], CPU)
-        batch = type(batch)(batch.samples, batch.images, picture_maps(network.conv, batch))
+        batch = type(batch)(batch.samples, batch.images, image_maps(network.conv, batch))
         alone.append((module(batch, 0)["cls"], len(module.regions.of_batch(batch, "test", 0)[0].labels)))
     mean = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
     torch.testing.assert_close(together, mean)
@@ -301,12 +301,12 @@ def test_linear_layers_take_features_as_they_are(made, scheme, artifact):
     svms, regressors = (load_checkpoint(folder / file_name(name))[0] for name in ("S1", "R1"))
     with RegionFeatureFile(folder / f"{artifact}.h5") as file:
         scale = facts["S1"]["feature_scale"]
-        found = [file.objects(picture) for picture in range(len(file))]
+        found = [file.objects(image) for image in range(len(file))]
         label = int(found[0][0][0])
         svm = MinedSVM(np.concatenate([rows[labels == label] for labels, rows in found]) * scale, TrainSVMs(),
                        seed_of(3, "svm", TRAIN.classes[label]) % 2**31)
-        for picture in range(len(file)):
-            mine([svm], file.features(picture) * scale, file.rows("overlaps", picture)[:, label : label + 1])
+        for image in range(len(file)):
+            mine([svm], file.features(image) * scale, file.rows("overlaps", image)[:, label : label + 1])
         svm.train()
         scores = torch.from_numpy(file.features(0)) @ svms["weights"][label] + svms["biases"][label]
         np.testing.assert_allclose(scores, svm.scores(file.features(0) * scale), atol=1e-3)

@@ -67,7 +67,7 @@ def stop_after(count):
     return Reports(at=lambda event: event["done"] == count, act=act)
 
 
-def test_every_picture_in_order_with_ranks(whole):
+def test_every_image_in_order_with_ranks(whole):
     found = read(whole)
     assert list(found) == [f"train-{number:05}" for number in range(4)]
     for boxes, scores in found.values():
@@ -88,10 +88,10 @@ def test_facts_and_progress(tmp_path):
     reports = Reports()
     facts = search(tmp_path / "T0.h5", selective_search_test, SelectiveSearchTest, report=reports)
     assert list(read(tmp_path / "T0.h5")) == ["test-00000", "test-00001"]
-    assert facts["pictures"] == 2
+    assert facts["images"] == 2
     assert facts["proposals"] == sum(len(scores) for _, scores in read(tmp_path / "T0.h5").values())
     assert [(event["event"], event["done"], event["total"]) for event in reports.events] == [
-        ("pictures", 1, 2), ("pictures", 2, 2)]
+        ("images", 1, 2), ("images", 2, 2)]
 
 
 def test_processes_give_the_same_bytes(tmp_path, whole):
@@ -110,7 +110,7 @@ def test_stopped_and_gone_on_with(tmp_path, whole):
         patch.setattr(cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation",
                       lambda: calls.append(1) or original())
         search(tmp_path / "P0.h5", report=reports)
-    assert len(calls) == 1  # of four pictures three were done
+    assert len(calls) == 1  # of four images three were done
     assert [event["done"] for event in reports.events] == [1, 2, 3, 4]
     assert sha256_file(tmp_path / "P0.h5") == sha256_file(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["P0.h5"]
@@ -185,21 +185,21 @@ def test_boxes_in_the_original_frame():
     assert to_proposals(("a", [], [33, 25]), (100, 50), config).shape == (0, 4)
 
 
-def test_a_smaller_picture_is_searched(tmp_path):
+def test_a_smaller_image_is_searched(tmp_path):
     search(tmp_path / "P0.h5", search_side=40)
     for boxes, _ in read(tmp_path / "P0.h5").values():
-        assert ((boxes * 0.5) % 1 == 0).all()  # whole pixels of the picture at half its size
+        assert ((boxes * 0.5) % 1 == 0).all()  # whole pixels of the image at half its size
         assert boxes.max() <= 96
 
 
 def test_as_a_step_of_a_run(tmp_path):
     run = open_tiny(tmp_path / "tiny")
     steps = [search_step("P0")], [search_step("T0")]
-    for step, pictures in zip(steps, (6, 4), strict=True):
+    for step, images in zip(steps, (6, 4), strict=True):
         assert [each.output for each in run.bring_up_to_date(step)] == [step[0].output]
         assert run.bring_up_to_date(step) == []
         record = run.record(step[0].output)
-        assert record.metrics["pictures"] == pictures
+        assert record.metrics["images"] == images
         assert record.data == run.data_digest(step[0])
     with pytest.raises(UsageError, match="'M1' is no name for proposals"):
         search_step("M1")

@@ -14,7 +14,7 @@ IN_CACHE = 256  # kept boxes that as many are compared with at once
 
 
 @torch.no_grad()
-def best_apart(boxes: Tensor, scores: Tensor, overlap: float, count: int) -> Tensor:
+def nms_keeping_best(boxes: Tensor, scores: Tensor, overlap: float, count: int) -> Tensor:
     """Return the ``count`` best of sorted boxes, ``Tensor[N, 4]``, that suppression keeps: int64 ``Tensor[<=count]``.
 
     A box is suppressed by better ones that are kept and overlap it by more than ``overlap`` (IoU), so these are the

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 from altopt.batches.samples import Batch
-from altopt.machine.distributed import Ranks
+from altopt.machine.distributed import SingleProcess
 
 Item = TypeVar("Item")
 Item_co = TypeVar("Item_co", covariant=True)
@@ -18,13 +18,13 @@ class Order(Protocol[Item_co]):
         """Return the entries of an iteration."""
 
 
-class Slices(Generic[Item]):
+class LocalBatches(Generic[Item]):
     """The batches of an order, each cut into one piece of neighbours for every rank, as evenly as it can be.
 
     A rank for which nothing is left works on the first entry, and its count is 0: so all ranks do the same.
     """
 
-    def __init__(self, ranks: Ranks, order: Order[Item]) -> None:
+    def __init__(self, ranks: SingleProcess, order: Order[Item]) -> None:
         self.ranks, self.order = ranks, order
         self._idle = False
 
@@ -39,16 +39,16 @@ class Slices(Generic[Item]):
         self._idle = own.start == own.stop
         return replace(batch, weight=self.weight, middle=len(self.order[iteration]) // 2 - own.start)
 
-    def pictures(self, iteration: int) -> int:
-        """Return how many pictures all ranks work on in an iteration."""
+    def images(self, iteration: int) -> int:
+        """Return how many images all ranks work on in an iteration."""
         return len(self.order[iteration])
 
     def weight(self, count: int) -> float:
-        """Return what each of so many pictures or RoIs of this rank has in the mean over those of all ranks.
+        """Return what each of so many images or RoIs of this rank has in the mean over those of all ranks.
 
         All ranks have to ask. Whose batch has nothing left for them, theirs count nothing.
         """
-        total = sum(self.ranks.gather(0 if self._idle else count))
+        total = sum(self.ranks.all_gather(0 if self._idle else count))
         return 0.0 if self._idle else 1 / max(total, 1)
 
     def _own(self, entries: int) -> slice:

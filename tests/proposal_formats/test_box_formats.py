@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from altopt.proposal_formats.frames import FRAMES, to_continuous, to_inclusive
+from altopt.proposal_formats.box_formats import FRAMES, to_continuous, to_inclusive
 
 # The box of the pixels 0..9 across and 20..39 down, in every convention.
 SAME = {

@@ -1,4 +1,4 @@
-"""Gradients of slices add up to those of the whole batch: of two pictures to the last bit, of more but for rounding."""
+"""Gradients of slices add up to those of the whole batch: of two images to the last bit, of more but for rounding."""
 
 from dataclasses import replace
 
@@ -7,20 +7,20 @@ import pytest
 import torch
 from rank_runs import in_ranks
 
+from altopt.batches.local_batches import LocalBatches
 from altopt.batches.samples import Sample, make_batch
-from altopt.batches.sampling import RoIRule, RoISampling
-from altopt.batches.slices import Slices
-from altopt.config import NetworkConfig, ProposalRule
-from altopt.machine.distributed import Ranks
+from altopt.batches.sampling import RoISampling, RoIThresholds
+from altopt.config import NetworkConfig, ProposalSettings
+from altopt.machine.distributed import SingleProcess
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN
 from altopt.models.fast_rcnn import FastRCNNTraining
 from altopt.models.joint import JointTraining
-from altopt.models.rpn import RPNRule, RPNTraining
+from altopt.models.rpn import AnchorSampling, RPNTraining
 
 NETWORK = NetworkConfig(name="small", short_side=80, max_side=96, anchor_scales=(1.5, 3), rpn_channels=8)
-ANCHORS = RPNRule(0.7, 0.3, 64, 0.5, 3.0, 1.0)
-ROIS = RoIRule(0.5, 0.5, 0.0)
+ANCHORS = AnchorSampling(0.7, 0.3, 64, 0.5, 3.0, 1.0)
+ROIS = RoIThresholds(0.5, 0.5, 0.0)
 SIZES = ((96, 80), (64, 96), (80, 112), (64, 64), (96, 48))  # no two alike: each pads the others
 
 
@@ -52,20 +52,20 @@ def modules(precision):
                            rois=RoISampling(ROIS, 32, 0.25), box_weight=1.0, key=key)
     weights = dict.fromkeys(("rpn_cls", "rpn_box", "cls", "box"), 1.0)
     yield JointTraining(network_of(precision), anchors=ANCHORS, rois=RoISampling(ROIS, 32, 0.25), weights=weights,
-                        path=None, key=key, proposals=ProposalRule(pre_nms=200, nms=0.7, post_nms=30, min_side=4))
+                        path=None, key=key, proposals=ProposalSettings(pre_nms=200, nms=0.7, post_nms=30, min_side=4))
 
 
 def gradients(ranks, count, precision=torch.float64):
-    """Of each kind of training on the first pictures: the losses' sum, and a number for each parameter's gradient."""
-    slices = Slices(ranks, [range(count)])
+    """Of each kind of training on the first images: the losses' sum, and a number for each parameter's gradient."""
+    slices = LocalBatches(ranks, [range(count)])
     found = []
     for module in modules(precision):
         batch = make_batch([sample(number, precision) for number in slices[0]], torch.device("cpu"))
         batch = slices.begin(replace(batch, images=batch.images.to(precision)), 0)
-        compute = ranks.wrapped(module)
+        compute = ranks.data_parallel(module)
         total = torch.stack(list(compute(batch, 0).values())).sum()
         ranks.backward(total)
-        found.append(float(ranks.total(total.detach().double())))
+        found.append(float(ranks.all_reduce_sum(total.detach().double())))
         for name, parameter in module.named_parameters():
             probe = torch.randn(parameter.shape, generator=generator(name), dtype=torch.float64)
             found.append(float((parameter.grad * probe).sum()) if parameter.grad is not None else 0.0)
@@ -85,7 +85,7 @@ def of_two(ranks):
 
 @pytest.fixture(scope="module")
 def alone():
-    return of_both(Ranks())
+    return of_both(SingleProcess())
 
 
 def test_slices_of_any_number_of_ranks_add_up_to_the_batch(alone):
@@ -95,8 +95,8 @@ def test_slices_of_any_number_of_ranks_add_up_to_the_batch(alone):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_of_two_pictures_are_the_same_bits_with_any_number_of_ranks():
-    """A sum of two does not depend on their order; each picture goes through the network by itself."""
+def test_gradients_of_two_images_are_the_same_bits_with_any_number_of_ranks():
+    """A sum of two does not depend on their order; each image goes through the network by itself."""
     alone = in_ranks(1, of_two)[0]
     assert all(np.abs(each).max() > 1 for each in alone)
     assert in_ranks(2, of_two) == [alone] * 2

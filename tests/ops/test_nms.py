@@ -5,8 +5,8 @@ import torch
 import torchvision
 
 from altopt.machine.randomness import generator
-from altopt.ops import suppression
-from altopt.ops.suppression import best_apart, overlapped
+from altopt.ops import nms as suppression
+from altopt.ops.nms import nms_keeping_best, overlapped
 
 
 def sorted_boxes(n, key, alike=0.0, side=100.0):
@@ -43,13 +43,13 @@ def test_the_best_apart_are_those_of_plain_suppression(monkeypatch, at_a_time, c
     boxes, scores = sorted_boxes(200, alike, alike)
     expected = kept_one_by_one(boxes, 0.5)
     assert 1 < len(expected) < 200
-    assert best_apart(boxes, scores, 0.5, count).tolist() == expected[:count]
+    assert nms_keeping_best(boxes, scores, 0.5, count).tolist() == expected[:count]
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.7, 1.0])
 def test_thousands_of_boxes_are_suppressed_as_torchvision_does(overlap):
     boxes, scores = sorted_boxes(5000, overlap, alike=0.2, side=400.0)
-    assert torch.equal(best_apart(boxes, scores, overlap, 5000), torchvision.ops.nms(boxes, scores, overlap))
+    assert torch.equal(nms_keeping_best(boxes, scores, overlap, 5000), torchvision.ops.nms(boxes, scores, overlap))
 
 
 @pytest.mark.parametrize("overlap", [0.25, 1 / 3, 0.5, 0.7])
@@ -60,7 +60,7 @@ def test_what_overlaps_by_just_the_limit_stays(monkeypatch, overlap):
     corners = torch.randint(0, 30, (3000, 2), generator=random)
     boxes = torch.cat([corners, corners + torch.randint(1, 20, (3000, 2), generator=random)], dim=1).float()
     scores = torch.linspace(1, 0, 3000)
-    assert torch.equal(best_apart(boxes, scores, overlap, 3000), torchvision.ops.nms(boxes, scores, overlap))
+    assert torch.equal(nms_keeping_best(boxes, scores, overlap, 3000), torchvision.ops.nms(boxes, scores, overlap))
 
 
 def test_boxes_without_area_suppress_nothing(monkeypatch):
@@ -68,11 +68,11 @@ def test_boxes_without_area_suppress_nothing(monkeypatch):
     boxes = torch.tensor([[5.0, 5, 5, 5], [5, 5, 5, 5], [0, 0, 10, 10], [3, 3, 3, 9]])
     scores = torch.tensor([4.0, 3, 2, 1])
     assert torchvision.ops.nms(boxes, scores, 0.5).tolist() == [0, 1, 2, 3]
-    assert best_apart(boxes, scores, 0.5, 4).tolist() == [0, 1, 2, 3]
+    assert nms_keeping_best(boxes, scores, 0.5, 4).tolist() == [0, 1, 2, 3]
 
 
 def test_no_boxes():
-    assert best_apart(torch.zeros(0, 4), torch.zeros(0), 0.5, 3).tolist() == []
+    assert nms_keeping_best(torch.zeros(0, 4), torch.zeros(0), 0.5, 3).tolist() == []
     assert overlapped(torch.zeros(0, 4), torch.ones(2, 4), 0.5).tolist() == []
     assert overlapped(torch.ones(2, 4), torch.zeros(0, 4), 0.5).tolist() == [False, False]
 
@@ -84,11 +84,11 @@ def test_no_more_boxes_are_compared_than_are_needed(monkeypatch):
     monkeypatch.setattr(suppression, "AT_A_TIME", 4)
     corners = torch.arange(100.0)[:, None].expand(-1, 2) * 30
     boxes = torch.cat([corners, corners + 20], dim=1).repeat_interleave(2, dim=0)  # each twice
-    assert best_apart(boxes, torch.linspace(1, 0, 200), 0.5, 5).tolist() == [0, 2, 4, 6, 8]
+    assert nms_keeping_best(boxes, torch.linspace(1, 0, 200), 0.5, 5).tolist() == [0, 2, 4, 6, 8]
     assert seen == [4, 4, 4]
 
 
 def test_boxes_that_learn_are_compared_as_constants():
     boxes, scores = sorted_boxes(1200, "learns")
-    kept = best_apart(boxes.requires_grad_(), scores, 0.7, 1000)
-    assert torch.equal(kept, best_apart(boxes.detach(), scores, 0.7, 1000))
+    kept = nms_keeping_best(boxes.requires_grad_(), scores, 0.7, 1000)
+    assert torch.equal(kept, nms_keeping_best(boxes.detach(), scores, 0.7, 1000))

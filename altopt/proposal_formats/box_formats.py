@@ -1,6 +1,6 @@
 """The conventions by which files of proposals count boxes; this is the one place that leads from them to altopt's own.
 
-Letters: K boxes of one picture.
+Letters: K boxes of one image.
 """
 
 from typing import Any, Literal
