@@ -7,7 +7,6 @@ from altopt.config import NETWORKS
 from altopt.errors import UsageError
 from altopt.layers import LAYERS, frozen_layers, names_matching
 from altopt.models.backbones import build
-from altopt.models.frozen import frozen_depth
 from altopt.training.loop import freeze, layers_named
 
 PATTERNS = [("conv1",), ("conv1", "conv2"), ("conv[12]*",), ("conv1", "conv3"), ("*",), (), ("conv1.*", "conv2.1"),
@@ -17,6 +16,16 @@ PATTERNS = [("conv1",), ("conv1", "conv2"), ("conv[12]*",), ("conv1", "conv3"), 
 def conv_of(name):
     with torch.device("meta"):
         return build(name).conv
+
+
+def frozen_depth(conv):
+    """Return how many layers of a network stand before the first that learns."""
+    depth = 0
+    for layer in (layer for block in conv for layer in block):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            break
+        depth += 1
+    return depth
 
 
 def test_every_network_is_there():

@@ -5,7 +5,7 @@ Two frames: an image's *original* pixels, in which data sets, proposal files and
 module is the only place that multiplies by it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -31,9 +31,9 @@ class Sample:
 
     ``pixels`` is uint8 ``Tensor[3, H, W]``; ``gt_boxes`` ``Tensor[G, 4]``; ``gt_labels`` int64 ``Tensor[G]`` from 0;
     ``proposals`` ``Tensor[K, 4]`` or None; ``scale`` is input pixels for one original pixel.
-    A sample with ``features``, the stored map ``Tensor[C, h, w]`` behind the first ``layers`` conv layers (None: all of
-    them), has no image: its pixels are one zero, repeated without memory, and only their size means something.
-    ``anchors`` and ``rois`` are what the losses are taken on, where that was drawn already.
+    A sample with ``features``, the stored map ``Tensor[C, h, w]`` behind all conv layers, has no image: its pixels are
+    one zero, repeated without memory, and only their size means something.
+    ``anchors`` and ``rois`` are what the losses are taken on, once a module has prepared the sample.
     """
 
     id: str
@@ -44,7 +44,6 @@ class Sample:
     gt_labels: Tensor
     proposals: Tensor | None = None
     features: Tensor | None = None
-    layers: int | None = None
     anchors: AnchorSample | None = None
     rois: RoISample | None = None
 
@@ -78,45 +77,14 @@ class Sample:
 class Batch:
     """Samples on a device, and their pixels as one ``Tensor[B, 3, H, W]``, normalised, zero-padded at the end.
 
-    Where the samples carry stored maps, ``maps`` are these, ``Tensor[C, h, w]`` each, and stand in place of what the
-    first ``layers`` conv layers (None: all) make of ``images``, which are then blank.
-
-    Where the batch is one rank's slice of a larger one, ``weight`` returns what each of a count of images or RoIs has
-    in the whole batch's mean, and ``middle`` is where that one's second half begins, counted in the slice
-    (altopt/batches/local_batches.py).
+    Where the samples carry stored maps, ``maps`` are these, ``Tensor[C, h, w]`` each, and ``images`` are blank.
+    ``iteration`` is the step of training that the batch is for, counted from 0.
     """
 
     samples: list[Sample]
     images: Tensor
     maps: Sequence[Tensor] | None = None
-    layers: int | None = None
-    weight: Callable[[int], float] | None = None
-    middle: int | None = None
-
-    def groups(self) -> Iterator[range]:
-        """Yield which samples go through layers that learn together: neighbours of one size, of one half of the batch.
-
-        Of one size, so that none is padded, and no image sees another. Of one half, so that a gradient is a sum of
-        two, which has no order, if each half is of one size: as each image of two is. Then one process computes the
-        same bits as two that have a half each.
-        """
-        for half in self.halves():
-            begin = half.start
-            for end in range(half.start + 1, half.stop + 1):
-                if end == half.stop or self.samples[end].size != self.samples[begin].size:
-                    yield range(begin, end)
-                    begin = end
-
-    def halves(self) -> list[range]:
-        """Return which samples belong to each half of the batch; a slice may lie in one half alone."""
-        count = len(self.samples)
-        middle = min(max(count // 2 if self.middle is None else self.middle, 0), count)
-        return [half for half in (range(middle), range(middle, count)) if half]
-
-    def parts(self, losses: Sequence[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-        """Return losses, summed over the batch's images, as parts of means over ``count`` images or RoIs."""
-        weight = 1 / max(count, 1) if self.weight is None else self.weight(count)
-        return {name: weight * torch.stack([each[name] for each in losses]).sum() for name in losses[0]}
+    iteration: int = 0
 
 
 def resized(image: np.ndarray, scale: float) -> np.ndarray:
@@ -142,17 +110,17 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
 
 
 def stored_sample(dataset: Dataset, id: str, network: NetworkConfig, features: Tensor, *, flipped: bool = False,
-                  proposals: np.ndarray | None = None, layers: int | None = None) -> Sample:
-    """Return what ``read_sample`` does, with the image's stored map behind so many layers in its place."""
+                  proposals: np.ndarray | None = None) -> Sample:
+    """Return one image as ``read_sample`` does, with its stored map ``Tensor[C, h, w]`` in place of its pixels."""
     extent = dataset.size(id)
     scale = scale_of(extent, network.short_side, network.max_side)
     width, height = input_size(extent, scale)
     blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, height, width)
-    return _sample(dataset, id, flipped, blank, scale, extent[0], proposals, features, layers)
+    return _sample(dataset, id, flipped, blank, scale, extent[0], proposals, features)
 
 
 def _sample(dataset: Dataset, id: str, flipped: bool, pixels: Tensor, scale: float, width: int,
-            proposals: np.ndarray | None, features: Tensor | None = None, layers: int | None = None) -> Sample:
+            proposals: np.ndarray | None, features: Tensor | None = None) -> Sample:
     objects = dataset.objects(id).usable()
 
     def framed(boxes: np.ndarray) -> Tensor:
@@ -161,7 +129,7 @@ def _sample(dataset: Dataset, id: str, flipped: bool, pixels: Tensor, scale: flo
 
     return Sample(
         id, flipped, pixels, scale, framed(objects.boxes), torch.from_numpy(np.array(objects.labels, dtype=np.int64)),
-        None if proposals is None else framed(proposals), features, layers,
+        None if proposals is None else framed(proposals), features,
     )
 
 
@@ -175,13 +143,15 @@ def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
     return bx.clip(boxes / sample.scale, size)
 
 
-def make_batch(samples: list[Sample], device: torch.device) -> Batch:
+def make_batch(samples: list[Sample], device: torch.device, iteration: int = 0) -> Batch:
     """Move the samples to the device and stack their pixels, smaller images padded with the mean colour.
 
     Samples with stored maps bring those instead.
     """
     if samples[0].features is not None:
-        return _stored_batch(samples, device)
+        maps = [sample.features.to(device, non_blocking=True) for sample in samples if sample.features is not None]
+        blank = torch.zeros(1, 1, 1, 1, device=device).expand(len(samples), 3, 1, 1)
+        return Batch([sample.moved(sample.pixels, device) for sample in samples], blank, maps, iteration)
     height = max(sample.pixels.shape[1] for sample in samples)
     width = max(sample.pixels.shape[2] for sample in samples)
     images = torch.zeros(len(samples), 3, height, width, device=device).to(memory_format=torch.channels_last)
@@ -189,9 +159,10 @@ def make_batch(samples: list[Sample], device: torch.device) -> Batch:
     moved = []
     for image, sample in zip(images, samples, strict=True):
         pixels = sample.pixels.to(device, non_blocking=True)
+        # Normalised on the device: a quarter of the bytes travel there.
         image[:, : pixels.shape[1], : pixels.shape[2]] = (pixels - mean) / std
         moved.append(sample.moved(pixels, device))
-    return Batch(moved, images)
+    return Batch(moved, images, iteration=iteration)
 
 
 @cache
@@ -200,18 +171,3 @@ def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         mean, std = (torch.tensor(each).mul(255)[:, None, None].to(device) for each in (PIXEL_MEAN, PIXEL_STD))
     return mean, std
-
-
-def stacked_maps(maps: Sequence[Tensor]) -> Tensor:
-    """Return maps ``Tensor[C, h, w]`` of any sizes as one float32 ``Tensor[B, C, h, w]``, zero-padded at the end."""
-    height, width = (max(each.shape[k] for each in maps) for k in (1, 2))
-    features = torch.zeros(len(maps), maps[0].shape[0], height, width, device=maps[0].device)
-    for place, each in zip(features, maps, strict=True):
-        place[:, : each.shape[1], : each.shape[2]] = each
-    return features
-
-
-def _stored_batch(samples: list[Sample], device: torch.device) -> Batch:
-    maps = [sample.features.to(device, non_blocking=True) for sample in samples if sample.features is not None]
-    blank = torch.zeros(1, 1, 1, 1, device=device).expand(len(samples), 3, 1, 1)
-    return Batch([sample.moved(sample.pixels, device) for sample in samples], blank, maps, samples[0].layers)

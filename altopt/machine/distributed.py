@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,6 +81,9 @@ class SingleProcess:
     def backward(self, loss: "Tensor") -> None:
         """Compute the gradients of a loss that a wrapped module made."""
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def sum_gradients(self, parameters: "Iterable[nn.Parameter]") -> None:
+        """Add up each parameter's gradient over the processes, in the order of the parameters."""
 
     def own_device(self, device: "torch.device") -> "torch.device":
         """Return the device of this rank: each has a GPU of its own. Raises ``UsageError`` where there are too few."""
@@ -236,6 +239,21 @@ class ProcessGroup(SingleProcess):
         except GeneratorExit:
             self.broadcast(False)
             raise
+
+    def sum_gradients(self, parameters: "Iterable[nn.Parameter]") -> None:
+        """Add up each parameter's gradient over the processes, in the order of the parameters."""
+        import torch
+        import torch.distributed as dist
+
+        with _exchange():
+            works = []
+            for each in parameters:
+                if each.requires_grad:
+                    each.grad = torch.zeros_like(each) if each.grad is None else each.grad
+                    works.append(dist.all_reduce(each.grad, async_op=True))
+            for work in works:
+                if work is not None:
+                    work.wait()
 
     def fail(self, error: BaseException) -> int | None:
         """Leave because of an error; return None on the first rank to do so, else the exit code of that one."""

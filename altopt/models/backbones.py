@@ -15,26 +15,26 @@ from dataclasses import dataclass
 import torchvision
 from torch import Tensor, nn
 
-from altopt.models.dropout import PerImageDropout
+from altopt.models.dropout import FullyConnected
 
 STRIDE = 16  # pixels of the input for one cell of the last feature map; the same for every network here
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """``conv``: image to features, a sequence of named blocks; ``fc``: pooled RoIs to a vector of ``features``."""
+    """``conv``: image to features, a sequence of named blocks; ``fc``: pooled RoIs to vectors of ``hidden_size``."""
 
     conv: nn.Sequential
-    fc: nn.Sequential
+    fc: FullyConnected
     channels: int
     roi_size: int
-    features: int
+    hidden_size: int
 
 
 def vgg16() -> Backbone:
     """VGG-16 (Simonyan and Zisserman): conv1 to conv5 without the last pooling, fc6 and fc7, RoI pool 7 x 7."""
     layers = list(torchvision.models.vgg16(weights=None).features)[:-1]
-    return Backbone(_blocks(_split_at_pools(layers)), fully_connected(512 * 7 * 7, 4096), 512, 7, 4096)
+    return Backbone(_blocks(_split_at_pools(layers)), FullyConnected(512 * 7 * 7, 4096), 512, 7, 4096)
 
 
 def alexnet() -> Backbone:
@@ -44,7 +44,7 @@ def alexnet() -> Backbone:
     assert isinstance(conv1, nn.Conv2d)
     conv1.padding = (10, 10)
     blocks = [features[0:2], features[2:5], features[5:8], features[8:10], features[10:12]]
-    return Backbone(_blocks(blocks), fully_connected(256 * 6 * 6, 4096), 256, 6, 4096)
+    return Backbone(_blocks(blocks), FullyConnected(256 * 6 * 6, 4096), 256, 6, 4096)
 
 
 def squeezenet1_1() -> Backbone:
@@ -58,7 +58,7 @@ def squeezenet1_1() -> Backbone:
     assert isinstance(conv1, nn.Conv2d)
     conv1.padding = (8, 8)
     blocks = [features[0:2], features[2:5], features[5:8], features[8:11], [*features[11:13], Divide(16)]]
-    return Backbone(_blocks(blocks), fully_connected(512 * 6 * 6, 512), 512, 6, 512)
+    return Backbone(_blocks(blocks), FullyConnected(512 * 6 * 6, 512), 512, 6, 512)
 
 
 def small() -> Backbone:
@@ -75,7 +75,7 @@ def small() -> Backbone:
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
         blocks.append(layers)
-    return Backbone(_blocks(blocks), fully_connected(128 * 6 * 6, 256), 128, 6, 256)
+    return Backbone(_blocks(blocks), FullyConnected(128 * 6 * 6, 256), 128, 6, 256)
 
 
 class Divide(nn.Module):
@@ -96,14 +96,6 @@ def build(name: str) -> Backbone:
         "vgg16": vgg16, "alexnet": alexnet, "squeezenet1_1": squeezenet1_1, "small": small,
     }
     return networks[name]()
-
-
-def fully_connected(inputs: int, features: int) -> nn.Sequential:
-    """Return fc6 and fc7, from ``inputs`` pooled features to ``features``."""
-    return nn.Sequential(OrderedDict([
-        ("fc6", nn.Linear(inputs, features)), ("relu6", nn.ReLU(inplace=True)), ("drop6", PerImageDropout(0.5)),
-        ("fc7", nn.Linear(features, features)), ("relu7", nn.ReLU(inplace=True)), ("drop7", PerImageDropout(0.5)),
-    ]))
 
 
 def _blocks(blocks: list[list[nn.Module]]) -> nn.Sequential:

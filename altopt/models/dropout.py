@@ -1,38 +1,46 @@
-"""Dropout whose masks belong to images: what it drops of a RoI does not depend on the images that share a batch."""
+"""fc6 and fc7, with dropout whose masks belong to images.
 
+What is dropped of a RoI does not depend on the images that share its batch, so any number of processes that divide a
+batch train the same network.
+"""
+
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from altopt.batches.samples import Sample
 from altopt.machine.randomness import seed_of
 from altopt.ops.targets import RoISample
 
 
-class PerImageDropout(nn.Dropout):
-    """Dropout that draws a mask for the rows of each image by itself, from the keys that ``seed_dropout`` gave it.
+class FullyConnected(nn.Sequential):
+    """fc6 and fc7, each with a ReLU and dropout, from pooled RoIs to vectors of ``hidden_size``."""
 
-    Without keys it is torch's own. A mask is drawn on the device, by torch's own generator.
-    """
+    def __init__(self, inputs: int, hidden_size: int) -> None:
+        super().__init__(OrderedDict([
+            ("fc6", nn.Linear(inputs, hidden_size)), ("relu6", nn.ReLU(inplace=True)), ("drop6", nn.Dropout(0.5)),
+            ("fc7", nn.Linear(hidden_size, hidden_size)), ("relu7", nn.ReLU(inplace=True)), ("drop7", nn.Dropout(0.5)),
+        ]))
 
-    rows: Sequence[tuple[int, int]] = ()  # for each image: how many rows, and the seed of their mask
+    def forward(self, input: Tensor, rois: Sequence[RoISample] = ()) -> Tensor:
+        """Return ``Tensor[R, D]`` for pooled RoIs ``Tensor[R, E]``.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return ``Tensor[R, D]`` with some values dropped and the others scaled up; in evaluation as it is."""
-        if not self.training or self.p == 0 or not self.rows:
-            return super().forward(input)
-        masks = []
-        for count, seed in self.rows:
-            torch.manual_seed(seed)
-            masks.append(F.dropout(input.new_ones(count, *input.shape[1:]), self.p))
-        return input * torch.cat(masks)
+        Training says which rows are which image's RoIs; without them dropout is torch's own.
+        """
+        for number, layer in enumerate(self):
+            if isinstance(layer, nn.Dropout) and self.training and rois:
+                input = input * _mask(input, layer.p, rois, number) if layer.p else input
+            else:
+                input = layer(input)
+        return input
 
 
-def seed_dropout(layers: nn.Module, rois: Sequence[RoISample], images: Sequence[Sample], *key: object) -> None:
-    """Tell the layers' dropout how many of the rows to come are each image's, and what its masks are drawn from."""
-    for number, layer in enumerate(layers.modules()):
-        if isinstance(layer, PerImageDropout):
-            layer.rows = [(len(own.labels), seed_of(*key, image.id, image.flipped, "dropout", number))
-                          for own, image in zip(rois, images, strict=True)]
+def _mask(hidden: Tensor, probability: float, rois: Sequence[RoISample], layer: int) -> Tensor:
+    """Return what to multiply ``Tensor[R, D]`` by: 0 where it is dropped, 1 / (1 - probability) elsewhere."""
+    masks = []
+    for each in rois:
+        random = torch.Generator(hidden.device).manual_seed(seed_of(each.dropout_seed, layer))
+        mask = hidden.new_empty(len(each.labels), hidden.shape[1])
+        masks.append(mask.bernoulli_(1 - probability, generator=random))
+    return torch.cat(masks) / (1 - probability)

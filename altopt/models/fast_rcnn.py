@@ -4,20 +4,20 @@ Letters: B images, R RoIs, K classes without background, P the RoI-pool grid.
 Source: Fast R-CNN, section 2; numbers from py-faster-rcnn.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from altopt.batches.samples import Batch, Sample
-from altopt.batches.sampling import RoISampling
+from altopt.batches.sampling import RoISampling, roi_samples
 from altopt.config import DetectionSettings
 from altopt.models.backbones import STRIDE
-from altopt.models.dropout import seed_dropout
-from altopt.models.frozen import conv_features
-from altopt.models.rpn import at_least_float, smooth_l1
+from altopt.models.dropout import FullyConnected
+from altopt.models.losses import Loss, LossModule, at_least_float, box_loss, softmax_loss
+from altopt.models.trunk import Trunk
 from altopt.ops import boxes as bx
 from altopt.ops.roi_pool import roi_pool
 from altopt.ops.targets import RoISample
@@ -31,20 +31,19 @@ class FastRCNNHead(nn.Module):
     trains, and a warm start from such a file is wrong by a factor of five to ten).
     """
 
-    def __init__(self, features: int, classes: int) -> None:
+    def __init__(self, hidden_size: int, num_classes: int) -> None:
         super().__init__()
-        self.cls_score = nn.Linear(features, classes + 1)
-        self.bbox_pred = nn.Linear(features, 4 * (classes + 1))
-        self.register_buffer("bbox_means", torch.zeros(classes + 1, 4))
-        self.register_buffer("bbox_stds", torch.ones(classes + 1, 4))
+        self.cls_score = nn.Linear(hidden_size, num_classes + 1)
+        self.bbox_pred = nn.Linear(hidden_size, 4 * (num_classes + 1))
+        self.register_buffer("bbox_means", torch.zeros(num_classes + 1, 4))
+        self.register_buffer("bbox_stds", torch.ones(num_classes + 1, 4))
         self.bbox_means: Tensor
         self.bbox_stds: Tensor
 
-    def initialise(self, random: torch.Generator) -> None:
-        """Draw the weights anew: standard deviation 0.01 for scores and 0.001 for boxes, biases 0."""
-        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
-            nn.init.normal_(layer.weight, std=std, generator=random)
-            nn.init.zeros_(layer.bias)
+    def reset_parameters(self) -> None:
+        """Give the buffers what suits layers with new random weights: plain units."""
+        self.bbox_means.zero_()
+        self.bbox_stds.fill_(1)
 
     @torch.no_grad()
     def renormalise(self, means: Tensor, stds: Tensor) -> None:
@@ -72,68 +71,61 @@ class FastRCNNHead(nn.Module):
         return normalised * self.bbox_stds + self.bbox_means
 
 
-class FastRCNNTraining(nn.Module):
-    """Convolutional layers, fully connected layers and head, from a batch with proposals to the two losses."""
+class FasterRCNNParts(Protocol):
+    """A network with the parts of a Fast R-CNN, as ``FasterRCNN`` has them."""
 
-    def __init__(self, conv: nn.Sequential, fc: nn.Sequential, head: FastRCNNHead, *, roi_size: int, rois: RoISampling,
-                 box_weight: float, key: tuple[object, ...], cls_weight: float = 1.0) -> None:
+    conv: nn.Sequential
+    fc: FullyConnected
+    head: FastRCNNHead
+    roi_size: int
+
+
+class FastRCNNTraining(LossModule):
+    """Conv layers, fully connected layers and head, from a batch to the two losses (Fast R-CNN, section 2.3)."""
+
+    def __init__(self, network: FasterRCNNParts, *, rois: RoISampling, cls_weight: float, box_weight: float,
+                 seed: tuple[object, ...]) -> None:
         super().__init__()
-        self.conv, self.fc, self.head = conv, fc, head
-        self.roi_size, self.rois = roi_size, rois
-        self.cls_weight, self.box_weight, self.key = cls_weight, box_weight, key
+        self.trunk, self.fc, self.head, self.roi_size = Trunk(network.conv), network.fc, network.head, network.roi_size
+        self.rois, self.cls_weight, self.box_weight, self.seed = rois, cls_weight, box_weight, seed
 
-    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        """Return ``cls``, softmax loss over the sampled RoIs, and ``box``, smooth L1 of foreground RoIs.
-
-        Both are divided by the number of RoIs of the batch, and multiplied by their weights.
-        """
-        chosen = self.rois.of_batch(batch, *self.key, iteration)
-        losses = []
-        for group, features in conv_features(self.conv, batch):
-            rois = [chosen[b] for b in group]
-            pooled = roi_pool(features, [each.rois for each in rois], self.roi_size, 1 / STRIDE)
-            seed_dropout(self.fc, rois, [batch.samples[b] for b in group], *self.key, iteration)
-            for found in fast_rcnn_losses(self.head, self.fc(pooled.flatten(1)), rois):
-                losses.append({"cls": self.cls_weight * found["cls"], "box": self.box_weight * found["box"]})
-        return batch.parts(losses, sum(len(each.labels) for each in chosen))
+    def forward(self, batch: Batch) -> dict[str, Loss]:
+        """Return ``cls`` and ``box`` of prepared samples."""
+        rois = roi_samples(batch)
+        maps = self.trunk(batch)  # of each image: (C, h, w)
+        pooled = roi_pool(maps, [each.rois for each in rois], self.roi_size, 1 / STRIDE)  # (R, C, P, P)
+        hidden = self.fc(pooled.flatten(1), rois)  # (R, D)
+        logits, deltas = self.head(hidden)  # (R, K + 1), (R, K + 1, 4)
+        return fast_rcnn_losses(self.head, logits, deltas, rois, (self.cls_weight, self.box_weight))
 
     def prepare(self, sample: Sample, iteration: int) -> Sample:
         """Return the sample with the RoIs to train on in an iteration; may be called from any thread."""
-        return self.rois.prepared(sample, *self.key, iteration)
+        return self.rois.prepare(sample, *self.seed, iteration)
 
 
-def fast_rcnn_losses(head: FastRCNNHead, hidden: Tensor, chosen: Sequence[RoISample]) -> Iterator[dict[str, Tensor]]:
-    """Yield ``roi_losses`` of each image, from fc7's output for the RoIs of all, ``Tensor[R, D]``."""
-    counts = [len(each.labels) for each in chosen]
-    outputs = (each.split(counts) for each in head(hidden))
-    for rois, logits, normalised in zip(chosen, *outputs, strict=True):
-        yield roi_losses(head, logits, normalised, rois)
+def fast_rcnn_losses(head: FastRCNNHead, logits: Tensor, deltas: Tensor, rois: Sequence[RoISample],
+                     weights: tuple[float, float] = (1.0, 1.0)) -> dict[str, Loss]:
+    """Return ``cls``, softmax loss over the RoIs, and ``box``, smooth L1 of foreground RoIs, times their weights.
 
-
-def roi_losses(head: FastRCNNHead, logits: Tensor, normalised: Tensor, chosen: RoISample) -> dict[str, Tensor]:
-    """Return the two losses of one image's RoIs, each summed over them.
-
-    ``logits`` is ``Tensor[R, K + 1]``, ``normalised`` the deltas as the head has them, ``Tensor[R, K + 1, 4]``.
+    ``logits`` is ``Tensor[R, K + 1]``, ``deltas`` as the head has them, ``Tensor[R, K + 1, 4]``.
     """
-    fg = chosen.foreground
-    labels = chosen.labels[:fg]
-    targets = (chosen.deltas[:fg] - head.bbox_means[labels]) / head.bbox_stds[labels]
-    own = normalised[torch.arange(fg, device=labels.device), labels]
-    return {"cls": F.cross_entropy(logits, chosen.labels, reduction="sum"), "box": smooth_l1(own, targets, sigma=1.0)}
+    classification, box = softmax_loss(logits, rois), box_loss(deltas, rois, head.bbox_means, head.bbox_stds)
+    return {"cls": Loss(weights[0] * classification.total, classification.count),
+            "box": Loss(weights[1] * box.total, box.count)}
 
 
 def postprocess_detections(logits: Tensor, deltas: Tensor, rois: Tensor, size: tuple[int, int],
-                  rule: DetectionSettings) -> tuple[Tensor, Tensor, Tensor]:
+                           settings: DetectionSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Return an image's detections, best first: boxes ``Tensor[D, 4]``, scores ``Tensor[D]``, classes ``Tensor[D]``.
 
     ``logits`` is ``Tensor[R, K + 1]``, ``deltas`` ``Tensor[R, K + 1, 4]`` in plain units, ``rois`` ``Tensor[R, 4]`` and
     the result in the input frame, whose ``size`` is (width, height). Classes count from 0. Suppression is class by
-    class; the cut to ``rule.per_image`` is over all classes.
+    class; the cut to ``settings.per_image`` is over all classes.
     """
     scores = logits.softmax(dim=1)[:, 1:]  # (R, K)
-    deltas = deltas[:, 1:] if rule.regress_boxes else torch.zeros_like(deltas[:, 1:])
+    deltas = deltas[:, 1:] if settings.regress_boxes else torch.zeros_like(deltas[:, 1:])
     boxes = bx.clip(bx.decode(deltas, rois), size)  # (R, K, 4)
-    roi, label = torch.nonzero(scores > rule.score, as_tuple=True)
+    roi, label = torch.nonzero(scores > settings.score, as_tuple=True)
     boxes, scores = boxes[roi, label], scores[roi, label]
-    kept = torchvision.ops.batched_nms(boxes, scores, label, rule.nms)[: rule.per_image]
+    kept = torchvision.ops.batched_nms(boxes, scores, label, settings.nms)[: settings.per_image]
     return boxes[kept], scores[kept], label[kept]

@@ -16,10 +16,12 @@ def bins(levels: Sequence[int]) -> int:
     return sum(level**2 for level in levels)
 
 
-def pyramid_pool(features: Tensor, boxes: Sequence[Tensor], levels: Sequence[int], spatial_scale: float) -> Tensor:
+def pyramid_pool(features: Tensor | Sequence[Tensor], boxes: Sequence[Tensor], levels: Sequence[int],
+                 spatial_scale: float) -> Tensor:
     """Return ``Tensor[sum of R_b, C * bins]``: level after level, each in the order channels, rows, columns.
 
-    ``features`` is ``Tensor[B, C, H, W]``, ``boxes`` for each image ``Tensor[R_b, 4]`` in pixels of the input frame.
+    ``features`` is ``Tensor[B, C, H, W]`` or one ``Tensor[C, h, w]`` for each image, ``boxes`` for each
+    image ``Tensor[R_b, 4]`` in pixels of the input frame.
     """
     return torch.cat([roi_pool(features, boxes, level, spatial_scale).flatten(1) for level in levels], dim=1)
 

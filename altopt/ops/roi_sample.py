@@ -18,17 +18,21 @@ from torch.nn import functional as F
 from altopt.ops.roi_pool import roi_pool
 
 
-def roi_sample(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatial_scale: float,
+def roi_sample(features: Tensor | Sequence[Tensor], boxes: Sequence[Tensor], output_size: int, spatial_scale: float,
                samples_per_bin: int) -> Tensor:
     """Sample each region of interest to a grid of P x P bins, each the maximum of S x S points evenly spread in it.
 
-    ``features`` is ``Tensor[B, C, H, W]``; ``boxes`` holds, for each image of the batch, ``Tensor[R_b, 4]`` xyxy in
-    pixels of the network's input; ``spatial_scale`` is 1 / stride, ``output_size`` P, ``samples_per_bin`` S. Returns
-    ``Tensor[sum of R_b, C, P, P]``, in the boxes' order, with gradients for the features and for the boxes.
+    ``features`` is ``Tensor[B, C, H, W]``, or one ``Tensor[C, h, w]`` for each image; ``boxes`` holds, for each image
+    of the batch, ``Tensor[R_b, 4]`` xyxy in pixels of the network's input; ``spatial_scale`` is 1 / stride,
+    ``output_size`` P, ``samples_per_bin`` S. Returns ``Tensor[sum of R_b, C, P, P]``, in the boxes' order, with
+    gradients for the features and for the boxes.
 
     Cell (i, j) of the features stands for the point (16 j + 8, 16 i + 8) of the image. Beyond the centres of the
     outermost cells the value is theirs; a bin with no point on the map is 0, as an empty bin of RoI pooling is.
     """
+    if not isinstance(features, Tensor):
+        return torch.cat([roi_sample(own[None], [rois], output_size, spatial_scale, samples_per_bin)
+                          for own, rois in zip(features, boxes, strict=True)])
     precise = features.to(torch.promote_types(features.dtype, torch.float32))  # bfloat16 is too coarse for coordinates
     rois = torch.cat(list(boxes)).to(precise.dtype) * spatial_scale  # (R, 4) in units of cells
     image = torch.repeat_interleave(torch.tensor([len(each) for each in boxes])).to(rois.device)  # (R,)
@@ -40,7 +44,7 @@ def roi_sample(features: Tensor, boxes: Sequence[Tensor], output_size: int, spat
     return (pooled * on_map[:, None]).to(features.dtype)
 
 
-def pool_rois(features: Tensor, boxes: Sequence[Tensor], output_size: int, spatial_scale: float,
+def pool_rois(features: Tensor | Sequence[Tensor], boxes: Sequence[Tensor], output_size: int, spatial_scale: float,
               samples_per_bin: int) -> Tensor:
     """Return what ``roi_sample`` does or, for 0 samples per bin, what ``roi_pool`` does."""
     if samples_per_bin:

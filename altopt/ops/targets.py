@@ -1,6 +1,6 @@
 """What one image's losses are taken on: anchors, or RoIs, and what should become of them.
 
-They depend on the image's objects (and proposals) and on a key, never on what the network computes, but for joint
+They depend on the image's objects (and proposals) and on a seed, never on what the network computes, but for joint
 training's RoIs. So they are drawn where images are read, and a step need not wait to learn how many there are.
 Letters: M anchors, R RoIs, F of either that are positive.
 """
@@ -34,14 +34,17 @@ class RoISample:
     """The RoIs of one image that a Fast R-CNN step trains on, the ``foreground`` first ones being objects.
 
     ``rois``: ``Tensor[R, 4]``; ``labels``: int64 ``Tensor[R]``, 0 background, class + 1 otherwise;
-    ``deltas``: ``Tensor[R, 4]``, not normalised, meaningful in the first ``foreground`` rows.
+    ``deltas``: ``Tensor[R, 4]``, not normalised, meaningful in the first ``foreground`` rows. ``dropout_seed`` decides
+    what dropout drops of them, whatever other images share the batch.
     """
 
     rois: Tensor
     labels: Tensor
     deltas: Tensor
     foreground: int
+    dropout_seed: int = 0
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "RoISample":
         """Return the sample with every tensor changed, such as moved to a device."""
-        return RoISample(change(self.rois), change(self.labels), change(self.deltas), self.foreground)
+        return RoISample(change(self.rois), change(self.labels), change(self.deltas), self.foreground,
+                         self.dropout_seed)

@@ -3,9 +3,9 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ from altopt.errors import DivergedError
 from altopt.layers import names_matching
 from altopt.machine.distributed import SingleProcess
 from altopt.machine.randomness import seed_of
+from altopt.models.losses import LossModule
 
-LAG = {"cuda": 1}  # by kind of device
-CONV = ("conv.", "network.conv.")  # where the modules that are trained hold the network's conv layers
+# On a GPU losses are looked at one step late, so that it always has the next step to work on.
+LAG = {"cuda": 1}
+# Where the modules that are trained hold the network's conv layers, which learn at a rate of their own. The RPN head
+# has a layer of that name too (rpn.conv), so it is the beginning that counts.
+CONV = ("conv.", "trunk.conv.")
 
 
 class Snapshots(Protocol):
@@ -34,14 +38,6 @@ class Snapshots(Protocol):
 
     def save(self, iteration: int, tensors: dict[str, Tensor], seconds: float) -> None:
         """Keep the state after ``iteration`` iterations."""
-
-
-@runtime_checkable
-class Prepares(Protocol):
-    """A module that draws what it trains on before it sees the image."""
-
-    def prepare(self, sample: Sample, iteration: int) -> Sample:
-        """Return the sample with what was drawn; may be called from any thread."""
 
 
 @dataclass(frozen=True)
@@ -80,123 +76,137 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.SGD
     } for (conv, bias), parameters in groups.items()], lr=config.lr, momentum=config.momentum, fused=True)
 
 
-def train(module: nn.Module, read: Callable[[int], list[Sample]], config: TrainingConfig, *, key: tuple[object, ...],
-          device: torch.device, workers: int = 0, snapshots: Snapshots | None = None,
-          report: Callable[[Progress], None] | None = None, report_every: int = 20,
-          diverged: Callable[[Batch, int], str] | None = None, slices: LocalBatches[Any] | None = None) -> float:
+@dataclass(kw_only=True)
+class LoopRuntime:
+    """Everything around the loop that does not change its result.
+
+    ``diverged(batch, iteration)`` may keep a batch whose losses are not finite, and says where. ``batches`` are those
+    that several processes divide; ``group`` is what connects them.
+    """
+
+    device: torch.device
+    workers: int = 0
+    snapshots: Snapshots | None = None
+    report: Callable[[Progress], None] | None = None
+    report_every: int = 20
+    diverged: Callable[[Batch, int], str] | None = None
+    group: SingleProcess = field(default_factory=SingleProcess)
+    batches: LocalBatches[object] | None = None
+
+
+def train(module: LossModule, read: Callable[[int], list[Sample]], config: TrainingConfig, seed: tuple[object, ...],
+          runtime: LoopRuntime) -> float:
     """Train the module in place for ``config.iterations`` and return the seconds it took, resumed parts included.
 
-    ``module(batch, iteration)`` returns a dict of losses; ``read(iteration)`` the iteration's samples, called from
-    threads. ``key`` (with the seed in it) makes the randomness of the whole run. Raises ``DivergedError`` at the first
-    loss that is not finite, after ``diverged(batch, iteration)`` had the chance to keep the batch and say where.
-    With ``slices``, ``read`` returns this rank's samples, and the losses are its parts of the whole batch's.
-
-    Losses are looked at ``LAG`` steps late, so that a GPU always has the next step to work on.
+    ``read(iteration)`` returns this process's samples of an iteration; it is called from threads. ``seed`` is that of
+    what a module draws from torch's own generator. Raises ``DivergedError`` at the first loss that is not finite.
     """
-    ranks = slices.ranks if slices else SingleProcess()
+    device, group, batches = runtime.device, runtime.group, runtime.batches
     module.to(device).to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(module, config)
-    start, spent = _resume(module, optimizer, snapshots)
+    start, spent = _resume(module, optimizer, runtime.snapshots)
     meter = _Meter(config, start, spent)
-    compute = ranks.data_parallel(module)
-    taken: deque[PendingStep] = deque()
+    pending: deque[PendingStep] = deque()
 
-    def read_prepared(iteration: int) -> list[Sample]:
-        return prepared(module, read(iteration), iteration, device)
+    def prepared(iteration: int) -> list[Sample]:
+        # What is trained on is drawn here, by the readers: on a GPU a draw would make the step wait for its size.
+        samples = [module.prepare(sample, iteration) for sample in read(iteration)]
+        return [sample.pinned() for sample in samples] if device.type == "cuda" else samples
 
-    def settle(left: int) -> None:
+    def flush(left: int) -> None:
         """Look at the losses of all steps but the ``left`` last ones."""
-        while len(taken) > left:
-            step = taken.popleft()
+        while len(pending) > left:
+            step = pending.popleft()
             own, losses = step.losses()
             if not math.isfinite(sum(losses.values())):
-                raise DivergedError(_divergence(own, step.batch, step.iteration, config, diverged, ranks))
-            meter.add(losses, slices.images(step.iteration) if slices else len(step.batch.samples), ahead.waited)
+                raise DivergedError(_divergence(own, step, config, runtime))
+            meter.add(losses, batches.size(step.iteration) if batches else len(step.batch.samples), ahead.waited)
 
-    with Prefetcher(read_prepared, range(start, config.iterations), workers) as ahead:
+    with Prefetcher(prepared, range(start, config.iterations), runtime.workers) as ahead:
         for iteration in range(start, config.iterations):
-            batch = make_batch(next(ahead), device)
-            if slices:
-                batch = slices.begin(batch, iteration)
-            taken.append(train_step(compute, optimizer, batch, config, iteration, key, ranks))
+            batch = make_batch(next(ahead), device, iteration)
+            # A module may use torch's own generator: what it draws then depends on the iteration alone, resumed or not.
+            torch.manual_seed(seed_of(*seed, "iteration", iteration))
+            idle = batches is not None and batches.idle(iteration)
+            pending.append(train_step(module, optimizer, batch, config, group, idle))
             done = iteration + 1
-            reporting = done % report_every == 0 or done == config.iterations
-            settle(0 if reporting else LAG.get(device.type, 0))
-            if report and reporting:
-                report(meter.progress(done))
-            if snapshots and done < config.iterations and snapshots.due():
-                settle(0)
-                snapshots.save(done, state_of(module, optimizer), meter.seconds())
+            reporting = done % runtime.report_every == 0 or done == config.iterations
+            flush(0 if reporting else LAG.get(device.type, 0))
+            if runtime.report and reporting:
+                runtime.report(meter.progress(done))
+            if runtime.snapshots and done < config.iterations and runtime.snapshots.due():
+                flush(0)  # no snapshot holds what a broken step would have left
+                runtime.snapshots.save(done, state_of(module, optimizer), meter.seconds())
     return meter.seconds()
-
-
-def prepared(module: nn.Module, samples: Sequence[Sample], iteration: int, device: torch.device) -> list[Sample]:
-    """Return the samples with what the module trains on already drawn, in memory that the device copies from best."""
-    ready = [module.prepare(sample, iteration) if isinstance(module, Prepares) else sample for sample in samples]
-    return [sample.pinned() for sample in ready] if device.type == "cuda" else ready
 
 
 @dataclass(frozen=True, eq=False)
 class PendingStep:
     """A step that was taken; its losses are on their way from the device until somebody looks at them."""
 
-    iteration: int
     batch: Batch
     names: tuple[str, ...]
-    values: Tensor  # (2, L) on the CPU: this rank's parts of the losses, and the losses
+    values: Tensor  # (2, L) on the CPU: this process's parts of the losses, and the losses
     arrived: torch.cuda.Event | None
 
+    @property
+    def iteration(self) -> int:
+        """The iteration of the step."""
+        return self.batch.iteration
+
     def losses(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return this rank's parts of the losses, and the losses, by name; waits for the step, not for later ones."""
+        """Return this process's parts of the losses, and the losses; waits for the step, not for later ones."""
         if self.arrived is not None:
             self.arrived.synchronize()
         own, whole = (dict(zip(self.names, each, strict=True)) for each in self.values.tolist())
         return own, whole
 
 
-def train_step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig, iteration: int,
-              key: tuple[object, ...], ranks: SingleProcess) -> PendingStep:
+def train_step(module: LossModule, optimizer: torch.optim.SGD, batch: Batch, config: TrainingConfig,
+               group: SingleProcess, idle: bool = False) -> PendingStep:
     """Take a step, unless its losses or those of an earlier step are not finite; nothing here waits for the device.
 
-    The optimizer asks ``found_inf`` on the device, as it does for a gradient scaler.
+    An ``idle`` process has no part in the batch: it computes as the others do, and counts nothing.
     """
-    lr = learning_rate(config, iteration)
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["rate"]
-    torch.manual_seed(seed_of(*key, "dropout", iteration))  # dropout alone reads torch's own generator
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(config, batch.iteration) * parameters["rate"]
     device = batch.images.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        losses: dict[str, Tensor] = module(batch, iteration)
+        losses = module(batch)
+    counts = [0 if idle else loss.count for loss in losses.values()]
+    if group.count > 1:
+        counts = group.all_reduce_sum(torch.tensor(counts)).tolist()
+    # A loss is a mean over the images or RoIs of the whole batch; this process has its part of the sum.
+    parts = torch.stack([(0.0 if idle else 1.0) / max(count, 1) * loss.total
+                         for count, loss in zip(counts, losses.values(), strict=True)])
     optimizer.zero_grad(set_to_none=True)
-    parts = torch.stack(list(losses.values()))
-    ranks.backward(parts.sum())
+    parts.sum().backward()  # type: ignore[no-untyped-call]
+    group.sum_gradients(module.parameters())
     if config.clip_gradient:
         nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.clip_gradient)
     own = parts.detach().double()
-    whole = ranks.all_reduce_sum(own)
+    whole = group.all_reduce_sum(own)
+    # The optimizer asks found_inf on the device and then changes nothing, as it does for a gradient scaler. Once set it
+    # stays set: a step that was taken before anybody looked at the broken losses must not spoil the weights.
     broken = (~whole.sum().isfinite()).float()
     optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", broken), broken)  # type: ignore[attr-defined]
     optimizer.step()
-    values = torch.stack([own, whole]).to("cpu", non_blocking=True)
+    values = torch.stack([own, whole]).to("cpu", non_blocking=True)  # (2, L)
     arrived = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-    return PendingStep(iteration, batch, tuple(losses), values, arrived)
+    return PendingStep(batch, tuple(losses), values, arrived)
 
 
-def _divergence(losses: dict[str, float], batch: Batch, iteration: int, config: TrainingConfig,
-                diverged: Callable[[Batch, int], str] | None, ranks: SingleProcess) -> str:
-    """Return what to say of losses that are not finite: on every rank what the first says whose own are not."""
+def _divergence(losses: dict[str, float], step: PendingStep, config: TrainingConfig, runtime: LoopRuntime) -> str:
+    """Return what to say of losses that are not finite: everywhere what the first says whose own are not."""
     text = None
-    if ranks.count == 1 or not math.isfinite(sum(losses.values())):
-        where = diverged(batch, iteration) if diverged else ""
-        text = _broken(losses, batch, where)
-    found = next(filter(None, ranks.all_gather(text)), "the total loss is not finite")
-    return f"iteration {iteration + 1}: {found}: lower the learning rate ({config.lr:g}), warm up, or clip gradients"
-
-
-def _broken(losses: dict[str, float], batch: Batch, where: str) -> str:
-    images = ", ".join(sample.id + (" (mirrored)" if sample.flipped else "") for sample in batch.samples)
-    broken = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
-    return f"{broken or 'the total loss is not finite'} on {images}{where}"
+    broken = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if runtime.group.count == 1 or broken:
+        where = runtime.diverged(step.batch, step.iteration) if runtime.diverged else ""
+        images = ", ".join(sample.id + (" (mirrored)" if sample.flipped else "") for sample in step.batch.samples)
+        text = f"{', '.join(broken) or 'the total loss is not finite'} on {images}{where}"
+    found = next(filter(None, runtime.group.all_gather(text)), "the total loss is not finite")
+    return (f"iteration {step.iteration + 1}: {found}: lower the learning rate ({config.lr:g}), warm up, or clip "
+            "gradients")
 
 
 def state_of(module: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
@@ -247,6 +257,7 @@ class _Meter:
         self.steps, self.images, self.waited = self.steps + 1, self.images + images, waited
 
     def progress(self, done: int) -> Progress:
+        """Return the averages since the last report, and begin anew."""
         now = time.perf_counter()
         elapsed = max(now - self.since, 1e-9)
         progress = Progress(
@@ -268,11 +279,3 @@ def freeze(part: nn.Module, names: Iterable[str]) -> None:
     """Take the named modules out of training: no gradient, and so not in the optimizer; unknown names are an error."""
     for name in names:
         part.get_submodule(name).requires_grad_(False)
-
-
-def describe(progress: Progress) -> dict[str, Any]:
-    """Return a report as plain values, for the log."""
-    return {
-        "iteration": progress.iteration, "lr": progress.lr, "images_per_second": round(progress.images_per_second, 3),
-        "wait_share": round(progress.wait_share, 4), "seconds": round(progress.seconds, 3), **progress.losses,
-    }

@@ -36,13 +36,13 @@ def compare_gradients(module: JointTraining, batches: Iterable[Batch]) -> list[C
     """Return a row for each conv block and one for all: of the detector's two losses, then of all four.
 
     Gradients are summed over the batches before they are compared, as a step on all of them would be. ``module`` is in
-    evaluation mode (dropout would be a difference of its own).
+    evaluation mode (dropout would be a difference of its own), and samples are prepared.
     """
-    owners = [(name.split(".")[0], parameter) for name, parameter in module.conv.named_parameters()]
+    owners = [(name.split(".")[0], parameter) for name, parameter in module.trunk.conv.named_parameters()]
     blocks = list(dict.fromkeys(block for block, _ in owners))
     sums = [torch.zeros(3, parameter.numel(), dtype=torch.float64) for _, parameter in owners]
-    for number, batch in enumerate(batches):
-        for total, found in zip(sums, _gradients(module, batch, number, [each for _, each in owners]), strict=True):
+    for batch in batches:
+        for total, found in zip(sums, _gradients(module, batch, [each for _, each in owners]), strict=True):
             total += found
     rows = []
     for with_rpn in (False, True):
@@ -53,13 +53,14 @@ def compare_gradients(module: JointTraining, batches: Iterable[Batch]) -> list[C
     return rows
 
 
-def _gradients(module: JointTraining, batch: Batch, number: int, parameters: Sequence[Tensor]) -> list[Tensor]:
+def _gradients(module: JointTraining, batch: Batch, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return ``Tensor[3, numel]`` for each parameter: of the detector's losses without and with path, of the RPN's."""
     found = []
     for share, losses in ((0.0, DETECTOR), (1.0, DETECTOR), (0.0, RPN)):
-        values = module.losses(batch, number, share)
+        values = module.losses(batch, share)
         found.append(torch.autograd.grad(
-            torch.stack([values[name] for name in losses]).sum(), list(parameters), materialize_grads=True,
+            torch.stack([values[name].total / max(values[name].count, 1) for name in losses]).sum(),
+            list(parameters), materialize_grads=True,
             allow_unused=True))
     return [torch.stack([each.flatten() for each in of_one]).cpu().double() for of_one in zip(*found, strict=True)]
 

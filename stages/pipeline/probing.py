@@ -32,7 +32,8 @@ def probe(run: Run, word: str | None, images: int) -> dict[str, Any]:
     network.samples_per_bin = config.samples_per_bin
     module = joint_training(network, config, CoordinatePath(warmup=0, clip=0.0), (config.seed, "probe")).eval()
     ids = _some(inference.dataset.ids, images, config.seed)
-    batches = (make_batch([read_sample(inference.dataset, id, config.network)], inference.device) for id in ids)
+    samples = (module.prepare(read_sample(inference.dataset, id, config.network), k) for k, id in enumerate(ids))
+    batches = (make_batch([sample], inference.device, k) for k, sample in enumerate(samples))
     with inference.autocast():
         rows = compare_gradients(module, batches)
     return {"network": artifact, "images": ids, "rows": [asdict(row) for row in rows]}

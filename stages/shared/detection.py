@@ -80,13 +80,13 @@ def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset:
     """
     from altopt.batches.samples import boxes_in_input, to_original
     from altopt.evaluation.detections import Detections
-    from altopt.models.detector import detect_on, own_proposals, propose_on
+    from altopt.models.detector import detect_on, own_proposals, propose
 
     features = rpn.conv(batch.images)
     if cached:
         rois = [boxes_in_input(cached.get(sample.id), sample).to(features.device) for sample in batch.samples]
     else:
-        rois = [boxes for boxes, _ in propose_on(rpn, features, batch, own_proposals(config))]
+        rois = [boxes for boxes, _ in propose(rpn, features, batch, own_proposals(config))]
     if detector is not rpn:
         features = detector.conv(batch.images)
     results = detect_on(detector, features, batch, rois, config)

@@ -11,7 +11,7 @@ from altopt.batches.samples import Sample, make_batch
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Dataset
 from altopt.extents import map_shape
-from altopt.models.frozen import image_maps
+from altopt.models.trunk import image_maps
 from cache.features import FeatureMapWriter, MapKey, Precision
 from stages.shared.step import Runtime
 
@@ -42,7 +42,7 @@ def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequent
         with Prefetcher(read, own, runtime.readers) as ahead:
             for sample in ahead:
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    features = image_maps(conv, make_batch([sample], device), layers)[0]
+                    features = image_maps(conv, make_batch([sample], device))[0]
                 yield features.to(getattr(torch, precision)).cpu()
 
     missing = runtime.ranks.broadcast([key for key in shapes if not writer.done(key)] if writer is not None else None)

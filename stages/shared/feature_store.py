@@ -96,7 +96,7 @@ class FeatureStore:
         if self.maps is None:
             return read_sample(self.dataset, id, self.network, flipped=flipped, proposals=proposals)
         return stored_sample(self.dataset, id, self.network, self.map_of(id, flipped), flipped=flipped,
-                             proposals=proposals, layers=self.stored)
+                             proposals=proposals)
 
     def map_of(self, id: str, flipped: bool) -> Tensor:
         """Return the stored map of an image, ``Tensor[C, h, w]``; may be called by several threads."""

@@ -160,7 +160,7 @@ def cache_regions(network: RegionNetwork, regions: Regions, proposals: Path, out
         each = boxes(id)
         counts[id] = RegionCount(len(each.boxes), len(each.kept))
     classifier = network.classifier
-    sizes = RegionSizes(len(dataset.classes), classifier.features, classifier.pooled_features, config.stored)
+    sizes = RegionSizes(len(dataset.classes), classifier.hidden_size, classifier.pooled_size, config.stored)
     attributes = {
         "method": method, "model": sha256_file(network.path), "proposals": sha256_file(proposals),
         "dataset": runtime.data_digest, **describe_network(config.network, dataset.classes),
@@ -189,8 +189,8 @@ def _features_of(network: RegionNetwork, regions: Regions, image: Any, each: Ima
     kept = torch.zeros(len(each.boxes), dtype=torch.bool)
     kept[each.kept] = True
     classifier = network.classifier
-    hidden = [np.empty((0, classifier.features), stored)]
-    pooled = [np.empty((0, classifier.pooled_features), stored)]
+    hidden = [np.empty((0, classifier.hidden_size), stored)]
+    pooled = [np.empty((0, classifier.pooled_size), stored)]
     row = 0
     for seen, last in network.features(regions, image, each.boxes):
         pooled.append(seen[kept[row : row + len(seen)].to(seen.device)].cpu().numpy().astype(stored))
@@ -238,7 +238,7 @@ class SoftmaxAndBoxes:
     def __init__(self, network: RegionNetwork) -> None:
         self.rule = network.config
         with torch.device("meta"):
-            self.head = FastRCNNHead(network.classifier.features, len(network.dataset.classes))
+            self.head = FastRCNNHead(network.classifier.hidden_size, len(network.dataset.classes))
         tensors, _ = load_checkpoint(network.path)
         self.head.load_state_dict({name: tensors[f"head.{name}"] for name in self.head.state_dict()}, assign=True)
         self.head.to(network.device).eval()

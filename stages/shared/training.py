@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from altopt.batches.local_batches import LocalBatches
 from altopt.batches.reading import BatchOrder, Entry
-from altopt.batches.samples import Batch, Sample, read_sample, stacked_maps
+from altopt.batches.samples import Batch, Sample, read_sample
 from altopt.batches.sampling import RoISampling, RoIThresholds, has_samples
 from altopt.config import NetworkConfig, TrainingConfig
 from altopt.datasets.dataset import Dataset
@@ -22,10 +22,11 @@ from altopt.machine.distributed import SingleProcess
 from altopt.machine.interruption import Stop, deferred_signals
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN
-from altopt.models.frozen import frozen_depth
+from altopt.models.losses import LossModule
+from altopt.models.network_parts import NetworkOfParts
 from altopt.models.region_classifier import RegionClassifier
 from altopt.training.box_statistics import fixed_statistics, measure
-from altopt.training.loop import Progress, describe, freeze, layers_named, train
+from altopt.training.loop import LoopRuntime, Progress, freeze, layers_named, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.proposals import ProposalFile
 from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
@@ -78,53 +79,55 @@ class Training:
         require_network(init, self.description, config.network)
         self.parts = {name.split(".")[0] for name in self.tensors}
         self.dataset: Dataset = open_dataset(config.data, "train", runtime.data_root)
-        self.key: tuple[object, ...] = (config.seed, stage)
+        self.seed: tuple[object, ...] = (config.seed, stage)
         self.device = device_of(runtime)
-        self._frozen: list[str] = []
+        self._frozen: dict[str, str] = {}  # module: digest of its weights before training
 
     def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
         """Return the network with the initial weights; parts in ``fresh``, and missing ones, are re-initialised.
 
         ``parts`` are those that the stage trains or runs; only they are worth a report.
         """
-        classes = len(self.dataset.classes)
+        num_classes = len(self.dataset.classes)
         scores = self.tensors.get("head.cls_score.weight")
-        if scores is not None and "head" not in fresh and len(scores) != classes + 1:
-            raise ArtifactError(f"the initial weights score {len(scores) - 1} classes and the data set has {classes}: "
-                                "train the head anew, or give weights for these classes")
-        network = FasterRCNN(self.config.network, classes)
-        drawn = network.fill(self.tensors, generator(*self.key, "weights"), fresh)
+        if scores is not None and "head" not in fresh and len(scores) != num_classes + 1:
+            raise ArtifactError(f"the initial weights score {len(scores) - 1} classes and the data set has "
+                                f"{num_classes}: train the head anew, or give weights for these classes")
+        network = FasterRCNN(self.config.network, num_classes)
+        drawn = network.fill(self.tensors, generator(*self.seed, "weights"), fresh)
         self.runtime.report({"event": "weights", "drawn": [part for part in drawn if part in parts]})
         return network
 
     def classifier(self, levels: Sequence[int] = ()) -> RegionClassifier:
         """Return a region classifier with the initial weights; its head, and what does not fit, is re-initialised."""
         classifier = RegionClassifier(self.config.network, len(self.dataset.classes), levels)
-        drawn = classifier.fill(self.tensors, generator(*self.key, "weights"), fresh=("head",))
+        drawn = classifier.fill(self.tensors, generator(*self.seed, "weights"), fresh=("head",))
         self.runtime.report({"event": "weights", "drawn": drawn})
         return classifier
 
-    def freeze(self, network: FasterRCNN | RegionClassifier, patterns: Sequence[str] | None,
-               others: Sequence[str] = ()) -> None:
-        """Freeze the conv layers that the patterns name, or all of them for None, and ``others``, such as fc."""
-        layers = layers_named(network.conv, ("*",) if patterns is None else patterns)
-        self._frozen = [*(f"conv.{layer}" for layer in layers), *others]
-        freeze(network, self._frozen)
+    def freeze(self, network: NetworkOfParts, patterns: Sequence[str], others: Sequence[str] = ()) -> None:
+        """Freeze the conv layers that the patterns name, all of them for ``"all"``, and ``others``, such as fc."""
+        layers = layers_named(network.conv, ("*",) if patterns == "all" else patterns)
+        frozen = [*(f"conv.{layer}" for layer in layers), *others]
+        freeze(network, frozen)
+        # Taken now: the network may share the memory of the tensors it was filled from, which then change with it.
+        self._frozen = {name: digest(network.get_submodule(name).state_dict()) for name in frozen}
 
     def entries(self) -> list[Entry]:
         """Return every image of the training split, and with ``flips`` its mirror image."""
         return entries_of(self.dataset, self.dataset.ids, self.config.flips)
 
-    def run(self, conv: nn.Sequential, module: nn.Module, entries: list[Entry],
+    def run(self, conv: nn.Sequential, module: LossModule, entries: list[Entry],
             cached: "CachedProposals | None") -> dict[str, Any]:
         """Train the module on the entries' images, and return facts for the record.
 
-        Where that pays, what the frozen ones of the conv layers make of the images is stored and read in their place;
+        Where all conv layers are frozen and that pays, what they make of the images is stored and read in their place;
         to build that store counts as training.
         """
-        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime, layers=frozen_depth(conv),
+        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime,
                           precision=self.config.precision, device=self.device) as store:
-            store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
+            if not any(weight.requires_grad for weight in conv.parameters()):
+                store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
 
             def read(entry: Entry, iteration: int) -> Sample:
                 return store.sample(entry.id, flipped=entry.flipped, proposals=cached.get(entry.id) if cached else None)
@@ -133,32 +136,32 @@ class Training:
         facts["train_seconds"] = round(facts["train_seconds"] + store.seconds, 2)
         return facts | store.facts
 
-    def run_at_scales(self, module: nn.Module, entries: list[Entry], cached: "CachedProposals | None",
+    def run_at_scales(self, module: LossModule, entries: list[Entry], cached: "CachedProposals",
                       frames: Sequence[NetworkConfig]) -> dict[str, Any]:
-        """Do what ``run`` does with images in one of the frames at each visit, and store nothing."""
+        """Train on images in one of the frames at each visit, storing nothing, and return facts for the record."""
         def read(entry: Entry, iteration: int) -> Sample:
             frame = frames[self.scale(len(frames), entry, iteration)]
-            return read_sample(self.dataset, entry.id, frame, flipped=entry.flipped,
-                               proposals=cached.get(entry.id) if cached else None)
+            return read_sample(self.dataset, entry.id, frame, flipped=entry.flipped, proposals=cached.get(entry.id))
 
         return self.run_on(module, entries, read)
 
     def scale(self, count: int, entry: Entry, iteration: int) -> int:
         """Return which of so many scales an image has at this visit."""
-        random = generator(*self.key, "scale", iteration, entry.id, entry.flipped)
+        random = generator(*self.seed, "scale", iteration, entry.id, entry.flipped)
         return int(torch.randint(count, (), generator=random))
 
-    def run_on(self, module: nn.Module, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
-        """Do what ``run`` does, on samples that ``read(entry, iteration)`` makes, called from threads."""
-        order = BatchOrder(entries, self.config.images_per_batch, *self.key)
-        slices = LocalBatches(self.runtime.ranks, order) if self.runtime.ranks.count > 1 else None
+    def run_on(self, module: LossModule, entries: list[Entry],
+               read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
+        """Train on samples that ``read(entry, iteration)`` makes, called from threads; return facts for the record."""
+        order = BatchOrder(entries, self.config.images_per_batch, *self.seed)
+        batches = LocalBatches(self.runtime.ranks, order)
 
         def read_all(iteration: int) -> list[Sample]:
-            return [read(entry, iteration) for entry in (slices or order)[iteration]]
+            return [read(entry, iteration) for entry in batches[iteration]]
 
-        return run_loop(module, read_all, self.config, self.out, self.runtime, self.key, self.device, slices)
+        return run_loop(module, read_all, self.config, self.out, self.runtime, self.seed, batches)
 
-    def save(self, network: FasterRCNN | RegionClassifier, parts: Sequence[str], **described: Any) -> None:
+    def save(self, network: NetworkOfParts, parts: Sequence[str], **described: Any) -> None:
         """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it.
 
         Of several ranks the first one writes, after making sure that all have the same.
@@ -167,35 +170,42 @@ class Training:
         require_alike(self.stage, tensors, self.runtime.ranks)
         if not self.runtime.ranks.first:
             return
-        for name in self._frozen:
-            if digest(_under(tensors, f"{name}.")) != digest(_under(self.tensors, f"{name}.")):
+        for name, before in self._frozen.items():
+            if digest(network.get_submodule(name).state_dict()) != before:
                 raise AssertionError(f"{self.stage} changed {name}, which is frozen")
         classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
         save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | described)
         remove_snapshot(snapshot_path(self.out))
 
 
-def run_loop(module: nn.Module, read: Any, config: TrainingConfig, out: Path, runtime: Runtime,
-             key: tuple[object, ...], device: torch.device, slices: LocalBatches[Any] | None = None) -> dict[str, Any]:
+def run_loop(module: LossModule, read: Callable[[int], list[Sample]], config: TrainingConfig, out: Path,
+             runtime: Runtime, seed: tuple[object, ...], batches: LocalBatches[Any] | None = None) -> dict[str, Any]:
     """Run the training loop with snapshots beside ``out`` and reports to the runtime; return facts for the record."""
     # What adds in a fixed order has to do so from the first iteration, and goes on from no other snapshot.
     exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
     text = json.dumps([runtime.inputs_key, asdict(config) | exact], sort_keys=True)
 
     def report(progress: Progress) -> None:
-        runtime.report({"event": "progress", "iterations": progress.iterations, **describe(progress)})
+        runtime.report({
+            "event": "progress", "iterations": progress.iterations, "iteration": progress.iteration, "lr": progress.lr,
+            "images_per_second": round(progress.images_per_second, 3), "wait_share": round(progress.wait_share, 4),
+            "seconds": round(progress.seconds, 3), **progress.losses,
+        })
 
     def keep_batch(batch: Batch, iteration: int) -> str:
         path = out.with_name(f"{out.stem}.diverged.safetensors")
         images = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
-        kept = {"images": batch.images} if batch.maps is None else {"features": stacked_maps(batch.maps)}
+        kept = ({"images": batch.images} if batch.maps is None
+                else {f"features.{number}": features for number, features in enumerate(batch.maps)})
         save_checkpoint(path, kept, {"iteration": iteration, "images": images})
         return f" (its {'pixels' if batch.maps is None else 'feature maps'} are in {path.name})"
 
+    # A signal that arrives inside a step waits until the step is done and a snapshot is written.
     with deferred_signals() as stop:
         snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)
-        seconds = train(module, read, config, key=key, device=device, workers=runtime.readers, snapshots=snapshots,
-                        report=report, report_every=runtime.report_every, diverged=keep_batch, slices=slices)
+        seconds = train(module, read, config, seed, LoopRuntime(
+            device=device_of(runtime), workers=runtime.readers, snapshots=snapshots, report=report,
+            report_every=runtime.report_every, diverged=keep_batch, group=runtime.ranks, batches=batches))
     # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes everywhere.
     return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads(),
             "processes": runtime.ranks.count, **exact}
@@ -223,14 +233,15 @@ class FileSnapshots:
     Of several ranks the first one writes, and a signal to any of them stops all after the same iteration.
     """
 
-    def __init__(self, path: Path, key: str, runtime: Runtime, stop: Stop) -> None:
-        self.path, self.key, self.runtime, self.ranks, self.stop = path, key, runtime, runtime.ranks, stop
+    def __init__(self, path: Path, fingerprint: str, runtime: Runtime, stop: Stop) -> None:
+        self.path, self.fingerprint, self.runtime, self.stop = path, fingerprint, runtime, stop
+        self.ranks = runtime.ranks
         self.agreed = Stop()
         self.clock = SnapshotClock(runtime.snapshot_seconds)
 
     def load(self) -> tuple[int, dict[str, Tensor], float] | None:
         """Return what the last process of the same stage, inputs and config left; None if nothing fits."""
-        found = load_snapshot(self.path, self.key)
+        found = load_snapshot(self.path, self.fingerprint)
         if len(set(self.ranks.all_gather(found and found.iteration))) > 1:
             raise ArtifactError(f"{self.path.name} is not the same for all processes: let them share the run folder")
         if found is None:
@@ -247,7 +258,7 @@ class FileSnapshots:
         """Save, and then stop if a signal asked for it."""
         if self.ranks.first:
             with self.clock.writing():
-                save_snapshot(self.path, key=self.key, iteration=iteration, tensors=tensors, seconds=seconds)
+                save_snapshot(self.path, key=self.fingerprint, iteration=iteration, tensors=tensors, seconds=seconds)
         if self.agreed.signal is not None:
             self.ranks.broadcast(None)  # until it is written: a process that ends makes the launcher end the others
             self.agreed.raise_it()
@@ -280,16 +291,18 @@ def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]
 
 def roi_sampling(config: Any) -> RoISampling:
     """Return how RoIs are drawn: each image of a batch has an equal part of ``rois_per_batch``, and at least one."""
-    rule = RoIThresholds(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
-    return RoISampling(rule, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction)
+    thresholds = RoIThresholds(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
+    return RoISampling(thresholds, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction)
 
 
-def trainable_entries(training: Training, cached: CachedProposals, rule: RoIThresholds) -> tuple[list[Entry], int]:
+def trainable_entries(training: Training, cached: CachedProposals,
+                      thresholds: RoIThresholds) -> tuple[list[Entry], int]:
     """Return the entries of images with at least one foreground or background RoI, and how many have none."""
     dataset = training.dataset
     usable = [
         id for id in dataset.ids
-        if has_samples(torch.from_numpy(cached.get(id)), torch.from_numpy(dataset.objects(id).usable().boxes), rule)
+        if has_samples(torch.from_numpy(cached.get(id)), torch.from_numpy(dataset.objects(id).usable().boxes),
+                       thresholds)
     ]
     if not usable:
         raise ArtifactError("no image has a foreground or background RoI: look at the proposals with altopt recall")
@@ -309,7 +322,3 @@ def box_statistics(training: Training, cached: CachedProposals, kind: str, overl
                    torch.from_numpy(objects.labels), dataset.size(id)[0])
 
     return measure(images(), len(dataset.classes), overlap, training.config.flips)
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

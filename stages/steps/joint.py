@@ -26,7 +26,7 @@ class JointConfig(TrainingConfig, ProposalSettings, OnTrainSplit):
     Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
     """
 
-    version: ClassVar[int] = 3  # each image by itself
+    version: ClassVar[int] = 4  # a batch goes through fc6 and fc7 once
     stores_maps: ClassVar[bool] = True
     iterations: int = sourced(70_000, SOLVER)
     images_per_batch: int = sourced(1, "pfr end2end (Caffe's iter_size 2 sums the gradients of two such batches)")
@@ -98,7 +98,7 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
     network.use_box_statistics(*fixed_statistics(len(training.dataset.classes)))
     network.set_dropout(config.dropout)
     network.samples_per_bin = samples_per_bin
-    module = joint_training(network, config, path, training.key)
+    module = joint_training(network, config, path, training.seed)
     facts = training.run(network.conv, module, training.entries(), None)
     pooling = {"samples_per_bin": samples_per_bin} if samples_per_bin else {}
     training.save(network, PARTS, **pooling)
@@ -106,17 +106,16 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
 
 
 def joint_training(network: "FasterRCNN", config: JointConfig, path: "CoordinatePath | None",
-                   key: tuple[object, ...]) -> "JointTraining":
+                   seed: tuple[object, ...]) -> "JointTraining":
     """Return what the training loop trains: the network, from a batch to the four losses that the config asks for."""
     from altopt.models.joint import JointTraining
     from altopt.models.rpn import AnchorSampling
     from stages.shared.training import roi_sampling
 
+    anchors = AnchorSampling(config.positive_iou, config.negative_iou, config.anchors_per_image,
+                             config.positive_fraction)
     return JointTraining(
-        network, proposals=config, path=path, key=key,
-        anchors=AnchorSampling(config.positive_iou, config.negative_iou, config.anchors_per_image,
-                               config.positive_fraction, config.sigma, box_weight=1.0),
-        rois=roi_sampling(config),
+        network, anchors=anchors, sigma=config.sigma, proposals=config, rois=roi_sampling(config), seed=seed, path=path,
         weights={"rpn_cls": config.rpn_cls_weight, "rpn_box": config.rpn_box_weight, "cls": config.cls_weight,
                  "box": config.box_weight},
     )

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from altopt.config import NetworkConfig, TrainingConfig, sourced
 from altopt.datasets.dataset import DataConfig
 from stages.shared.step import Runtime
+
+if TYPE_CHECKING:
+    from altopt.batches.samples import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +50,24 @@ def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -
     from altopt.machine.randomness import generator
     from altopt.models import backbones
     from altopt.models.classification import CropClassifier, draw_crop
-    from altopt.models.detector import initialise
+    from altopt.models.network_parts import initialise
     from cache.checkpoints import save_checkpoint
     from cache.snapshots import remove_snapshot
-    from stages.shared.training import device_of, entries_of, run_loop, snapshot_path
+    from stages.shared.training import entries_of, run_loop, snapshot_path
 
-    key = (config.seed, "pretrain_on_crops")
+    seed = (config.seed, "pretrain_on_crops")
     dataset = open_dataset(config.data, "train", runtime.data_root)
     module = CropClassifier(backbones.build(config.backbone), len(dataset.classes))
-    initialise(module, generator(*key, "weights"))
-    order = BatchOrder(entries_of(dataset, dataset.ids, flips=False), config.images_per_batch, *key)
+    random = generator(*seed, "weights")
+    for name, layer in module.named_modules():
+        initialise(name, layer, random)
+    order = BatchOrder(entries_of(dataset, dataset.ids, flips=False), config.images_per_batch, *seed)
 
-    def read(iteration: int) -> list[Any]:
-        return [draw_crop(dataset, entry.id, config.crop_side, config.background, *key, iteration, position)
+    def read(iteration: int) -> list["Sample"]:
+        return [draw_crop(dataset, entry.id, config.crop_side, config.background, *seed, iteration, position)
                 for position, entry in enumerate(order[iteration])]
 
-    facts = run_loop(module, read, config, out, runtime, key, device_of(runtime))
+    facts = run_loop(module, read, config, out, runtime, seed)
     save_checkpoint(out, module.tensors(), {"network": {"name": config.backbone}, "classes": list(dataset.classes)})
     remove_snapshot(snapshot_path(out))
     return facts

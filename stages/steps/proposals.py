@@ -63,10 +63,10 @@ def proposed(network: "FasterRCNN", batch: "Batch", dataset: Dataset,
              rule: ProposalSettings) -> "list[tuple[str, np.ndarray, np.ndarray]]":
     """Return each image's id, proposals float32 [K, 4] in the original frame, and scores float32 [K]."""
     from altopt.batches.samples import to_original
-    from altopt.models.detector import propose_on
-    from altopt.models.frozen import frozen_features
+    from altopt.models.detector import propose
+    from altopt.models.trunk import image_maps
 
-    proposals = propose_on(network, frozen_features(network.conv, batch), batch, rule)
+    proposals = propose(network, image_maps(network.conv, batch), batch, rule)
     return [
         (sample.id, to_original(boxes, sample, dataset.size(sample.id)).cpu().numpy(), scores.cpu().numpy())
         for sample, (boxes, scores) in zip(batch.samples, proposals, strict=True)

@@ -16,7 +16,7 @@ METHOD = "rcnn"
 class TrainOnWarpedRegions(TrainingConfig, OnTrainSplit):
     """Fine-tuning by softmax on warped regions (R-CNN, section 2.3)."""
 
-    version: ClassVar[int] = 2  # halves of a batch by themselves
+    version: ClassVar[int] = 3  # a batch goes through the network once
     iterations: int = sourced(70_000, "R-CNN's own models; it saturates near 40,000")
     lr_steps: tuple[int, ...] = sourced((20_000, 40_000, 60_000), SOLVER)
     images_per_batch: int = sourced(16, "chosen: R-CNN draws each region from any image, at a reading for each")
@@ -63,11 +63,11 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
     dataset = training.dataset
     cached = CachedProposals(proposals, dataset, config.proposals)
     sampling = roi_sampling(config)
-    entries, unusable = trainable_entries(training, cached, sampling.rule)
+    entries, unusable = trainable_entries(training, cached, sampling.thresholds)
     classifier = training.classifier()
     training.freeze(classifier, config.freeze)
     classifier.set_dropout(config.dropout)
-    module = WarpedTraining(classifier, config.crop_side, sampling, training.key)
+    module = WarpedTraining(classifier, config.crop_side, sampling, training.seed)
 
     def read(entry: Any, iteration: int) -> Any:
         frame = original_frame(config.network, dataset.size(entry.id))

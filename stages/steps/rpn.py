@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from altopt.config import TrainingConfig, sourced
 from stages.shared.split_config import OnTrainSplit
@@ -34,7 +34,7 @@ class RPNConfig(TrainingConfig, OnTrainSplit):
 class TrainRPN(RPNConfig):
     """Stage 1, where the later conv blocks learn too."""
 
-    version: ClassVar[int] = 3  # each image by itself
+    version: ClassVar[int] = 4  # the loss of a batch is one sum
     freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "pfr stage1_rpn_train.pt: conv1_1 to conv2_2 at rate 0")
 
 
@@ -42,37 +42,38 @@ class TrainRPN(RPNConfig):
 class TrainRPNFrozenConv(RPNConfig):
     """Stage 4, where all conv layers stay as they are."""
 
-    version: ClassVar[int] = 3  # each image by itself
+    version: ClassVar[int] = 4  # the loss of a batch is one sum
 
 
 def train_rpn(init: Path, *, out: Path, config: TrainRPN, runtime: Runtime) -> dict[str, Any]:
     """Train an RPN, and the conv layers under it, from pre-trained weights."""
-    return _train(init, out, config, runtime, config.freeze)
+    return _train("train_rpn", init, out, config, runtime, config.freeze)
 
 
 def train_rpn_frozen_conv(init: Path, *, out: Path, config: TrainRPNFrozenConv, runtime: Runtime) -> dict[str, Any]:
     """Train an RPN on top of a detector's conv layers, which do not change."""
-    return _train(init, out, config, runtime, None)
+    return _train("train_rpn_frozen_conv", init, out, config, runtime, "all")
 
 
-def _train(init: Path, out: Path, config: RPNConfig, runtime: Runtime,
-           freeze: tuple[str, ...] | None) -> dict[str, Any]:
+def _train(name: str, init: Path, out: Path, config: RPNConfig, runtime: Runtime,
+           freeze: tuple[str, ...] | Literal["all"]) -> dict[str, Any]:
     from stages.shared.training import Training
 
-    training = Training("train_rpn" if freeze is not None else "train_rpn_frozen_conv", init, out, config, runtime)
+    training = Training(name, init, out, config, runtime)
     network = training.network(("conv", "rpn"))
     training.freeze(network, freeze)
-    module = rpn_training(network, config, training.key)
+    module = rpn_training(network, config, training.seed)
     facts = training.run(network.conv, module, training.entries(), None)
     kept = [part for part in ("fc", "head") if part in training.parts]
     training.save(network, ["conv", "rpn", *kept])
     return facts
 
 
-def rpn_training(network: "FasterRCNN", config: RPNConfig, key: tuple[object, ...]) -> "RPNTraining":
+def rpn_training(network: "FasterRCNN", config: RPNConfig, seed: tuple[object, ...]) -> "RPNTraining":
     """Return what the training loop trains: conv layers and RPN, from a batch to the two losses of the config."""
     from altopt.models.rpn import AnchorSampling, RPNTraining
 
-    rule = AnchorSampling(config.positive_iou, config.negative_iou, config.anchors_per_image, config.positive_fraction,
-                   config.sigma, config.box_weight)
-    return RPNTraining(network.conv, network.rpn, rule, key)
+    anchors = AnchorSampling(config.positive_iou, config.negative_iou, config.anchors_per_image,
+                             config.positive_fraction)
+    return RPNTraining(network.conv, network.rpn, anchors=anchors, sigma=config.sigma, box_weight=config.box_weight,
+                       seed=seed)

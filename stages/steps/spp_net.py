@@ -29,7 +29,7 @@ class CacheConvFeatures(OnTrainSplit):
 class TrainFCLayers(TrainingConfig, OnTrainSplit):
     """Fine-tuning of fc6, fc7 and a softmax on stored maps; each image at a scale drawn at random."""
 
-    version: ClassVar[int] = 2  # halves of a batch by themselves
+    version: ClassVar[int] = 3  # a batch goes through fc6 and fc7 once
     iterations: int = sourced(90_000, f"{SCRIPT}: rates 1e-3, 1e-4, 1e-5 for 30,000 each (its limit is 200,000)")
     lr_steps: tuple[int, ...] = sourced((30_000, 60_000), SCRIPT)
     images_per_batch: int = sourced(4, "chosen: SPP-net draws each region from any image, at a reading for each")
@@ -106,11 +106,11 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
     dataset = training.dataset
     cached = CachedProposals(proposals, dataset, config.proposals)
     sampling = roi_sampling(config)
-    entries, unusable = trainable_entries(training, cached, sampling.rule)
+    entries, unusable = trainable_entries(training, cached, sampling.thresholds)
     classifier = training.classifier(config.levels)
-    training.freeze(classifier, None)
+    training.freeze(classifier, "all")
     classifier.set_dropout(config.dropout)
-    module = PyramidTraining(classifier, config.levels, sampling, training.key)
+    module = PyramidTraining(classifier, config.levels, sampling, training.seed)
     with FeatureMapFile(maps) as stored:
         frames = _stored_frames(stored, maps, training.tensors, config.network)
 

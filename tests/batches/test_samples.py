@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 
-from altopt.batches.samples import PIXEL_MEAN, PIXEL_STD, Batch, Sample, make_batch, read_sample, resized, to_original
+from altopt.batches.samples import PIXEL_MEAN, PIXEL_STD, Sample, make_batch, read_sample, resized, to_original
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Objects
 from altopt.extents import scale_of
@@ -181,33 +181,15 @@ def test_a_batch_keeps_what_its_samples_say():
     assert moved[1].proposals is None
 
 
-def of_sizes(*sizes):
-    return Batch([Sample(str(k), False, torch.zeros(3, *size, dtype=torch.uint8), 1.0, torch.zeros(0, 4),
-                         torch.zeros(0, dtype=torch.int64)) for k, size in enumerate(sizes)], torch.zeros(1))
-
-
-@pytest.mark.parametrize(("sizes", "middle", "groups"), [
-    ("a", None, [range(1)]), ("aa", None, [range(1), range(1, 2)]), ("aaa", None, [range(1), range(1, 3)]),
-    ("aaaa", None, [range(2), range(2, 4)]), ("aabb", None, [range(2), range(2, 4)]),
-    ("abba", None, [range(1), range(1, 2), range(2, 3), range(3, 4)]),
-    ("aaaaa", 3, [range(3), range(3, 5)]), ("aa", 2, [range(2)]), ("aa", 0, [range(2)]), ("aa", -2, [range(2)]),
-    ("aa", 5, [range(2)]), ("", None, []),
-])
-def test_neighbours_of_one_size_in_one_half_are_a_group(sizes, middle, groups):
-    """A slice of a larger batch may lie in one half of it, or across the middle."""
-    shapes = {"a": (8, 6), "b": (6, 8)}
-    batch = replace(of_sizes(*(shapes[each] for each in sizes)), middle=middle)
-    assert list(batch.groups()) == groups
-    assert [k for half in batch.halves() for k in half] == list(range(len(sizes)))
-
-
-def test_losses_become_parts_of_the_whole_batchs_means():
-    losses = [{"cls": torch.tensor(2.0), "box": torch.tensor(0.5)},
-              {"cls": torch.tensor(4.0), "box": torch.tensor(1.5)}]
-    assert of_sizes().parts(losses, 4) == {"cls": torch.tensor(1.5), "box": torch.tensor(0.5)}
-    part = replace(of_sizes(), weight=lambda count: 1 / (10 * count)).parts(losses, 2)
-    assert part["cls"].item() == pytest.approx(0.3)
-    assert of_sizes().parts(losses, 0)["box"].item() == 2.0  # nothing to divide by
+def test_a_batch_of_stored_maps_brings_those_and_blank_images():
+    maps = [torch.rand(5, 2, 3), torch.rand(5, 1, 2)]
+    samples = [replace(sample_of(32 - 16 * k, 48, 0), features=features) for k, features in enumerate(maps)]
+    batch = make_batch(samples, CPU, 7)
+    assert all(torch.equal(one, other) for one, other in zip(batch.maps, maps, strict=True))
+    assert batch.images.shape == (2, 3, 1, 1)
+    assert [each.size for each in batch.samples] == [(48, 32), (48, 16)]
+    assert batch.iteration == 7
+    assert make_batch([sample_of(20, 30, 77)], CPU, 3).maps is None
 
 
 def test_everything_of_a_sample_is_pinned_or_moved(monkeypatch):
@@ -215,7 +197,7 @@ def test_everything_of_a_sample_is_pinned_or_moved(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.shape), tensor)[1])
     anchors = AnchorSample(*(torch.zeros(n, dtype=torch.int64) for n in (11, 11, 12)), torch.zeros(12, 4))
-    rois = RoISample(torch.zeros(13, 4), torch.zeros(13, dtype=torch.int64), torch.zeros(13, 4), 2)
+    rois = RoISample(torch.zeros(13, 4), torch.zeros(13, dtype=torch.int64), torch.zeros(13, 4), 2, 99)
     sample = Sample("one", False, torch.zeros(3, 8, 6, dtype=torch.uint8), 1.0, torch.zeros(2, 4),
                     torch.zeros(2, dtype=torch.int64), torch.zeros(14, 4), anchors=anchors, rois=rois)
     sample.pinned()
@@ -227,4 +209,4 @@ def test_everything_of_a_sample_is_pinned_or_moved(monkeypatch):
     moved = sample.moved(sample.pixels, torch.device("meta"))
     tensors = [moved.gt_boxes, moved.gt_labels, moved.proposals, moved.anchors.deltas, moved.rois.rois]
     assert all(tensor.device.type == "meta" for tensor in tensors)
-    assert (moved.id, moved.scale, moved.rois.foreground) == ("one", 1.0, 2)
+    assert (moved.id, moved.scale, moved.rois.foreground, moved.rois.dropout_seed) == ("one", 1.0, 2, 99)

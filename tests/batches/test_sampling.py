@@ -17,7 +17,7 @@ from altopt.batches.sampling import (
 from altopt.machine.randomness import generator
 from altopt.ops import boxes as bx
 
-RULE = RoIThresholds(fg=0.5, bg_high=0.5, bg_low=0.0)
+THRESHOLDS = RoIThresholds(fg=0.5, bg_high=0.5, bg_low=0.0)
 
 
 def boxes_in(count: int, seed: int, side: int, margin: int = 0) -> torch.Tensor:
@@ -173,8 +173,9 @@ def far(count: int) -> torch.Tensor:
 
 
 def sampled(proposals: torch.Tensor, objects: torch.Tensor = OBJECTS, classes: torch.Tensor = CLASSES, *,
-            count: int = 64, rule: RoIThresholds = RULE, key: object = 0):
-    return sample_rois(proposals, objects, classes, count=count, fg_fraction=0.25, rule=rule, generator=generator(key))
+            count: int = 64, thresholds: RoIThresholds = THRESHOLDS, seed: object = 0):
+    return sample_rois(proposals, objects, classes, count=count, fg_fraction=0.25, thresholds=thresholds,
+                       random=generator(seed))
 
 
 @pytest.mark.parametrize(("fg", "bg", "expected"), [
@@ -218,12 +219,12 @@ def test_background_begins_at_bg_low_and_ends_below_bg_high():
     objects, widths = torch.tensor([[0.0, 0, 100, 10]]), [50, 40, 10, 9]
     proposals = torch.tensor([*([0.0, 0, w, 10] for w in widths), [200, 0, 210, 10]])
     labels = torch.tensor([2])
-    low = sampled(proposals, objects, labels, rule=RoIThresholds(0.5, 0.5, 0.1), count=100)
+    low = sampled(proposals, objects, labels, thresholds=RoIThresholds(0.5, 0.5, 0.1), count=100)
     assert sorted(low.rois[low.labels == 0][:, 2].tolist()) == [10, 40]
     assert sorted(low.rois[low.labels == 3][:, 2].tolist()) == [50, 100]
     zero = sampled(proposals, objects, labels, count=100)
     assert sorted(zero.rois[zero.labels == 0][:, 2].tolist()) == [9, 10, 40, 210]
-    gap = sampled(proposals, objects, labels, rule=RoIThresholds(0.6, 0.45, 0.0), count=100)
+    gap = sampled(proposals, objects, labels, thresholds=RoIThresholds(0.6, 0.45, 0.0), count=100)
     assert 50 not in gap.rois[:, 2].tolist()  # neither foreground nor background
 
 
@@ -238,7 +239,7 @@ def test_without_objects_all_is_background():
     sample = sampled(far(100), OBJECTS[:0], CLASSES[:0])
     assert sample.labels.tolist() == [0] * 64
     assert not sample.deltas.any()
-    assert len(sampled(far(100), OBJECTS[:0], CLASSES[:0], rule=RoIThresholds(0.5, 0.5, 0.1)).labels) == 0
+    assert len(sampled(far(100), OBJECTS[:0], CLASSES[:0], thresholds=RoIThresholds(0.5, 0.5, 0.1)).labels) == 0
 
 
 def test_without_objects_and_proposals_there_is_no_sample():
@@ -246,9 +247,9 @@ def test_without_objects_and_proposals_there_is_no_sample():
     assert (sample.rois.shape, sample.labels.shape, sample.deltas.shape) == ((0, 4), (0,), (0, 4))
 
 
-def test_the_same_key_draws_the_same_rois_and_another_does_not():
+def test_the_same_seed_draws_the_same_rois_and_another_does_not():
     proposals = torch.cat([near(OBJECTS[0], 50), far(200)])
-    first, again, other = (sampled(proposals, key=key) for key in ("a", "a", "b"))
+    first, again, other = (sampled(proposals, seed=seed) for seed in ("a", "a", "b"))
     assert torch.equal(first.rois, again.rois)
     assert torch.equal(first.deltas, again.deltas)
     assert not torch.equal(first.rois, other.rois)
@@ -258,9 +259,10 @@ def test_has_samples_agrees_with_what_is_sampled():
     low = RoIThresholds(0.5, 0.5, 0.1)
     none, no_proposals = OBJECTS[:0], torch.zeros(0, 4)
     cases = [(far(5), OBJECTS, low), (no_proposals, OBJECTS, low), (no_proposals, none, low), (far(5), none, low),
-             (far(5), none, RULE), (no_proposals, none, RULE),
+             (far(5), none, THRESHOLDS), (no_proposals, none, THRESHOLDS),
              (near(OBJECTS[0], 3), OBJECTS, RoIThresholds(1.1, 0.5, 0.1))]
     found = [has_samples(*case) for case in cases]
     assert found == [True, True, False, False, True, False, False]
-    for (proposals, objects, rule), any_sample in zip(cases, found, strict=True):
-        assert (len(sampled(proposals, objects, CLASSES[: len(objects)], rule=rule).labels) > 0) == any_sample
+    for (proposals, objects, thresholds), any_sample in zip(cases, found, strict=True):
+        sample = sampled(proposals, objects, CLASSES[: len(objects)], thresholds=thresholds)
+        assert (len(sample.labels) > 0) == any_sample

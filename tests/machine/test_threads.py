@@ -7,7 +7,6 @@ import torch
 
 from altopt.batches.reading import Prefetcher
 from altopt.machine.threads import single_threads
-from altopt.ops.roi_pool import LEAST_MAPS, roi_pool
 
 
 @pytest.fixture
@@ -58,21 +57,4 @@ def test_a_thread_that_cannot_start_keeps_none_waiting(monkeypatch):
 def test_readers_are_such_threads(three_threads):
     with Prefetcher(lambda _: torch.get_num_threads(), range(8), workers=2) as ahead:
         assert list(ahead) == [1] * 8
-    assert torch.get_num_threads() == of_a_new_thread() == 3
-
-
-def test_threads_that_pool_are_such_threads(three_threads, monkeypatch):
-    seen = []
-    op = torch.ops.torchvision.roi_pool
-
-    def pool(*inputs):
-        seen.append((threading.current_thread().name.partition("_")[0], torch.get_num_threads()))
-        return op(*inputs)
-
-    monkeypatch.setattr(torch.ops.torchvision, "roi_pool", pool)
-    features, box = torch.rand(1, 64, 8, 8, requires_grad=True), torch.tensor([[0.0, 0, 64, 64]])
-    roi_pool(features, [box.expand(LEAST_MAPS // 64 * 5, 4)], 2, 1 / 16)
-    assert seen == [("altopt-roi-pool", 1)] * 3
-    roi_pool(features, [box.expand(LEAST_MAPS // 64, 4)], 2, 1 / 16)
-    assert seen[3:] == [("MainThread", 3)]  # too little to divide
     assert torch.get_num_threads() == of_a_new_thread() == 3

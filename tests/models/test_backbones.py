@@ -49,13 +49,13 @@ def test_squeezenet_and_small_split_their_layers_likewise():
     assert small == [[24], [32, 32], [64, 64], [128, 128], [128, 128]]
 
 
-@pytest.mark.parametrize(("name", "roi_size", "features"), [
+@pytest.mark.parametrize(("name", "roi_size", "hidden_size"), [
     ("vgg16", 7, 4096), ("alexnet", 6, 4096), ("squeezenet1_1", 6, 512), ("small", 6, 256)])
-def test_fully_connected_layers_take_the_pooled_features(name, roi_size, features):
+def test_fully_connected_layers_take_the_pooled_features(name, roi_size, hidden_size):
     backbone = outline(name)
-    assert (backbone.roi_size, backbone.features) == (roi_size, features)
+    assert (backbone.roi_size, backbone.hidden_size) == (roi_size, hidden_size)
     pooled = torch.zeros(3, backbone.channels, roi_size, roi_size, device="meta")
-    assert backbone.fc(pooled.flatten(1)).shape == (3, features)
+    assert backbone.fc.eval()(pooled.flatten(1)).shape == (3, hidden_size)
     assert [layer.p for layer in backbone.fc if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from loss_values import losses_of
 from torch import nn
 
 from altopt.batches.samples import Batch, make_batch
@@ -174,7 +175,7 @@ def test_loss_is_the_softmax_over_the_crops_labels():
     samples = [draw_crop(Ruler(BOXES), "one", 32, 0.3, 3, k) for k in range(6)]
     batch = make_batch(samples, CPU)
     with torch.no_grad():
-        loss = module(batch, 0)["cls"].item()
+        loss = losses_of(module, batch)["cls"].item()
         odds = torch.exp(module.score(module.conv(batch.images).mean(dim=(2, 3))).double())
     labels = [sample.gt_labels.item() for sample in samples]
     expected = -sum(torch.log(odds[k, label] / odds[k].sum()).item() for k, label in enumerate(labels)) / 6
@@ -185,5 +186,5 @@ def test_loss_is_the_softmax_over_the_crops_labels():
 def test_a_batch_of_one_crop_trains():
     module = classifier().train()
     batch: Batch = make_batch([draw_crop(Ruler(BOXES), "one", 64, 0.3, 3)], CPU)
-    module(batch, 0)["cls"].backward()
+    losses_of(module, batch)["cls"].backward()
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())

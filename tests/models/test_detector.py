@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from altopt.batches.samples import Batch, Sample, make_batch
 from altopt.config import DetectionSettings, NetworkConfig, ProposalSettings
+from altopt.errors import ArtifactError
 from altopt.machine.randomness import generator
-from altopt.models.backbones import fully_connected
-from altopt.models.detector import PARTS, FasterRCNN, detect_on, initialise, own_proposals, propose, propose_on
+from altopt.models.detector import FasterRCNN, detect_on, own_proposals, propose
+from altopt.models.dropout import FullyConnected
 from altopt.models.fast_rcnn import postprocess_detections
-from altopt.models.network_parts import NetworkOfParts
+from altopt.models.network_parts import initialise
 from altopt.models.rpn import make_proposals
+from altopt.models.trunk import image_maps
 from altopt.ops import boxes as bx
 from altopt.ops.roi_pool import roi_pool
 from altopt.ops.roi_sample import roi_sample
@@ -19,6 +21,7 @@ from altopt.ops.roi_sample import roi_sample
 CPU = torch.device("cpu")
 NETWORK = NetworkConfig(name="small", anchor_scales=(1.0, 2.0), rpn_channels=8)
 CLASSES = 3
+PARTS = ("conv", "rpn", "fc", "head")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,9 @@ def tensors() -> dict[str, Tensor]:
     """Return the weights of a whole network."""
     network = FasterRCNN(NETWORK, CLASSES)
     network.conv.to_empty(device=CPU)
-    initialise(network.conv, generator("conv"))
+    random = generator("conv")
+    for name, layer in network.conv.named_modules():
+        initialise(name, layer, random)
     conv = {f"conv.{name}": tensor for name, tensor in network.conv.state_dict().items()}
     network.fill(conv, generator("heads"))
     with torch.no_grad():
@@ -56,6 +61,10 @@ def images(*sizes: tuple[int, int]) -> Batch:
         Sample(str(n), False, torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random), 1.0,
                torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         for n, (width, height) in enumerate(sizes)], CPU)
+
+
+def proposed(network: FasterRCNN, batch: Batch, settings: ProposalSettings) -> list[tuple[Tensor, Tensor]]:
+    return propose(network, image_maps(network.conv, batch), batch, settings)
 
 
 def test_weights_go_in_and_come_out_bit_equal(tensors):
@@ -134,16 +143,26 @@ def test_what_is_drawn_depends_on_the_generator_alone(tensors):
 
 
 def test_missing_convolutions_are_an_error(tensors):
-    with pytest.raises(KeyError, match="conv"):
+    with pytest.raises(ArtifactError, match="conv"):
         FasterRCNN(NETWORK, CLASSES).fill(only(tensors, "rpn", "fc", "head"), generator(0))
 
 
-def test_a_missing_layer_or_one_of_another_shape_is_an_error(tensors):
+@pytest.mark.parametrize("fresh", [(), ("conv",)])
+def test_a_missing_convolution_or_one_of_another_shape_is_an_error(tensors, fresh):
     lacking = {name: tensor for name, tensor in tensors.items() if name != "conv.conv3.1.weight"}
-    with pytest.raises(RuntimeError, match=r"conv3|3\.1\.weight|1\.weight"):
-        FasterRCNN(NETWORK, CLASSES).fill(lacking, generator(0))
-    with pytest.raises(RuntimeError, match="cls_score"):
-        FasterRCNN(NETWORK, CLASSES + 1).fill(tensors, generator(0))
+    with pytest.raises(ArtifactError, match=r"conv\.conv3\.1"):
+        FasterRCNN(NETWORK, CLASSES).fill(lacking, generator(0), fresh)
+    other = tensors | {"conv.conv3.1.weight": tensors["conv.conv3.1.weight"][:, :5]}
+    with pytest.raises(ArtifactError, match=r"conv\.conv3\.1"):
+        FasterRCNN(NETWORK, CLASSES).fill(other, generator(0), fresh)
+
+
+def test_a_head_of_other_classes_is_drawn_anew(tensors):
+    network = FasterRCNN(NETWORK, CLASSES + 1)
+    assert network.fill(tensors, generator(0)) == ["head"]
+    assert network.new_head
+    assert network.head.bbox_stds.eq(1).all()
+    assert network.head.bbox_pred.weight.std().item() == pytest.approx(0.001, rel=0.1)
 
 
 def test_two_networks_filled_from_the_same_tensors_compute_the_same(tensors):
@@ -151,49 +170,43 @@ def test_two_networks_filled_from_the_same_tensors_compute_the_same(tensors):
     one, other = network_of(tensors), network_of(tensors)
     with torch.no_grad():
         assert torch.equal(one.conv(batch.images), other.conv(batch.images))
-    first, second = (propose(network, batch, ProposalSettings())[0] for network in (one, other))
+    first, second = (proposed(network, batch, ProposalSettings())[0] for network in (one, other))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
 def test_proposals_of_a_batch_are_those_of_its_images(tensors):
     network, batch = network_of(tensors), images((96, 64), (64, 96))
-    rule = ProposalSettings(post_nms=50)
-    found = propose(network, batch, rule)
-    with torch.inference_mode():
-        features = network.conv(batch.images)
-        logits, deltas = network.rpn(features)
-        anchors = network.rpn.anchors_for(features)
-        for b, (boxes, scores) in enumerate(found):
-            expected = make_proposals(logits[b], deltas[b], anchors, batch.samples[b], rule)
-            assert torch.equal(boxes, expected[0])
-            assert torch.equal(scores, expected[1])
-            assert 0 < len(boxes) <= 50
-            assert bx.inside(boxes, batch.samples[b].size).all()
-        again = propose_on(network, features, batch, rule)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(found, again, strict=True))
+    settings = ProposalSettings(post_nms=50)
+    for sample, (boxes, scores) in zip(batch.samples, proposed(network, batch, settings), strict=True):
+        with torch.inference_mode():
+            features = network.conv(make_batch([sample], CPU).images)
+            logits, deltas = network.rpn(features)
+            expected = make_proposals(logits[0], deltas[0], network.rpn.anchors_on(features[0]), sample, settings)
+        assert torch.equal(boxes, expected[0])
+        assert torch.equal(scores, expected[1])
+        assert 0 < len(boxes) <= 50
+        assert bx.inside(boxes, sample.size).all()
 
 
-RULE = DetectionSettings(score=0.01, proposals=40, per_image=30)
+SETTINGS = DetectionSettings(score=0.01, proposals=40, per_image=30)
 
 
 def detected(network: FasterRCNN, batch: Batch, proposals: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    with torch.inference_mode():
-        return detect_on(network, network.conv(batch.images), batch, proposals, RULE)
+    return detect_on(network, image_maps(network.conv, batch), batch, proposals, SETTINGS)
 
 
 def test_detections_leave_the_units_of_the_head_and_keep_their_image(tensors):
     network, batch = network_of(tensors), images((96, 64), (64, 96))
-    proposals = [boxes for boxes, _ in propose(network, batch, ProposalSettings(post_nms=20))]
+    proposals = [boxes for boxes, _ in proposed(network, batch, ProposalSettings(post_nms=20))]
     proposals[1] = proposals[1][:7]
     found = detected(network, batch, proposals)
     with torch.inference_mode():
-        features = network.conv(batch.images)
         for b, rois in enumerate(proposals):
-            pooled = roi_pool(features[b : b + 1], [rois], 6, 1 / 16)
+            pooled = roi_pool(network.conv(make_batch(batch.samples[b : b + 1], CPU).images), [rois], 6, 1 / 16)
             logits, normalised = network.head(network.fc(pooled.flatten(1)))
             plain = normalised * 0.2 + 0.01  # the statistics of the fixture
-            expected = postprocess_detections(logits, plain, rois, batch.samples[b].size, RULE)
+            expected = postprocess_detections(logits, plain, rois, batch.samples[b].size, SETTINGS)
             assert len(expected[0]) > 3
             for one, other in zip(found[b], expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
@@ -204,7 +217,7 @@ def test_new_statistics_leave_detections_as_they_are(tensors):
     network, other = network_of(tensors), network_of({name: tensor.clone() for name, tensor in tensors.items()})
     other.head.renormalise(torch.full((CLASSES + 1, 4), -0.3), torch.full((CLASSES + 1, 4), 0.05))
     assert not torch.allclose(network.head.bbox_pred.weight, other.head.bbox_pred.weight)
-    proposals = [propose(network, batch, ProposalSettings(post_nms=20))[0][0]]
+    proposals = [proposed(network, batch, ProposalSettings(post_nms=20))[0][0]]
     for one, two in zip(detected(network, batch, proposals)[0], detected(other, batch, proposals)[0], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
 
@@ -221,12 +234,12 @@ def test_images_without_proposals_have_no_detections(tensors):
 
 def test_the_smallest_image_goes_through(tensors):
     network, batch = network_of(tensors), images((16, 16))
-    proposals = [boxes for boxes, _ in propose(network, batch, ProposalSettings(min_side=4))]
+    proposals = [boxes for boxes, _ in proposed(network, batch, ProposalSettings(min_side=4))]
     assert len(detected(network, batch, proposals)) == 1
 
 
 def test_rois_are_pooled_by_the_op_that_the_network_says(tensors):
-    network, features = network_of(tensors), torch.randn(1, 128, 6, 8, generator=generator("features"))
+    network, features = network_of(tensors), [torch.randn(128, 6, 8, generator=generator("features"))]
     boxes = [torch.tensor([[0.0, 0, 80, 60], [20, 20, 21, 21]])]
     assert torch.equal(network.pool(features, boxes), roi_pool(features, boxes, 6, 1 / 16))
     network.samples_per_bin = 2
@@ -234,26 +247,13 @@ def test_rois_are_pooled_by_the_op_that_the_network_says(tensors):
     assert not torch.allclose(network.pool(features, boxes), roi_pool(features, boxes, 6, 1 / 16))
 
 
-def test_proposals_at_test_time_follow_the_detection_rule():
-    rule = own_proposals(DetectionSettings(pre_nms=11, rpn_nms=0.6, proposals=5, min_side=3.0))
-    assert rule == ProposalSettings(pre_nms=11, nms=0.6, post_nms=5, min_side=3.0)
+def test_proposals_at_test_time_follow_the_detection_settings():
+    settings = own_proposals(DetectionSettings(pre_nms=11, rpn_nms=0.6, proposals=5, min_side=3.0))
+    assert settings == ProposalSettings(pre_nms=11, nms=0.6, post_nms=5, min_side=3.0)
 
 
 def test_unfilled_networks_take_no_memory():
     network = FasterRCNN(NetworkConfig(name="vgg16"), 20)
     assert all(parameter.is_meta for parameter in network.parameters())
-    assert isinstance(network.fc, nn.Sequential)
+    assert isinstance(network.fc, FullyConnected)
     assert network.roi_size == 7
-
-
-def test_rounded_layers_compute_what_autocast_makes_of_them():
-    layers = NetworkOfParts()
-    layers.fc = fully_connected(64, 32)
-    initialise(layers.fc, generator("rounded"))
-    input = torch.randn(5, 64, generator=generator("input"))
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        expected = layers.eval().fc(input)
-        layers.round_fc()
-        assert layers.fc.fc6.weight.dtype == torch.bfloat16
-        assert torch.equal(layers.fc(input), expected)
-    assert expected.any()

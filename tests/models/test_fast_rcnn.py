@@ -1,17 +1,21 @@
 """Fast R-CNN: the units of its box deltas, its losses, and the detections it makes."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from loss_values import losses_of, means
 from torch import nn
 
 from altopt.batches.samples import Batch, Sample
 from altopt.batches.sampling import RoISampling, RoIThresholds
 from altopt.config import DetectionSettings
 from altopt.machine.randomness import generator
-from altopt.models.fast_rcnn import FastRCNNHead, FastRCNNTraining, postprocess_detections, roi_losses
+from altopt.models.dropout import FullyConnected
+from altopt.models.fast_rcnn import FastRCNNHead, FastRCNNTraining, fast_rcnn_losses, postprocess_detections
+from altopt.models.network_parts import initialise
 from altopt.ops import boxes as bx
 from altopt.ops.targets import RoISample
 
@@ -45,7 +49,9 @@ def plain_deltas(head: FastRCNNHead, hidden: torch.Tensor) -> torch.Tensor:
 
 def test_head_shapes_and_initial_weights():
     head = FastRCNNHead(200, 20)
-    head.initialise(generator(0))
+    random = generator(0)
+    for name, layer in head.named_modules(prefix="head"):
+        initialise(name, layer, random)
     logits, normalised = head(torch.zeros(5, 200))
     assert logits.shape == (5, 21)
     assert normalised.shape == (5, 21, 4)
@@ -116,7 +122,8 @@ def test_losses_against_the_loop():
     normalised = torch.randn(12, CLASSES + 1, 4, generator=random)
     deltas = torch.randn(12, 4, generator=random) * 0.3
     labels = torch.tensor([1, 3, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0])
-    losses = roi_losses(head, logits, normalised, RoISample(torch.zeros(12, 4), labels, deltas, 4))
+    chosen = RoISample(torch.zeros(12, 4), labels, deltas, 4)
+    losses = fast_rcnn_losses(head, logits, normalised, [chosen])
     classification = box = 0.0
     means, stds = head.bbox_means.double().numpy(), head.bbox_stds.double().numpy()
     for r, label in enumerate(labels.tolist()):
@@ -126,15 +133,36 @@ def test_losses_against_the_loop():
             target = (deltas[r].double().numpy() - means[label]) / stds[label]
             for d in np.abs(normalised[r, label].double().numpy() - target):
                 box += 0.5 * d * d if d < 1 else d - 0.5
-    assert losses["cls"].item() == pytest.approx(classification, rel=1e-5)
-    assert losses["box"].item() == pytest.approx(box, rel=1e-5)
+    assert [loss.count for loss in losses.values()] == [12, 12]  # background too divides the box loss
+    assert losses["cls"].total.item() == pytest.approx(classification, rel=1e-5)
+    assert losses["box"].total.item() == pytest.approx(box, rel=1e-5)
+    weighted = fast_rcnn_losses(head, logits, normalised, [chosen], (2.0, 3.0))
+    assert weighted["cls"].total.item() == pytest.approx(2 * classification, rel=1e-5)
+    assert weighted["box"].total.item() == pytest.approx(3 * box, rel=1e-5)
+
+
+def test_rois_of_several_images_are_their_neighbours():
+    """Foreground comes first in each image, not in the batch."""
+    head, random = head_of(), generator("several")
+    head.renormalise(*statistics("first"))
+    logits, normalised = torch.randn(9, CLASSES + 1, generator=random), torch.randn(9, CLASSES + 1, 4, generator=random)
+    images = [RoISample(torch.zeros(len(labels), 4), torch.tensor(labels, dtype=torch.int64),
+                        torch.randn(len(labels), 4, generator=random), sum(label > 0 for label in labels))
+              for labels in ([3, 0, 0], [], [1, 2, 0], [0, 0, 0])]
+    together = fast_rcnn_losses(head, logits, normalised, images)
+    places = torch.arange(9).split([len(each.labels) for each in images])
+    alone = [fast_rcnn_losses(head, logits[rows], normalised[rows], [each])
+             for rows, each in zip(places, images, strict=True)]
+    for name in ("cls", "box"):
+        assert together[name].count == sum(each[name].count for each in alone) == 9
+        torch.testing.assert_close(together[name].total, torch.stack([each[name].total for each in alone]).sum())
 
 
 def test_only_the_labelled_class_of_foreground_learns_boxes():
     head = head_of()
     normalised = torch.randn(4, CLASSES + 1, 4, generator=generator(6)).requires_grad_()
     chosen = RoISample(torch.zeros(4, 4), torch.tensor([2, 1, 0, 0]), torch.zeros(4, 4), 2)
-    roi_losses(head, torch.zeros(4, CLASSES + 1), normalised, chosen)["box"].backward()
+    fast_rcnn_losses(head, torch.zeros(4, CLASSES + 1), normalised, [chosen])["box"].total.backward()
     touched = normalised.grad.abs().sum(dim=2) > 0
     assert torch.nonzero(touched).tolist() == [[0, 2], [1, 1]]
 
@@ -146,7 +174,7 @@ def background(count: int) -> RoISample:
 def test_background_alone_has_a_zero_box_loss_with_a_gradient():
     head = head_of()
     logits, normalised = head(torch.randn(5, 6, generator=generator(7)))
-    losses = roi_losses(head, logits, normalised, background(5))
+    losses = means(fast_rcnn_losses(head, logits, normalised, [background(5)]))
     assert losses["box"].item() == 0
     sum(losses.values()).backward()
     assert head.bbox_pred.weight.grad.eq(0).all()
@@ -156,20 +184,22 @@ def test_background_alone_has_a_zero_box_loss_with_a_gradient():
 def test_no_rois_give_zero_not_nan():
     head = head_of()
     logits, normalised = head(torch.zeros(0, 6))
-    losses = roi_losses(head, logits, normalised, background(0))
+    losses = means(fast_rcnn_losses(head, logits, normalised, [background(0)]))
     assert [losses["cls"].item(), losses["box"].item()] == [0, 0]
     sum(losses.values()).backward()
     assert head.cls_score.weight.grad.eq(0).all()
 
 
 def training_of(head: FastRCNNHead | None = None, count: int = 16) -> FastRCNNTraining:
-    conv, fc = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16)), nn.Sequential(nn.Linear(4 * 2 * 2, 6), nn.ReLU())
+    conv, fc = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16)), FullyConnected(4 * 2 * 2, 6)
+    fc.drop6.p = fc.drop7.p = 0.0
     random = generator("layers")
     with torch.no_grad():
         for parameter in [*conv.parameters(), *fc.parameters()]:
             parameter.normal_(std=0.3, generator=random)
     rois = RoISampling(RoIThresholds(0.5, 0.5, 0.0), per_image=count, fg_fraction=0.25)
-    return FastRCNNTraining(conv, fc, head or head_of(), roi_size=2, rois=rois, box_weight=1.0, key=(3, "test"))
+    network = SimpleNamespace(conv=conv, fc=fc, head=head or head_of(), roi_size=2)
+    return FastRCNNTraining(network, rois=rois, cls_weight=1.0, box_weight=1.0, seed=(3, "test"))
 
 
 def sample_of(objects: torch.Tensor, proposals: torch.Tensor, id: str = "one") -> Sample:
@@ -185,7 +215,7 @@ def test_training_step_depends_on_iteration_and_image_alone():
     training = training_of()
     images = sample_of(random_boxes(2), random_boxes(60, 1)), sample_of(random_boxes(1, 2), random_boxes(60, 3))
     batch = batch_of(*images)
-    first, again, other = training(batch, 1), training(batch, 1), training(batch, 2)
+    first, again, other = (losses_of(training, batch, iteration) for iteration in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in ("cls", "box"))
     assert not torch.equal(first["cls"], other["cls"])
 
@@ -196,14 +226,14 @@ def test_losses_are_divided_by_the_rois_of_the_whole_batch():
     none = torch.zeros(0, 4)
     images = sample_of(none, random_boxes(3, 1), "few"), sample_of(none, random_boxes(9, 2), "many")
     batch = batch_of(*images)
-    alone = [training(Batch([each], batch.images[b : b + 1]), 0)["cls"].item() for b, each in enumerate(images)]
+    alone = [losses_of(training, Batch([each], batch.images[b : b + 1]))["cls"].item() for b, each in enumerate(images)]
     assert alone[0] != pytest.approx(alone[1], rel=1e-3)
-    assert training(batch, 0)["cls"].item() == pytest.approx((3 * alone[0] + 9 * alone[1]) / 12, rel=1e-5)
+    assert losses_of(training, batch)["cls"].item() == pytest.approx((3 * alone[0] + 9 * alone[1]) / 12, rel=1e-5)
 
 
 def test_every_part_gets_a_gradient():
     training = training_of()
-    losses = training(batch_of(sample_of(random_boxes(2), random_boxes(60, 1))), 0)
+    losses = losses_of(training, batch_of(sample_of(random_boxes(2), random_boxes(60, 1))))
     sum(losses.values()).backward()
     assert losses["box"].item() > 0
     for parameter in training.parameters():
@@ -214,7 +244,7 @@ def test_every_part_gets_a_gradient():
 @pytest.mark.parametrize(("objects", "proposals"), [(0, 30), (2, 0), (0, 0), (1, 1)])
 def test_images_without_objects_or_proposals(objects, proposals):
     training = training_of()
-    losses = training(batch_of(sample_of(random_boxes(objects), random_boxes(proposals, 1))), 0)
+    losses = losses_of(training, batch_of(sample_of(random_boxes(objects), random_boxes(proposals, 1))))
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(parameter.grad.isfinite().all() for parameter in training.parameters())

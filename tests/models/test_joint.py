@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loss_values import losses_of, means, prepared
 from torch import Tensor, nn
 
 from altopt.batches import sampling
@@ -13,17 +14,19 @@ from altopt.batches.sampling import RoISampling, RoIThresholds, sample_rois
 from altopt.config import NetworkConfig, ProposalSettings
 from altopt.machine.randomness import generator
 from altopt.models import joint
+from altopt.models.dropout import FullyConnected
 from altopt.models.fast_rcnn import FastRCNNHead, fast_rcnn_losses
 from altopt.models.joint import CoordinatePath, JointTraining
-from altopt.models.rpn import AnchorSampling, RPNHead, make_proposals, rpn_losses, sample_anchors
+from altopt.models.losses import rpn_losses
+from altopt.models.rpn import AnchorSampling, RPNHead, make_proposals, sample_anchors
 from altopt.ops.roi_pool import roi_pool
 from altopt.ops.roi_sample import roi_sample
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(2.0, 4.0), anchor_ratios=(0.5, 1.0, 2.0), rpn_channels=8)
 CLASSES = 3
 SIZE = (128, 96)
-KEY = (3, "test")
-ANCHORS = AnchorSampling(0.7, 0.3, anchors_per_image=32, positive_fraction=0.5, sigma=3.0, box_weight=1.0)
+SEED = (3, "test")
+ANCHORS = AnchorSampling(0.7, 0.3, per_image=32, positive_fraction=0.5)
 PROPOSALS = ProposalSettings(pre_nms=120, nms=0.7, post_nms=60, min_side=8)
 ROIS = RoISampling(RoIThresholds(0.5, 0.5, 0.0), per_image=24, fg_fraction=0.25)
 EQUAL = {"rpn_cls": 1.0, "rpn_box": 1.0, "cls": 1.0, "box": 1.0}
@@ -35,8 +38,9 @@ def network_of(samples_per_bin: int) -> SimpleNamespace:
     """The four parts in double precision, with weights that move anchors by a fifth of their size."""
     network = SimpleNamespace(
         conv=nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Tanh()), rpn=RPNHead(4, NETWORK),
-        fc=nn.Sequential(nn.Linear(4 * 3 * 3, 6), nn.Tanh()), head=FastRCNNHead(6, CLASSES),
+        fc=FullyConnected(4 * 3 * 3, 6), head=FastRCNNHead(6, CLASSES),
         roi_size=3, samples_per_bin=samples_per_bin)
+    network.fc.drop6.p = network.fc.drop7.p = 0.0
     random = generator("weights")
     with torch.no_grad():
         for part in (network.conv, network.rpn, network.fc, network.head):
@@ -48,8 +52,8 @@ def network_of(samples_per_bin: int) -> SimpleNamespace:
 
 
 def training_of(samples_per_bin: int = 0, path: CoordinatePath | None = None, **settings) -> JointTraining:
-    return JointTraining(network_of(samples_per_bin), key=KEY, path=path, **{
-        "anchors": ANCHORS, "proposals": PROPOSALS, "rois": ROIS, "weights": EQUAL, **settings})
+    return JointTraining(network_of(samples_per_bin), seed=SEED, path=path, **{
+        "anchors": ANCHORS, "sigma": 3.0, "proposals": PROPOSALS, "rois": ROIS, "weights": EQUAL, **settings})
 
 
 def exact_of(warmup: int = 0, clip: float = 0.0, **settings) -> JointTraining:
@@ -72,25 +76,29 @@ BATCH = batch_of(sample_of(), sample_of(OBJECTS[:1] + 7, "two"))
 
 def by_hand(training: JointTraining, batch: Batch, iteration: int, samples_per_bin: int) -> dict[str, Tensor]:
     """Return the four losses with constant proposals, one line after the other as the paper tells it."""
-    features = training.conv(batch.images)
+    features = training.trunk.conv(batch.images)
     logits, deltas = training.rpn(features)
-    anchors = training.rpn.anchors_for(features)
-    rois, of_rpn = [], []
+    anchors = training.rpn.anchors_on(features[0])
+    rois, drawn = [], []
     for b, sample in enumerate(batch.samples):
         boxes, _ = make_proposals(logits[b].detach(), deltas[b].detach(), anchors, sample, PROPOSALS)
-        chosen = sample_rois(boxes, sample.gt_boxes, sample.gt_labels, count=24, fg_fraction=0.25, rule=ROIS.rule,
-                             generator=generator(*KEY, "rois", iteration, sample.id, sample.flipped))
+        chosen = sample_rois(boxes, sample.gt_boxes, sample.gt_labels, count=24, fg_fraction=0.25,
+                             thresholds=ROIS.thresholds,
+                             random=generator(*SEED, "rois", iteration, sample.id, sample.flipped))
         rois.append(chosen)
-        drawn = sample_anchors(sample, anchors, ANCHORS, *KEY, "anchors", iteration)
-        of_rpn.append(rpn_losses(logits[b], deltas[b], drawn, ANCHORS))
+        drawn.append(sample_anchors(sample, anchors, ANCHORS, *SEED, "anchors", iteration))
     boxes = [chosen.rois for chosen in rois]
     if samples_per_bin:
         pooled = roi_sample(features, boxes, 3, 1 / 16, samples_per_bin)
     else:
         pooled = roi_pool(features, boxes, 3, 1 / 16)
-    of_detector = list(fast_rcnn_losses(training.head, training.fc(pooled.flatten(1)), rois))
-    return {name: sum(each[name] for each in losses) / count
-            for losses, count in ((of_rpn, len(rois)), (of_detector, sum(map(len, boxes)))) for name in losses[0]}
+    of_detector = fast_rcnn_losses(training.head, *training.head(training.fc(pooled.flatten(1))), rois)
+    return means(rpn_losses(list(zip(logits, deltas, strict=True)), drawn, sigma=3.0) | of_detector)
+
+
+def with_share(training: JointTraining, batch: Batch, iteration: int, share: float) -> dict[str, Tensor]:
+    """Return the losses with this share of the gradient through the coordinates, whatever the iteration says."""
+    return means(training.losses(prepared(training, batch, iteration), share))
 
 
 def gradients(training: JointTraining, losses: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
@@ -110,7 +118,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("iteration", [0, 7])
 def test_approximate_is_the_composition_with_constant_proposals(iteration):
     training = training_of()
-    losses, expected = training(BATCH, iteration), by_hand(training, BATCH, iteration, 0)
+    losses, expected = losses_of(training, BATCH, iteration), by_hand(training, BATCH, iteration, 0)
     assert list(losses) == ["rpn_cls", "rpn_box", "cls", "box"]
     assert all(loss > 0 for loss in losses.values())
     assert_same(losses, expected)
@@ -119,7 +127,7 @@ def test_approximate_is_the_composition_with_constant_proposals(iteration):
 
 @pytest.mark.parametrize("training", [exact_of(warmup=8), exact_of()], ids=["warming up", "share 0"])
 def test_exact_without_the_coordinate_path_is_the_composition_with_constant_proposals(training):
-    losses = training(BATCH, 7) if training.path.warmup else training.losses(BATCH, 7, share=0.0)
+    losses = losses_of(training, BATCH, 7) if training.path.warmup else with_share(training, BATCH, 7, 0.0)
     expected = by_hand(training, BATCH, 7, 2)
     assert_same(losses, expected)
     assert_same(gradients(training, losses), gradients(training, expected))
@@ -127,18 +135,18 @@ def test_exact_without_the_coordinate_path_is_the_composition_with_constant_prop
 
 def test_the_coordinate_path_changes_gradients_and_no_loss():
     training = exact_of()
-    off, on = training.losses(BATCH, 0, share=0.0), training(BATCH, 0)
+    off, on = with_share(training, BATCH, 0, 0.0), losses_of(training, BATCH)
     assert_same(on, off)
     without, with_path = gradients(training, off), gradients(training, on)
     for name in without:
         changed = not torch.allclose(without[name], with_path[name], rtol=1e-6)
-        assert changed == name.startswith(("conv.", "rpn.conv", "rpn.bbox_pred")), name
+        assert changed == name.startswith(("trunk.conv.", "rpn.conv", "rpn.bbox_pred")), name
 
 
 def test_detector_losses_reach_the_rpn_through_coordinates_alone():
     approximate, exact = training_of(), exact_of()
-    none = gradients(approximate, approximate(BATCH, 0), "cls", "box")
-    some = gradients(exact, exact(BATCH, 0), "cls", "box")
+    none = gradients(approximate, losses_of(approximate, BATCH), "cls", "box")
+    some = gradients(exact, losses_of(exact, BATCH), "cls", "box")
     for name in none:
         if name.startswith("rpn."):
             assert not none[name].any()
@@ -171,12 +179,12 @@ def test_exact_gradient_of_the_box_bias_is_the_numerical_one(monkeypatch, name, 
     training, chosen, step = exact_of(), indices(monkeypatch), 1e-6
     bias = training.rpn.bbox_pred.bias
     move = torch.randn(len(bias), generator=generator("direction", direction), dtype=torch.float64)
-    analytical = (gradients(training, training(BATCH, 3), name)["rpn.bbox_pred.bias"] * move).sum().item()
+    analytical = (gradients(training, losses_of(training, BATCH, 3), name)["rpn.bbox_pred.bias"] * move).sum().item()
     values, before = [], bias.detach().clone()
     for sign in (1, -1):
         with torch.no_grad():
             bias.copy_(before + sign * step * move)
-            values.append(training(BATCH, 3)[name].item())
+            values.append(losses_of(training, BATCH, 3)[name].item())
     assert len(chosen) == 12
     for first, again, last in zip(chosen[:4], chosen[4:8], chosen[8:], strict=True):
         assert torch.equal(first, again)
@@ -195,10 +203,10 @@ def test_the_share_rises_in_a_straight_line_after_the_warmup(warmup, shares):
 
 def test_a_share_scales_what_comes_through_the_coordinates():
     training = exact_of(warmup=4)
-    whole, half = (gradients(training, training(BATCH, iteration), "cls", "box")["rpn.bbox_pred.weight"]
+    whole, half = (gradients(training, losses_of(training, BATCH, iteration), "cls", "box")["rpn.bbox_pred.weight"]
                    for iteration in (5, 5))
     assert torch.equal(whole, half)
-    full = gradients(training, training.losses(BATCH, 5, share=1.0), "cls", "box")["rpn.bbox_pred.weight"]
+    full = gradients(training, with_share(training, BATCH, 5, 1.0), "cls", "box")["rpn.bbox_pred.weight"]
     torch.testing.assert_close(half, full / 2)
 
 
@@ -215,30 +223,32 @@ def test_a_gradient_above_the_limit_is_cut_to_it_and_others_are_not():
 def test_the_limit_holds_for_each_image():
     training = exact_of()
     one = Batch([BATCH.samples[0]], BATCH.images[:1])
-    free = gradients(training, training(one, 0), "cls", "box")["rpn.bbox_pred.bias"]
+    free = gradients(training, losses_of(training, one), "cls", "box")["rpn.bbox_pred.bias"]
     training.path = CoordinatePath(0, 1e-6)
-    cut = gradients(training, training(one, 0), "cls", "box")["rpn.bbox_pred.bias"]
+    cut = gradients(training, losses_of(training, one), "cls", "box")["rpn.bbox_pred.bias"]
     torch.testing.assert_close(cut / cut.norm(), free / free.norm())
     assert cut.norm() < free.norm() / 10
 
 
-def test_the_convolutional_layers_run_once_for_each_image():
+def test_the_convolutional_layers_run_once_for_all_losses():
     training, calls = exact_of(), []
-    training.conv[0].register_forward_hook(lambda layer, images, features: calls.append(len(features)))
-    training(BATCH, 0)
-    assert calls == [1, 1]
+    training.trunk.conv[0].register_forward_hook(lambda layer, images, features: calls.append(len(features)))
+    losses_of(training, BATCH)
+    assert calls == [2]
+    losses_of(training, batch_of(sample_of(), sample_of(id="narrow", width=96)))
+    assert calls == [2, 1, 1]
 
 
 def test_each_loss_has_its_weight():
     weights = {"rpn_cls": 2.0, "rpn_box": 3.0, "cls": 0.0, "box": 5.0}
-    losses, weighted = training_of()(BATCH, 0), training_of(weights=weights)(BATCH, 0)
+    losses, weighted = losses_of(training_of(), BATCH), losses_of(training_of(weights=weights), BATCH)
     assert_same(weighted, {name: weights[name] * loss for name, loss in losses.items()})
 
 
 def test_the_sample_depends_on_iteration_and_image_alone():
     training = training_of()
-    first, again, other = training(BATCH, 1), training(BATCH, 1), training(BATCH, 2)
-    renamed = training(Batch([sample_of(id="other"), BATCH.samples[1]], BATCH.images), 1)
+    first, again, other = losses_of(training, BATCH, 1), losses_of(training, BATCH, 1), losses_of(training, BATCH, 2)
+    renamed = losses_of(training, Batch([sample_of(id="other"), BATCH.samples[1]], BATCH.images), 1)
     assert_same(first, again)
     for name in ("rpn_cls", "cls"):
         assert not torch.equal(first[name], other[name])
@@ -247,10 +257,10 @@ def test_the_sample_depends_on_iteration_and_image_alone():
 
 def test_proposals_follow_the_rpn_of_the_moment():
     training = training_of(weights=EQUAL | {"rpn_cls": 0.0, "rpn_box": 0.0})
-    before = training(BATCH, 0)
+    before = losses_of(training, BATCH)
     with torch.no_grad():
         training.rpn.bbox_pred.bias += 0.3
-    after = training(BATCH, 0)
+    after = losses_of(training, BATCH)
     assert not torch.equal(before["cls"], after["cls"])
 
 
@@ -261,7 +271,7 @@ def test_proposals_follow_the_rpn_of_the_moment():
 ], ids=["no objects", "objects in one only", "neither objects nor proposals", "no proposals", "one pixel"])
 def test_images_without_objects_or_proposals(make, samples):
     training = make(proposals=replace(PROPOSALS, min_side=18))
-    losses = training(batch_of(*samples), 0)
+    losses = losses_of(training, batch_of(*samples))
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in training.parameters())
@@ -269,9 +279,9 @@ def test_images_without_objects_or_proposals(make, samples):
 
 @pytest.mark.parametrize("make", [training_of, exact_of], ids=["approximate", "exact"])
 def test_bfloat16_gives_losses_and_gradients_in_single_precision(make):
-    training, expected = make().float(), make()(BATCH, 0)
+    training, expected = make().float(), losses_of(make(), BATCH)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = training(Batch(BATCH.samples, BATCH.images.float()), 0)
+        losses = losses_of(training, Batch(BATCH.samples, BATCH.images.float()))
     sum(losses.values()).backward()
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     for name in ("rpn_cls", "rpn_box"):
@@ -282,9 +292,9 @@ def test_bfloat16_gives_losses_and_gradients_in_single_precision(make):
 def test_single_precision_agrees_with_double():
     """In float32 as stages train; the tests above are in float64, which heads and targets must not leave."""
     exact = exact_of()
-    double = exact(BATCH, 0)
+    double = losses_of(exact, BATCH)
     assert {loss.dtype for loss in double.values()} == {torch.float64}
-    single = exact.float()(Batch(BATCH.samples, BATCH.images.float()), 0)
+    single = losses_of(exact.float(), Batch(BATCH.samples, BATCH.images.float()))
     assert {loss.dtype for loss in single.values()} == {torch.float32}
     for name in double:
         assert single[name].item() == pytest.approx(double[name].item(), rel=1e-4)

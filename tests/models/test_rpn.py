@@ -5,18 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_values import losses_of
 from torch import nn
 
 from altopt.batches.samples import Batch, Sample
 from altopt.batches.sampling import label_anchors, subsample_labels
 from altopt.config import NetworkConfig, ProposalSettings
 from altopt.machine.randomness import generator
-from altopt.models.rpn import AnchorSampling, RPNHead, RPNTraining, make_proposals, smooth_l1
+from altopt.models.network_parts import initialise
+from altopt.models.rpn import AnchorSampling, RPNHead, RPNTraining, make_proposals
 from altopt.ops import boxes as bx
 from altopt.ops.anchors import reference_anchors
 
 NETWORK = NetworkConfig(name="small", anchor_scales=(2.0, 4.0), anchor_ratios=(0.5, 1.0, 2.0), rpn_channels=8)
-ALL = AnchorSampling(0.7, 0.3, anchors_per_image=10_000, positive_fraction=1.0, sigma=3.0, box_weight=1.0)
+ALL = AnchorSampling(0.7, 0.3, per_image=10_000, positive_fraction=1.0)
 OBJECTS = torch.tensor([[20.0, 20, 60, 60], [70, 10, 100, 74]])
 
 
@@ -34,13 +36,13 @@ def head_of(channels: int = 4, network: NetworkConfig = NETWORK, std: float = 0.
     return head
 
 
-def training_of(rule: AnchorSampling = ALL) -> RPNTraining:
+def training_of(anchors: AnchorSampling = ALL, box_weight: float = 1.0) -> RPNTraining:
     conv = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.ReLU())
     random = generator("conv")
     with torch.no_grad():
         for parameter in conv.parameters():
             parameter.normal_(std=0.1, generator=random)
-    return RPNTraining(conv, head_of(), rule, (3, "test"))
+    return RPNTraining(conv, head_of(), anchors=anchors, sigma=3.0, box_weight=box_weight, seed=(3, "test"))
 
 
 def batch_of(*samples: Sample) -> Batch:
@@ -64,7 +66,7 @@ def test_outputs_lie_in_the_anchors_order():
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")
     features = torch.stack([rows, columns])[None].repeat(2, 1, 1, 1)
     logits, deltas = head(features)
-    anchors = head.anchors_for(features)
+    anchors = head.anchors_on(features[0])
     assert logits.shape == (2, 4 * 5 * 9, 2)
     assert deltas.shape == (2, 4 * 5 * 9, 4)
     assert anchors.shape == (4 * 5 * 9, 4)
@@ -91,19 +93,14 @@ def test_channels_are_the_papers():
 
 def test_initial_weights_are_gaussian_and_repeatable():
     head, again = RPNHead(64, NetworkConfig(rpn_channels=64)), RPNHead(64, NetworkConfig(rpn_channels=64))
-    head.initialise(generator(1))
-    again.initialise(generator(1))
+    for each in (head, again):
+        random = generator(1)
+        for name, layer in each.named_children():
+            initialise(f"rpn.{name}", layer, random)
     for layer in (head.conv, head.cls_score, head.bbox_pred):
         assert layer.weight.std().item() == pytest.approx(0.01, rel=0.1)
         assert layer.bias.eq(0).all()
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
-
-
-def test_smooth_l1_is_quadratic_below_a_ninth():
-    for x, expected in ((0.05, 4.5 * 0.05**2), (1 / 9, 1 / 18), (0.2, 0.2 - 1 / 18), (-3, 3 - 1 / 18), (0, 0)):
-        loss = smooth_l1(torch.tensor([x], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), 3.0)
-        assert loss.item() == pytest.approx(expected)
-    assert smooth_l1(torch.full((5, 4), 2.0), torch.zeros(5, 4), 1.0).item() == pytest.approx(20 * 1.5)  # a sum
 
 
 def slow_losses(logits: np.ndarray, deltas: np.ndarray, anchors: np.ndarray, objects: np.ndarray,
@@ -133,10 +130,10 @@ def test_losses_of_two_images_against_the_loop():
     training = training_of()
     other = torch.tensor([[5.0, 5, 40, 50], [50, 25, 90, 60]])
     batch = batch_of(sample_of(OBJECTS), sample_of(other, "two"))
-    losses = training(batch, 0)
-    features = training.conv(batch.images)
+    losses = losses_of(training, batch)
+    features = training.trunk.conv(batch.images)
     logits, deltas = (each.detach().double().numpy() for each in training.rpn(features))
-    anchors = training.rpn.anchors_for(features)
+    anchors = training.rpn.anchors_on(features[0])
     expected = []
     for b, sample in enumerate(batch.samples):
         labels = label_anchors(anchors, sample.gt_boxes, (128, 96), 0.7, 0.3)[0].numpy()
@@ -148,36 +145,35 @@ def test_losses_of_two_images_against_the_loop():
     assert losses["rpn_box"].item() == pytest.approx(np.mean([one[1] for one in expected]), rel=1e-4)
 
 
-def rule_of(count: int, box_weight: float = 1.0) -> AnchorSampling:
-    return AnchorSampling(0.7, 0.3, count, 0.5, 3.0, box_weight)
+SIXTEEN = AnchorSampling(0.7, 0.3, 16, 0.5)
 
 
 def test_losses_are_divided_by_what_is_sampled():
-    training = training_of(rule_of(16))
+    training = training_of(SIXTEEN)
     batch = batch_of(sample_of(OBJECTS))
-    losses = training(batch, 5)
-    features = training.conv(batch.images)
+    losses = losses_of(training, batch, 5)
+    features = training.trunk.conv(batch.images)
     logits, deltas = (each.detach().double().numpy()[0] for each in training.rpn(features))
-    anchors = training.rpn.anchors_for(features)
+    anchors = training.rpn.anchors_on(features[0])
     labels = subsample_labels(label_anchors(anchors, OBJECTS, (128, 96), 0.7, 0.3)[0], 16, 0.5,
                             generator(3, "test", 5, "one", False))
     assert (labels >= 0).sum() == 16
     expected = slow_losses(logits, deltas, anchors.double().numpy(), OBJECTS.double().numpy(), labels.numpy())
     assert losses["rpn_cls"].item() == pytest.approx(expected[0], rel=1e-4)
     assert losses["rpn_box"].item() == pytest.approx(expected[1], rel=1e-4)
-    weighted = training_of(rule_of(16, box_weight=10))(batch, 5)
+    weighted = losses_of(training_of(SIXTEEN, box_weight=10), batch, 5)
     assert weighted["rpn_box"].item() == pytest.approx(10 * losses["rpn_box"].item())
     assert weighted["rpn_cls"].item() == losses["rpn_cls"].item()
 
 
 def test_the_sample_depends_on_iteration_and_image_alone():
-    training = training_of(rule_of(16))
+    training = training_of(SIXTEEN)
     batch = batch_of(sample_of(OBJECTS))
-    first = training(batch, 1)["rpn_cls"]
-    assert torch.equal(first, training(batch, 1)["rpn_cls"])
-    assert not torch.equal(first, training(batch, 2)["rpn_cls"])
+    first = losses_of(training, batch, 1)["rpn_cls"]
+    assert torch.equal(first, losses_of(training, batch, 1)["rpn_cls"])
+    assert not torch.equal(first, losses_of(training, batch, 2)["rpn_cls"])
     renamed = Batch([sample_of(OBJECTS, "other")], batch.images)
-    assert not torch.equal(first, training(renamed, 1)["rpn_cls"])
+    assert not torch.equal(first, losses_of(training, renamed, 1)["rpn_cls"])
 
 
 def gradients(training: RPNTraining) -> dict[str, torch.Tensor]:
@@ -186,19 +182,19 @@ def gradients(training: RPNTraining) -> dict[str, torch.Tensor]:
 
 def test_a_image_without_objects_teaches_background_only():
     training = training_of()
-    losses = training(batch_of(sample_of(torch.zeros(0, 4))), 0)
+    losses = losses_of(training, batch_of(sample_of(torch.zeros(0, 4))))
     (losses["rpn_cls"] + losses["rpn_box"]).backward()
     assert losses["rpn_cls"].item() > 0
     assert losses["rpn_box"].item() == 0
     found = gradients(training)
     assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
-    assert found["conv.0.weight"].any()
+    assert found["trunk.conv.0.weight"].any()
     assert not found["rpn.bbox_pred.weight"].any()
 
 
 def test_images_with_and_without_objects_make_one_batch():
     training = training_of()
-    losses = training(batch_of(sample_of(OBJECTS), sample_of(torch.zeros(0, 4), "two")), 0)
+    losses = losses_of(training, batch_of(sample_of(OBJECTS), sample_of(torch.zeros(0, 4), "two")))
     sum(losses.values()).backward()
     assert losses["rpn_box"].item() > 0
     assert all(gradient.isfinite().all() for gradient in gradients(training).values())
@@ -206,7 +202,7 @@ def test_images_with_and_without_objects_make_one_batch():
 
 def test_a_image_smaller_than_every_anchor_gives_zero_not_nan():
     training = training_of()
-    losses = training(batch_of(sample_of(torch.tensor([[2.0, 2, 9, 9]]), width=16, height=16)), 0)
+    losses = losses_of(training, batch_of(sample_of(torch.tensor([[2.0, 2, 9, 9]]), width=16, height=16)))
     sum(losses.values()).backward()
     assert [losses["rpn_cls"].item(), losses["rpn_box"].item()] == [0, 0]
     assert all(gradient.eq(0).all() for gradient in gradients(training).values())
@@ -214,7 +210,7 @@ def test_a_image_smaller_than_every_anchor_gives_zero_not_nan():
 
 def test_one_pixel_objects_give_finite_losses():
     training = training_of()
-    losses = training(batch_of(sample_of(torch.tensor([[50.0, 50, 51, 51]]))), 0)
+    losses = losses_of(training, batch_of(sample_of(torch.tensor([[50.0, 50, 51, 51]]))))
     assert losses["rpn_box"].item() > 0
     assert all(loss.isfinite() for loss in losses.values())
 
@@ -225,10 +221,10 @@ def test_a_image_does_not_see_those_that_share_its_batch():
     narrow, wide = sample_of(torch.zeros(0, 4), "narrow", width=64), sample_of(OBJECTS)
     batch = batch_of(narrow, wide)
     alone = [Batch([narrow], batch.images[:1, :, :, :64]), Batch([wide], batch.images[1:])]
-    losses = [training(each, 0)["rpn_cls"] for each in alone]
-    torch.testing.assert_close(training(batch, 0)["rpn_cls"], sum(losses) / 2)
-    features = training.conv(alone[0].images)
-    anchors = training.rpn.anchors_for(features)
+    losses = [losses_of(training, each)["rpn_cls"] for each in alone]
+    torch.testing.assert_close(losses_of(training, batch)["rpn_cls"], sum(losses) / 2)
+    features = training.trunk.conv(alone[0].images)
+    anchors = training.rpn.anchors_on(features[0])
     inside = (anchors[:, 2] <= 64) & (anchors[:, 0] >= 0) & (anchors[:, 1] >= 0) & (anchors[:, 3] <= 96)
     assert 0 < inside.sum() < len(anchors)
     logits = training.rpn(features)[0][0]
@@ -260,7 +256,7 @@ def slow_proposals(scores: list[float], boxes: list[list[float]], size: tuple[in
 @pytest.mark.parametrize("scale", [1.0, 1.6])
 def test_proposals_against_the_loop(rule, scale):
     random = generator("proposals")
-    anchors = RPNHead(4, NETWORK).anchors_for(torch.zeros(1, 4, 6, 8))
+    anchors = RPNHead(4, NETWORK).anchors_on(torch.zeros(4, 6, 8))
     logits = torch.randn(len(anchors), 2, generator=random)
     deltas = torch.randn(len(anchors), 4, generator=random) * 0.3
     sample = sample_of(OBJECTS, scale=scale)

@@ -5,7 +5,8 @@ from altopt.batches.samples import Sample
 from altopt.config import DetectionSettings, NetworkConfig, ProposalSettings
 from altopt.machine.randomness import generator
 from altopt.models import backbones
-from altopt.models.detector import FasterRCNN, initialise
+from altopt.models.detector import FasterRCNN
+from altopt.models.network_parts import initialise
 from altopt.models.torchvision_detector import torchvision_detector, torchvision_input
 from altopt.training.loop import freeze
 
@@ -15,7 +16,9 @@ CONFIG = NetworkConfig(name="small", short_side=64, max_side=96, anchor_scales=(
 @pytest.fixture
 def network():
     conv = backbones.build("small").conv
-    initialise(conv, generator("conv"))
+    random = generator("conv")
+    for name, layer in conv.named_modules():
+        initialise(name, layer, random)
     network = FasterRCNN(CONFIG, 5)
     network.fill({f"conv.{name}": tensor for name, tensor in conv.state_dict().items()}, generator("rest"))
     freeze(network, ["conv.conv1"])

@@ -6,27 +6,18 @@ import pytest
 import torch
 import torchvision
 
-import altopt.ops.roi_pool
 from altopt.machine.determinism import fixed_order
-from altopt.ops.roi_pool import _kernel_for, pool_in_order, roi_pool
+from altopt.ops.roi_pool import pool_in_order, roi_pool
 
 STRIDE = 16
 
 
-WAYS = {"one thread": (1, False), "three threads": (3, False), "fixed order": (1, True)}
-
-
-@pytest.fixture(params=WAYS.values(), ids=WAYS, autouse=True)
-def each_way(request, monkeypatch):
-    """Every test holds for torchvision's kernel, also divided among threads, and for the way of fixed order on CUDA."""
-    threads, in_order = request.param
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    monkeypatch.setattr(altopt.ops.roi_pool, "LEAST_MAPS", 1)
-    if in_order:
-        monkeypatch.setattr(altopt.ops.roi_pool, "pool_in_threads", pool_in_order)
-    yield in_order
-    torch.set_num_threads(before)
+@pytest.fixture(params=[False, True], ids=["kernel", "fixed order"], autouse=True)
+def in_order(request, monkeypatch):
+    """Every test holds for torchvision's kernel and for the way of fixed order, which only CUDA takes by itself."""
+    if request.param:
+        monkeypatch.setattr(torchvision.ops, "roi_pool", pool_in_order)
+    return request.param
 
 
 def rounded(value: float) -> int:
@@ -81,7 +72,7 @@ def random_boxes(count: int, seed: int) -> torch.Tensor:
 
 
 def pooled(features: torch.Tensor, boxes: list[torch.Tensor], size: int) -> torch.Tensor:
-    """Pool with a gradient and without one, which are different kernels on the CPU, and return that with one."""
+    """Pool with a gradient and without one, and return that with one."""
     learned = features if features.requires_grad else features.clone().requires_grad_()
     result = roi_pool(learned, boxes, size, 1 / STRIDE)
     assert torch.equal(result, roi_pool(features.detach(), boxes, size, 1 / STRIDE))
@@ -209,23 +200,19 @@ def test_pooling_without_gradient_leaves_no_graph():
     assert roi_pool(features, boxes, 2, 1 / STRIDE).requires_grad
 
 
-def test_threads_change_no_bit():
-    """Of many channels, against torchvision's own call."""
-    random = torch.Generator().manual_seed(5)
-    features, boxes = torch.randn(2, 37, 7, 9, generator=random), [random_boxes(30, 11), random_boxes(20, 12)]
-    weights = torch.randn(50, 37, 6, 6, generator=random)
-    index = torch.arange(2.0).repeat_interleave(torch.tensor([30, 20]))[:, None]
-    inclusive = torch.cat([index, torch.cat(boxes) - torch.tensor([0, 0, 1, 1])], dim=1)
-    own = features.clone().requires_grad_()
-    expected = torchvision.ops.roi_pool(own, inclusive, 6, 1 / STRIDE)
-    (expected * weights).sum().backward()
-    torch.set_num_threads(4)
-    assert torch.equal(pooled(features, boxes, 6), expected)
-    assert torch.equal(gradient_of(features, boxes, 6, weights), own.grad)
+def test_maps_of_any_size_are_pooled_one_by_one():
+    sizes, boxes = [(7, 9), (9, 7), (7, 9)], [random_boxes(9, 11), random_boxes(7, 12), torch.zeros(0, 4)]
+    maps = [distinct(3, *size, seed=k).requires_grad_() for k, size in enumerate(sizes)]
+    result = roi_pool(maps, boxes, 6, 1 / STRIDE)
+    assert torch.equal(result, torch.cat([roi_pool(each[None], [rois], 6, 1 / STRIDE)
+                                          for each, rois in zip(maps, boxes, strict=True)]))
+    result.sum().backward()
+    for each, rois in zip(maps, boxes, strict=True):
+        assert torch.equal(each.grad, slow(each.detach()[None], [rois], 6, torch.ones(len(rois), 3, 6, 6))[1][0])
 
 
-@pytest.mark.parametrize("each_way", [(3, False)], indirect=True)
-@pytest.mark.usefixtures("each_way")
+@pytest.mark.parametrize("in_order", [False], indirect=True)
+@pytest.mark.usefixtures("in_order")
 def test_torchs_switch_for_deterministic_algorithms_changes_no_bit_on_the_cpu():
     random = torch.Generator().manual_seed(5)
     features, boxes = torch.randn(2, 37, 7, 9, generator=random), [random_boxes(30, 11), random_boxes(20, 12)]
@@ -249,25 +236,13 @@ def test_both_backward_passes_give_the_same_bits_on_the_cpu(size, monkeypatch):
     weights = torch.randn(160, 3, size, size, generator=random)
     default = gradient_of(features, boxes, size, weights)
     with monkeypatch.context() as patched:
-        patched.setattr(altopt.ops.roi_pool, "pool_in_threads", pool_in_order)
+        patched.setattr(torchvision.ops, "roi_pool", pool_in_order)
         in_order = gradient_of(features, boxes, size, weights)
     assert torch.equal(default, in_order)
     backwards = gradient_of(features, [each.flip(0) for each in boxes], size,
                             torch.cat([weights[:90].flip(0), weights[90:].flip(0)]))
     assert not torch.equal(backwards, in_order)  # so the order matters here
     torch.testing.assert_close(backwards, in_order, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("device", "learned", "exact", "name"), [
-    ("cpu", True, False, "pool_in_threads"), ("cpu", True, True, "pool_in_threads"),
-    ("cpu", False, False, "pool_by_tables"), ("cpu", False, True, "pool_by_tables"),
-    ("cuda", True, False, "roi_pool"), ("cuda", True, True, "pool_in_order"), ("cuda", False, False, "roi_pool"),
-])
-@pytest.mark.parametrize("each_way", [(1, False)], indirect=True)
-@pytest.mark.usefixtures("each_way")
-def test_device_and_switch_choose_the_kernel(device, learned, exact, name):
-    with fixed_order(exact):
-        assert _kernel_for(torch.device(device), learned).__name__ == name
 
 
 def test_what_is_not_finite_reaches_its_own_cell_only():
@@ -278,17 +253,13 @@ def test_what_is_not_finite_reaches_its_own_cell_only():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-@pytest.mark.parametrize("each_way", [(1, True)], indirect=True)  # the kernel promises no order
-@pytest.mark.usefixtures("each_way")
+@pytest.mark.parametrize("in_order", [False], indirect=True)  # on CUDA the switch chooses
+@pytest.mark.usefixtures("in_order")
 def test_on_cuda_the_fixed_order_repeats_itself():
-    with fixed_order():
-        _repeats_itself()
-
-
-def _repeats_itself():
     random = torch.Generator().manual_seed(7)
     features, boxes = torch.randn(1, 64, 38, 50, generator=random).cuda(), [random_boxes(128, 11).cuda() * 4]
     weights = torch.randn(128, 64, 7, 7, generator=random).cuda()
-    first = gradient_of(features, boxes, 7, weights)
-    assert all(torch.equal(gradient_of(features, boxes, 7, weights), first) for _ in range(5))
+    with fixed_order():
+        first = gradient_of(features, boxes, 7, weights)
+        assert all(torch.equal(gradient_of(features, boxes, 7, weights), first) for _ in range(5))
     torch.testing.assert_close(first.cpu(), gradient_of(features.cpu(), [boxes[0].cpu()], 7, weights.cpu()))

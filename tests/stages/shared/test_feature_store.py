@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_runs import TINY, Reports, hashes, link_or_copy, make_all, open_tiny, work_until_killed, write_recipe
 
 from altopt.batches.samples import make_batch, read_sample
-from altopt.models.frozen import image_map
+from altopt.models.trunk import image_maps
 from cache.features import FeatureMapFile
 from cache.files import sha256_file
 from cache.preallocated import growing_path
@@ -152,7 +152,7 @@ def test_maps_are_those_of_m2s_conv_layers_image_by_image(folder):
         assert len(file.keys) == MAPS
         for key in file.keys:
             sample = read_sample(inference.dataset, key.image_id, config.network, flipped=key.mirrored)
-            expected = image_map(inference.networks[0].conv, make_batch([sample], torch.device("cpu")).images[0])
+            expected = image_maps(inference.networks[0].conv, make_batch([sample], torch.device("cpu")))[0]
             assert torch.equal(file.get(key), expected)
 
 

@@ -1,6 +1,7 @@
 """SPP-net and slow R-CNN from M0 to detections, on five images of 96 x 80."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from altopt.errors import ArtifactError
 from altopt.evaluation.detections import read_detections
 from altopt.extents import original_frame
 from altopt.machine.randomness import generator, seed_of
-from altopt.models.frozen import image_maps
 from altopt.models.region_classifier import PyramidTraining, RegionClassifier
+from altopt.models.trunk import image_maps
 from altopt.ops import boxes as bx
 from altopt.ops.pyramid import pyramid_pool
 from altopt.ops.warped_crops import warp
@@ -252,14 +253,13 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
         assert torch.equal(one.proposals, other.proposals)
         assert torch.equal(one.gt_boxes, other.gt_boxes)
         assert one.pixels.untyped_storage().nbytes() == 1
-    together = module(make_batch(stored, CPU), 0)["cls"]
+    together = module(make_batch([module.prepare(sample, 0) for sample in stored], CPU))["cls"]
     alone = []
     for sample in fresh:
-        batch = make_batch([sample], CPU)
-        batch = type(batch)(batch.samples, batch.images, image_maps(network.conv, batch))
-        alone.append((module(batch, 0)["cls"], len(module.regions.of_batch(batch, "test", 0)[0].labels)))
-    mean = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
-    torch.testing.assert_close(together, mean)
+        batch = make_batch([module.prepare(sample, 0)], CPU)
+        alone.append(module(replace(batch, maps=image_maps(network.conv, batch)))["cls"])
+    total, count = (sum(getattr(loss, name) for loss in alone) for name in ("total", "count"))
+    torch.testing.assert_close(together.total / together.count, total / count)
 
 
 def test_maps_of_other_conv_layers_are_refused(copied):

@@ -1,0 +1,24 @@
+"""What a trained stage makes sure of before it writes."""
+
+import pytest
+import torch
+from tiny_runs import open_tiny
+
+from stages.pipeline.run import find_step
+from stages.shared.training import Training
+
+
+@pytest.mark.parametrize("name", ["conv.conv1.0.weight", "conv.conv1.0.bias"])
+def test_a_frozen_layer_that_changed_is_noticed(finished, tmp_path, name):
+    """Also a bias, whose memory the network shares with the tensors it was filled from."""
+    run = open_tiny(finished)
+    config = run.recipe.config(find_step(run.recipe.steps, "M3"))
+    training = Training("train_rpn_frozen_conv", finished / "M2.safetensors", tmp_path / "M3.safetensors", config,
+                        run.runtime)
+    network = training.network(("conv", "rpn"))
+    training.freeze(network, "all")
+    with torch.no_grad():
+        network.get_parameter(name).add_(1)
+    with pytest.raises(AssertionError, match=r"train_rpn_frozen_conv changed conv.conv1.0, which is frozen"):
+        training.save(network, ["conv", "rpn"])
+    assert not list(tmp_path.iterdir())
