@@ -48,7 +48,7 @@ def _variant(where: str, name: str, table: Any) -> Variant:
     if not isinstance(table, dict):
         raise UsageError(f"{where} stands outside of a table: a file of variants has only tables")
     if not NAME.fullmatch(name):
-        raise UsageError(f"{where} is to be the name of a folder: use letters, digits, '-', '_' and '.'")
+        raise UsageError(f"{where} must be the name of a folder: use letters, digits, '-', '_' and '.'")
     for key in table:
         if key not in KEYS:
             raise UsageError(f"{where} has no field {key!r}{nearest(key, KEYS)}; its fields are {', '.join(KEYS)}")
