@@ -23,12 +23,10 @@ from stages.console.options import (
 )
 from stages.console.output import (
     note_if_nothing,
-    print_json,
     print_result,
-    print_score,
     print_survey,
     reporter,
-    show,
+    score_lines,
     stderr,
 )
 
@@ -116,6 +114,7 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
     altopt run-all --recipe voc07-squeezenet-mini --data-root data --from M0=squeezenet.pth
     altopt run-all --from M2 --until P2
     """
+    from stages.console.reporting import summary_tables
     from stages.pipeline.evaluation import summary
     from stages.pipeline.run import find_step, import_given
 
@@ -129,12 +128,7 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
         if until:
             return
         result = summary(run, run.protocol)
-    if as_json:
-        print_json(result)
-    else:
-        from stages.console.reporting import summary_tables
-
-        show(*summary_tables(result))
+    print_result(result, as_json, summary_tables)
 
 
 @main.group("stage", cls=Stages)
@@ -218,13 +212,14 @@ def evaluate(options: Options, network: str | None, protocol: str | None, as_jso
     \b
     altopt evaluate M5 --protocol voc10
     """
+    from stages.console.reporting import score_table
     from stages.pipeline.evaluation import detection_step
     from stages.pipeline.evaluation import evaluate as score_network
 
     run = options.open_run()
     with locked(run):
         result = score_network(run, detection_step(run, network), protocol or run.protocol)
-    print_score(result, as_json)
+    print_result(result, as_json, score_lines, score_table)
 
 
 @main.command()
@@ -244,9 +239,11 @@ def score(ground_truth: Path, detections: Path, protocol: "Protocol", match: str
     altopt score instances.json results.json --protocol voc07
     """
     from altopt.evaluation.scoring import score_files
+    from stages.console.reporting import score_table
 
     rules["strict"] = match == "gt"
-    print_score(score_files(protocol, ground_truth, detections, **rules).as_dict(), as_json)
+    result = score_files(protocol, ground_truth, detections, **rules)
+    print_result(result.as_dict(), as_json, score_lines, score_table)
 
 
 @main.command()
@@ -299,6 +296,7 @@ def import_command(options: Options, file: Path, artifact: str, box_format: "Box
     altopt proposals import voc_2007_trainval.mat --as P0
     altopt proposals import boxes.json --as T0 --box-format inclusive-1 --allow-missing
     """
+    from stages.console.reporting import recall_table
     from stages.pipeline.importing import import_proposals
 
     run = options.open_run()
@@ -306,14 +304,8 @@ def import_command(options: Options, file: Path, artifact: str, box_format: "Box
     with working_in(run):
         result = import_proposals(run, file, artifact.upper(), box_format=box_format,
                                   allow_missing=allow_missing, invalid=invalid)
-    if as_json:
-        print_json(result)
-    else:
-        from stages.console.reporting import recall_table
-
-        click.echo(f"{result['file']}: {result['boxes']} proposals on {result['images']} images, from "
-                   f"{result['format']}, read as {result['box_format']}")
-        show(recall_table(result))
+    line = "{file}: {boxes} proposals on {images} images, from {format}, read as {box_format}"
+    print_result(result, as_json, lambda result: line.format(**result), recall_table)
 
 
 @proposals.command("export")
@@ -335,10 +327,7 @@ def export_command(options: Options, artifact: str, file: Path, form: str | None
     from stages.pipeline.exporting import export_proposals
 
     result = export_proposals(options.open_run(), artifact.upper(), file, form)
-    if as_json:
-        print_json(result)
-    else:
-        click.echo(f"{result['file']}: {result['artifact']} as {result['format']}, {result['images']} images")
+    print_result(result, as_json, "{0[file]}: {0[artifact]} as {0[format]}, {0[images]} images".format)
 
 
 @proposals.command("selective-search")
@@ -371,12 +360,8 @@ def recipes(as_json: bool) -> None:
     """
     from stages.pipeline.recipe import describe_recipes
 
-    known = describe_recipes()
-    if as_json:
-        print_json(known)
-    else:
-        for name, text in known.items():
-            click.echo(f"{name:<24}{text}")
+    print_result(describe_recipes(), as_json,
+                 lambda known: "\n".join(f"{name:<24}{text}" for name, text in known.items()))
 
 
 @main.command()
@@ -392,10 +377,7 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
     from stages.pipeline.recipe import read_recipe
 
     resolved = read_recipe(name, sets)
-    if as_json:
-        print_json(resolved.as_dict())
-    else:
-        click.echo(resolved.text(), nl=False)
+    print_result(resolved.as_dict(), as_json, lambda _: resolved.text().rstrip("\n"))
 
 
 @main.command("fetch-voc07")
@@ -466,6 +448,7 @@ def compare(options: Options, schemes: str | None, variants: Path | None, seeds:
     altopt compare --variants benchmarks/fast_rcnn_ablations.toml
     """
     from altopt.errors import DivergedError, UsageError
+    from stages.console.reporting import comparison_table
     from stages.pipeline import comparison
     from stages.pipeline.variants import read_variants
 
@@ -481,13 +464,9 @@ def compare(options: Options, schemes: str | None, variants: Path | None, seeds:
         results.append(each)
         comparison.write(folder, results)
     table = comparison.rows(results)
-    if as_json:
-        print_json(table)
-    elif results:
-        from stages.console.reporting import comparison_table
-
-        show(comparison_table(comparison.HEADINGS, comparison.printed(table)))
-        click.echo(f"The same in {folder}/compare.json, .csv and .md")
+    if results or as_json:
+        print_result(table, as_json, lambda rows: comparison_table(comparison.HEADINGS, comparison.printed(rows)),
+                     lambda rows: f"The same in {folder}/compare.json, .csv and .md")
     if missing := len(chosen) * seeds - len(results):
         raise DivergedError(f"{missing} of {len(chosen) * seeds} runs diverged and are not in the table: the warnings "
                             "above say where")
@@ -549,10 +528,7 @@ def bench(save: Path | None, markdown: Path | None, as_json: bool, **options: An
         write_json_atomic(save, result)
     if markdown:
         insert(markdown, markdown_of(result))
-    if as_json:
-        print_json(result)
-    else:
-        click.echo(markdown_of(result))
+    print_result(result, as_json, markdown_of)
 
 
 def run() -> None:
