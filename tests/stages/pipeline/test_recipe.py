@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import sys
 import tomllib
 from dataclasses import fields
 
@@ -114,6 +115,14 @@ def test_infinity_where_it_has_a_meaning(tmp_path):
     assert recipe.config(recipe.detections[-1]).score == -math.inf
     again = read_recipe(str(write_recipe(tmp_path / "again.toml", recipe.text())))
     assert configs(again) == configs(recipe)
+
+
+def test_comments_are_read_only_where_they_are_asked_for(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomlkit", None)  # an import of it fails
+    recipe = tiny("train_rpn.lr=0.5")
+    assert len(configs(recipe)) == 10
+    with pytest.raises(ImportError):
+        recipe.text()
 
 
 def test_comment_behind_a_list_of_several_lines_is_its_source(tmp_path):
