@@ -36,7 +36,7 @@ PROTOCOL = Literal["voc07", "voc10", "coco"]
 KINDS: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 # Words of older recipes, by field, and what they are called now.
-RENAMED_FIELDS = {"per_picture": "per_image"}
+RENAMED_FIELDS = {"per_picture": "per_image", "norm_pictures": "norm_images"}
 RENAMED_VALUES = {("outputs", "draw-anew"): "re-initialise"}
 
 

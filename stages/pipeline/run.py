@@ -337,7 +337,7 @@ def find_step(steps: Sequence[Step], word: str) -> Step:
             return step
     names = [step.output for step in steps] + [step.name for step in steps]
     raise UsageError(f"there is no stage {word!r}{nearest(word, names)}: give 1 to {len(steps) - 1}, an output such "
-                     f"as M2, or a function: {', '.join(step.name for step in steps)}")
+                     f"as {steps[-1].output}, or a function: {', '.join(step.name for step in steps)}")
 
 
 def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
