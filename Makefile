@@ -30,7 +30,7 @@ venv: .venv/installed
 reproduce-voc07: venv
 	$(BIN)/altopt fetch-voc07 --data-root data $(ARGS)
 	$(BIN)/altopt run-all --recipe voc07-vgg16 --data-root data $(RUN_ARGS)
-	$(BIN)/altopt beside --run voc07-vgg16
+	$(BIN)/altopt compare-published --run voc07-vgg16
 
 # ARGS passes options on, e.g. ARGS="--networks vgg16 --sizes 600x800 --rounds 5".
 bench: venv

@@ -1,37 +1,39 @@
 """The command line: parse, one call, print. Heavy imports happen inside the commands that need them."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import click
 
 from stages.console.options import (
     AS_OPTION,
-    FRAMES,
+    BOX_FORMATS,
     FROM_OPTION,
     JSON_OPTION,
     RUN_OPTIONS,
     WORK_OPTIONS,
+    Options,
+    find_recipe,
     locked,
-    open_run,
     option,
     with_options,
-    work_runtime,
     working_in,
 )
 from stages.console.output import (
     note_if_nothing,
-    print_json,
     print_result,
-    print_score,
     print_survey,
     reporter,
-    show,
+    score_lines,
     stderr,
 )
 
 if TYPE_CHECKING:
+    from altopt.evaluation.scoring import Protocol, VocOptions
+    from altopt.proposal_formats.box_formats import BoxFormat
+    from stages.pipeline.recipe import Recipe
     from stages.shared.step import Step
 
 EXIT_CODES = """\b
@@ -41,48 +43,51 @@ Exit codes: 0 done, 1 a bug, 2 usage or settings, 3 data set invalid, 4 artifact
 PROTOCOLS = ("voc07", "voc10", "coco")
 
 
-class Suggesting(click.Group):
-    """A group that, for an unknown command, names the nearest one."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Resolve as click does, with a suggestion in the error."""
-        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            import difflib
-
-            names = self.list_commands(ctx)
-            close = difflib.get_close_matches(args[0], names, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Commands are {', '.join(names)}."
-            ctx.fail(f"No such command {args[0]!r}.{hint}")
-        return super().resolve_command(ctx, args)
+# The commands of help, in groups; and words of the version before, which are still understood.
+GROUPS = {
+    "train": ("run-all", "stage", "compare"),
+    "look": ("plan", "status", "recall", "probe"),
+    "use": ("evaluate", "score", "compare-published"),
+    "data": ("fetch-voc07", "proposals"),
+    "keep": ("recipes", "recipe", "bench"),
+}
+RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
 
 
-class Stages(Suggesting):
-    """The seven stages as commands, by number, output or function."""
+class Grouped(click.Group):
+    """The commands, in groups."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands of each group in its order."""
+        width = max(map(len, self.commands))  # so that the groups' columns are one
+        for heading, names in GROUPS.items():
+            with formatter.section(heading.capitalize()):
+                formatter.write_dl([(name.ljust(width), self.commands[name].get_short_help_str(formatter.width))
+                                    for name in names if name in self.commands])
+
+
+class Stages(click.Group):
+    """The stages of a run as commands, by number, output or function."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the numbers; outputs and function names are accepted too."""
-        return [str(number) for number in range(8)]
+        return [str(number) for number in range(len(find_recipe(()).steps))]
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Resolve any of a stage's names."""
-        return args[0], self.get_command(ctx, args[0]), args[1:]
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        """Return a stage of the default run."""
+        return self.resolve_command(ctx, [cmd_name])[1]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command of one stage, with its inputs, output and settings as its help."""
-        from altopt.errors import UsageError
-        from stages import PRETRAINED, SCHEMES
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str, click.Command, list[str]]:
+        """Return the stage that the first word names in the run that the others speak of."""
         from stages.pipeline.run import find_step
 
-        complaints = []
-        for scheme in SCHEMES.values():
-            try:
-                return stage_command(cmd_name, find_step([PRETRAINED[1], *scheme], cmd_name))
-            except UsageError as error:
-                complaints.append(str(error))
-        raise click.UsageError(complaints[0], ctx)
+        word, *others = args
+        recipe = find_recipe(others)
+        return word, stage_command(word, find_step(recipe.steps, word), recipe), others
 
 
-@click.group(cls=Suggesting, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Grouped, epilog=EXIT_CODES, context_settings={
+    "help_option_names": ["-h", "--help"], "token_normalize_func": lambda word: RENAMED.get(word, word)})
 @click.version_option(package_name="altopt")
 def main() -> None:
     """Train Faster R-CNN by alternating optimisation: seven stages, each a command, exchanging files in runs/NAME.
@@ -99,7 +104,7 @@ def main() -> None:
 @FROM_OPTION
 @option("--until", metavar="P2", help="Stop after this stage.")
 @option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def run_all(given: tuple[str, ...], until: str | None, as_json: bool, **options: Any) -> None:
+def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json: bool) -> None:
     """Bring the whole run up to date, then score it.
 
     Stages that are up to date are left alone; an interrupted one goes on where it stopped.
@@ -109,10 +114,11 @@ def run_all(given: tuple[str, ...], until: str | None, as_json: bool, **options:
     altopt run-all --recipe voc07-squeezenet-mini --data-root data --from M0=squeezenet.pth
     altopt run-all --from M2 --until P2
     """
+    from stages.console.reporting import summary_tables
     from stages.pipeline.evaluation import summary
     from stages.pipeline.run import find_step, import_given
 
-    run = open_run(options)
+    run = options.open_run()
     with working_in(run):
         steps = run.recipe.steps
         target = find_step(steps, until) if until else steps[-1]
@@ -122,41 +128,45 @@ def run_all(given: tuple[str, ...], until: str | None, as_json: bool, **options:
         if until:
             return
         result = summary(run, run.protocol)
-    if as_json:
-        print_json(result)
-    else:
-        from stages.console.reporting import summary_tables
-
-        show(*summary_tables(result))
+    print_result(result, as_json, summary_tables)
 
 
-@main.group("stage", cls=Stages, invoke_without_command=False)
+@main.group("stage", cls=Stages)
 def stage_group() -> None:
-    """Run one stage: 1 to 7, or its output (M2), or its function; 0 makes M0.
+    """Run one stage, by its number, its output (M2) or its function; 0 makes M0. altopt plan lists a run's stages.
 
     \b
     altopt stage 3                      M2, from M0 and P1 as they are
     altopt stage 3 --from M1            P1 if it is stale, then M2
     altopt stage 3 --from M0=FILE --from P1=FILE    M2 from a network and proposals of your own
-    altopt stage M3 --help              its inputs, output and settings
+    altopt stage M3 --help              its inputs, output and settings, in this run
+    altopt stage M1 --scheme spp-net --help
     """
 
 
-def stage_command(word: str, step: "Step") -> click.Command:
-    """Return the command of the stage that ``word`` names; ``step`` is what its help describes."""
+def stage_command(word: str, step: "Step", recipe: "Recipe") -> click.Command:
+    """Return the command of the stage that ``word`` names; its help is about the step, as it is in the recipe."""
 
+    class StageCommand(click.Command):
+        def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+            from stages.pipeline.recipe import describe_settings
+
+            made = f"Inputs: {', '.join(step.inputs_for(recipe.config(step))) or 'nothing'}\nOutput: {step.output}"
+            self.help = f"{step.summary}\n\n\b\n{made}\n\n\b\n{describe_settings(step, recipe)}"
+            super().format_help_text(ctx, formatter)
+
+    @click.command(step.output, cls=StageCommand, short_help=f"{step.output}: {step.summary}")
     @with_options(RUN_OPTIONS, WORK_OPTIONS)
     @FROM_OPTION
     @option("--init", metavar="M1", help="Start this stage's weights from another network than the list's.")
     @option("--force", is_flag=True, help="Make the output anew even if it is up to date.")
-    def run_stage(given: tuple[str, ...], init: str | None, force: bool, **options: Any) -> None:
+    def run_stage(options: Options, given: tuple[str, ...], init: str | None, force: bool) -> None:
         from stages.pipeline.run import find_step, import_given, run_one
 
-        run = open_run(options)
-        target = find_step(run.recipe.steps, word)
         if init:
-            run = open_run(options | {"sets": (*options["sets"], f"{target.table}.init={init.upper()}")})
-            target = find_step(run.recipe.steps, word)
+            options = replace(options, sets=(*options.sets, f"{step.table}.init={init.upper()}"))
+        run = options.open_run()
+        target = find_step(run.recipe.steps, word)
         with working_in(run):
             if given:
                 made = run.bring_up_to_date(import_given(run, run.recipe.steps, given, target), force=force)
@@ -164,35 +174,31 @@ def stage_command(word: str, step: "Step") -> click.Command:
                 made = run_one(run, target, force)
             note_if_nothing(made, run, target.output)
 
-    from stages.pipeline.recipe import describe_config
-
-    inputs = ", ".join(step.inputs) or "nothing"
-    text = f"{step.summary}\n\n\b\nInputs: {inputs}\nOutput: {step.output}\n\n\b\n{describe_config(step)}"
-    return click.command(step.output, help=text, short_help=f"{step.output}: {step.summary}")(run_stage)
+    return run_stage
 
 
 @main.command()
 @with_options(RUN_OPTIONS)
 @JSON_OPTION
-def plan(as_json: bool, **options: Any) -> None:
+def plan(options: Options, as_json: bool) -> None:
     """Show what run-all would do, stage by stage, and why.
 
     \b
     altopt plan --set train_rpn.lr=0.01
     """
-    print_survey(open_run(options), as_json, all_steps=False)
+    print_survey(options.open_run(), as_json, all_steps=False)
 
 
 @main.command()
 @with_options(RUN_OPTIONS)
 @JSON_OPTION
-def status(as_json: bool, **options: Any) -> None:
+def status(options: Options, as_json: bool) -> None:
     """Show what a run folder holds: each artifact, whether it is up to date, what it took.
 
     \b
     altopt status --run shapes
     """
-    print_survey(open_run(options), as_json, all_steps=True)
+    print_survey(options.open_run(), as_json, all_steps=True)
 
 
 @main.command()
@@ -200,19 +206,20 @@ def status(as_json: bool, **options: Any) -> None:
 @with_options(RUN_OPTIONS, WORK_OPTIONS)
 @option("--protocol", type=click.Choice(PROTOCOLS), help="Default: the recipe's.")
 @JSON_OPTION
-def evaluate(network: str | None, protocol: str | None, as_json: bool, **options: Any) -> None:
-    """Detect on the test split and score: the final network, or M1+M2 for the pair that shares nothing.
+def evaluate(options: Options, network: str | None, protocol: str | None, as_json: bool) -> None:
+    """Detect on the test split and score: the final network, or another that the scheme evaluates, such as M1+M2.
 
     \b
     altopt evaluate M5 --protocol voc10
     """
+    from stages.console.reporting import score_table
     from stages.pipeline.evaluation import detection_step
     from stages.pipeline.evaluation import evaluate as score_network
 
-    run = open_run(options)
+    run = options.open_run()
     with locked(run):
         result = score_network(run, detection_step(run, network), protocol or run.protocol)
-    print_score(result, as_json)
+    print_result(result, as_json, score_lines, score_table)
 
 
 @main.command()
@@ -224,15 +231,19 @@ def evaluate(network: str | None, protocol: str | None, as_json: bool, **options
 @option("--plus-one", is_flag=True, help="Box edges are inclusive pixels: width is x2 - x1 + 1 (VOC).")
 @option("--devkit-rounding", is_flag=True, help="Round as the devkit's result files do, before scoring (VOC).")
 @JSON_OPTION
-def score(ground_truth: Path, detections: Path, protocol: Any, match: str, as_json: bool, **rules: Any) -> None:
+def score(ground_truth: Path, detections: Path, protocol: "Protocol", match: str, as_json: bool,
+          **rules: "Unpack[VocOptions]") -> None:
     """Score detections of any origin: COCO json files in, VOC or COCO rules.
 
     \b
     altopt score instances.json results.json --protocol voc07
     """
     from altopt.evaluation.scoring import score_files
+    from stages.console.reporting import score_table
 
-    print_score(score_files(protocol, ground_truth, detections, strict=match == "gt", **rules).as_dict(), as_json)
+    rules["strict"] = match == "gt"
+    result = score_files(protocol, ground_truth, detections, **rules)
+    print_result(result.as_dict(), as_json, score_lines, score_table)
 
 
 @main.command()
@@ -241,7 +252,7 @@ def score(ground_truth: Path, detections: Path, protocol: Any, match: str, as_js
 @option("--limit", "limits", type=click.IntRange(1), multiple=True, default=(50, 100, 300, 1000, 2000),
         help="Numbers of proposals.")
 @option("--json", "as_json", is_flag=True, help="Print JSON, by area range too.")
-def recall(proposals: str, limits: tuple[int, ...], as_json: bool, **options: Any) -> None:
+def recall(options: Options, proposals: str, limits: tuple[int, ...], as_json: bool) -> None:
     """Show how many objects of the training split the proposals cover, against IoU and their number.
 
     \b
@@ -250,10 +261,10 @@ def recall(proposals: str, limits: tuple[int, ...], as_json: bool, **options: An
     from stages.console.reporting import recall_table
     from stages.pipeline.evaluation import recall as recall_of
 
-    print_result(recall_of(open_run(options), proposals.upper(), limits), as_json, recall_table)
+    print_result(recall_of(options.open_run(), proposals.upper(), limits), as_json, recall_table)
 
 
-@main.group(cls=Suggesting)
+@main.group()
 def proposals() -> None:
     """Bring proposals of your own into a run, take a run's out, or make some by selective search.
 
@@ -268,38 +279,33 @@ def proposals() -> None:
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @AS_OPTION
 @with_options(RUN_OPTIONS)
-@option("--frame", type=click.Choice(FRAMES), help="How the file counts its boxes. Default: as its format does.")
+@option("--box-format", type=click.Choice(BOX_FORMATS), help="How the file counts boxes. Default: as its format does.")
 @option("--allow-missing", is_flag=True, help="Images without an entry get no proposals.")
 @option("--invalid", type=click.Choice(["error", "leave-out"]), default="error", help="What to do with unusable boxes.")
 @JSON_OPTION
-def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, invalid: Any, as_json: bool,
-                   **options: Any) -> None:
+def import_command(options: Options, file: Path, artifact: str, box_format: "BoxFormat | None", allow_missing: bool,
+                   invalid: Literal["error", "leave-out"], as_json: bool) -> None:
     """Take a file's proposals as the run's: checked against the images, recall first, then written.
 
     Read are altopt's HDF5 (.h5), selective search's .mat (of a split, or a folder with one for each image), pickles
     of py-faster-rcnn, mmdet and detectron2 (.pkl, without executing them), and .json: {"image_ids", "boxes", "scores"}
-    or COCO results. Boxes are told apart by --frame: xyxy and xywh are continuous, inclusive-N names the first and the
-    last pixel, counted from N.
+    or COCO results. Boxes are told apart by --box-format: xyxy and xywh are continuous, inclusive-N names the first and
+    the last pixel, counted from N.
 
     \b
     altopt proposals import voc_2007_trainval.mat --as P0
-    altopt proposals import boxes.json --as T0 --frame inclusive-1 --allow-missing
+    altopt proposals import boxes.json --as T0 --box-format inclusive-1 --allow-missing
     """
+    from stages.console.reporting import recall_table
     from stages.pipeline.importing import import_proposals
 
-    run = open_run(options)
+    run = options.open_run()
     run.runtime.report = reporter()
     with working_in(run):
-        result = import_proposals(run, file, artifact.upper(), frame=frame, allow_missing=allow_missing,
-                                  invalid=invalid)
-    if as_json:
-        print_json(result)
-    else:
-        from stages.console.reporting import recall_table
-
-        click.echo(f"{result['file']}: {result['boxes']} proposals on {result['images']} images, from "
-                   f"{result['format']}, read as {result['frame']}")
-        show(recall_table(result))
+        result = import_proposals(run, file, artifact.upper(), box_format=box_format,
+                                  allow_missing=allow_missing, invalid=invalid)
+    line = "{file}: {boxes} proposals on {images} images, from {format}, read as {box_format}"
+    print_result(result, as_json, lambda result: line.format(**result), recall_table)
 
 
 @proposals.command("export")
@@ -309,7 +315,7 @@ def import_command(file: Path, artifact: str, frame: Any, allow_missing: bool, i
 @option("--format", "form", type=click.Choice(["hdf5", "json", "detectron2", "py-faster-rcnn"]),
         help="Default: by the suffix, .h5 or .json.")
 @JSON_OPTION
-def export_command(artifact: str, file: Path, form: str | None, as_json: bool, **options: Any) -> None:
+def export_command(options: Options, artifact: str, file: Path, form: str | None, as_json: bool) -> None:
     """Write a run's proposals for another program.
 
     py-faster-rcnn's list has neither ids nor scores: it follows the data set's order and counts inclusive pixels.
@@ -320,18 +326,15 @@ def export_command(artifact: str, file: Path, form: str | None, as_json: bool, *
     """
     from stages.pipeline.exporting import export_proposals
 
-    result = export_proposals(open_run(options), artifact.upper(), file, form)
-    if as_json:
-        print_json(result)
-    else:
-        click.echo(f"{result['file']}: {result['artifact']} as {result['format']}, {result['images']} images")
+    result = export_proposals(options.open_run(), artifact.upper(), file, form)
+    print_result(result, as_json, "{0[file]}: {0[artifact]} as {0[format]}, {0[images]} images".format)
 
 
 @proposals.command("selective-search")
 @AS_OPTION
 @with_options(RUN_OPTIONS, WORK_OPTIONS)
 @option("--force", is_flag=True, help="Search anew even if the output is up to date.")
-def selective_search_command(artifact: str, force: bool, **options: Any) -> None:
+def selective_search_command(options: Options, artifact: str, force: bool) -> None:
     """Make proposals by selective search, without a network; a search that was stopped goes on where it was.
 
     It works in a process for each processor, or in --workers. Settings are those of the table selective_search.
@@ -341,7 +344,7 @@ def selective_search_command(artifact: str, force: bool, **options: Any) -> None
     """
     from stages.steps.selective_search import search_step
 
-    run = open_run(options)
+    run = options.open_run()
     with working_in(run):
         made = run.bring_up_to_date([search_step(artifact.upper())], force)
         note_if_nothing(made, run, artifact.upper())
@@ -357,12 +360,8 @@ def recipes(as_json: bool) -> None:
     """
     from stages.pipeline.recipe import describe_recipes
 
-    known = describe_recipes()
-    if as_json:
-        print_json(known)
-    else:
-        for name, text in known.items():
-            click.echo(f"{name:<24}{text}")
+    print_result(describe_recipes(), as_json,
+                 lambda known: "\n".join(f"{name:<24}{text}" for name, text in known.items()))
 
 
 @main.command()
@@ -378,10 +377,7 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
     from stages.pipeline.recipe import read_recipe
 
     resolved = read_recipe(name, sets)
-    if as_json:
-        print_json(resolved.as_dict())
-    else:
-        click.echo(resolved.text(), nl=False)
+    print_result(resolved.as_dict(), as_json, lambda _: resolved.text().rstrip("\n"))
 
 
 @main.command("fetch-voc07")
@@ -409,19 +405,19 @@ def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str,
     click.echo(folder)
 
 
-@main.command()
+@main.command("compare-published")
 @with_options(RUN_OPTIONS, WORK_OPTIONS)
 @JSON_OPTION
-def beside(as_json: bool, **options: Any) -> None:
+def compare_published(options: Options, as_json: bool) -> None:
     """Print a VOC 2007 run's scores beside the paper's and py-faster-rcnn's, class by class.
 
     \b
-    altopt beside --recipe voc07-vgg16
+    altopt compare-published --recipe voc07-vgg16
     """
     from stages.console.reporting import beside_table
     from stages.pipeline.evaluation import beside_published
 
-    run = open_run(options)
+    run = options.open_run()
     with locked(run):
         rows = beside_published(run)
     print_result(rows, as_json, beside_table)
@@ -440,8 +436,8 @@ def beside(as_json: bool, **options: Any) -> None:
 @option("--from", "given", multiple=True, metavar="M0=FILE", help="Take an artifact as given in every run.")
 @with_options(WORK_OPTIONS)
 @JSON_OPTION
-def compare(schemes: str | None, variants: Path | None, seeds: int, recipe: str, run_name: str | None, as_json: bool,
-            **options: Any) -> None:
+def compare(options: Options, schemes: str | None, variants: Path | None, seeds: int, given: tuple[str, ...],
+            as_json: bool) -> None:
     """Train every way on the same data and print one table: mAP, time by kind of work, disk, and the slides' figures.
 
     What is up to date is left alone; an interrupted comparison goes on where it stopped.
@@ -452,28 +448,25 @@ def compare(schemes: str | None, variants: Path | None, seeds: int, recipe: str,
     altopt compare --variants benchmarks/fast_rcnn_ablations.toml
     """
     from altopt.errors import DivergedError, UsageError
+    from stages.console.reporting import comparison_table
     from stages.pipeline import comparison
     from stages.pipeline.variants import read_variants
 
     if schemes and variants:
         raise UsageError("--schemes and --variants both say what to compare: leave one out")
     chosen = read_variants(variants) if variants else comparison.chosen_variants(schemes)
+    recipe = options.recipe or "shapes"
     name = "-".join(["compare", Path(recipe).stem, *([variants.stem] if variants else [])])
-    folder = Path("runs") / (run_name or name)
+    folder = Path("runs") / (options.run_name or name)
+    wanted = comparison.Comparison(folder, recipe, chosen, range(1, seeds + 1), options.sets, options.data_root, given)
     results = []
-    for each in comparison.outcomes(
-            folder, recipe, chosen, range(1, seeds + 1), options["sets"], work_runtime(options),
-            data_root=options["data_root"], given=options["given"], working_in=working_in):
+    for each in comparison.outcomes(wanted, options.runtime(), working_in):
         results.append(each)
         comparison.write(folder, results)
     table = comparison.rows(results)
-    if as_json:
-        print_json(table)
-    elif results:
-        from stages.console.reporting import comparison_table
-
-        show(comparison_table(comparison.HEADINGS, comparison.printed(table)))
-        click.echo(f"The same in {folder}/compare.json, .csv and .md")
+    if results or as_json:
+        print_result(table, as_json, lambda rows: comparison_table(comparison.HEADINGS, comparison.printed(rows)),
+                     lambda rows: f"The same in {folder}/compare.json, .csv and .md")
     if missing := len(chosen) * seeds - len(results):
         raise DivergedError(f"{missing} of {len(chosen) * seeds} runs diverged and are not in the table: the warnings "
                             "above say where")
@@ -484,7 +477,7 @@ def compare(schemes: str | None, variants: Path | None, seeds: int, recipe: str,
 @with_options(RUN_OPTIONS, WORK_OPTIONS[:1])
 @option("--images", type=click.IntRange(1), default=8, help="Training images to take the gradients on.")
 @JSON_OPTION
-def probe(network: str | None, images: int, as_json: bool, **options: Any) -> None:
+def probe(options: Options, network: str | None, images: int, as_json: bool) -> None:
     """Show how approximate approximate joint training is, on a network with RPN and detector.
 
     Gradients of its conv layers with and without the path through the proposals' coordinates: angle and size.
@@ -495,7 +488,7 @@ def probe(network: str | None, images: int, as_json: bool, **options: Any) -> No
     from stages.console.reporting import probe_table
     from stages.pipeline.probing import probe as probe_network
 
-    print_result(probe_network(open_run(options), network, images), as_json, probe_table)
+    print_result(probe_network(options.open_run(), network, images), as_json, probe_table)
 
 
 @main.command()
@@ -535,10 +528,7 @@ def bench(save: Path | None, markdown: Path | None, as_json: bool, **options: An
         write_json_atomic(save, result)
     if markdown:
         insert(markdown, markdown_of(result))
-    if as_json:
-        print_json(result)
-    else:
-        click.echo(markdown_of(result))
+    print_result(result, as_json, markdown_of)
 
 
 def run() -> None:

@@ -84,8 +84,10 @@ def names_matching(weighted: Sequence[str], patterns: Iterable[str]) -> list[str
     """Return the layers with weights, in order, that a pattern names, by their own name or that of a part around them.
 
     ``conv3`` is a whole block and ``conv3.0`` a layer of it; ``*`` stands for anything, so ``conv[12]*`` and
-    ``conv3.*`` are patterns too. Raises ``UsageError`` for one that names nothing.
+    ``conv3.*`` are patterns too; "all" stands for every layer. Raises ``UsageError`` for a pattern that names nothing.
     """
+    if patterns == "all":
+        return list(weighted)
     around = {name: [name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)] for name in weighted}
     chosen = set()
     for pattern in patterns:

@@ -95,9 +95,10 @@ SCHEMES = {
 }
 
 # What is evaluated, scheme by scheme. Alternating: two networks that share nothing (the paper's "unshared"), and the
-# one of the last step.
+# one of the last step. A label sets detections apart from others of the same run.
 DETECTIONS = {
-    "alternating": [Step("D2", detect_unshared, "M1", "M2"), Step("D5", detect_shared, "M5")],
+    "alternating": [Step("D2", detect_unshared, "M1", "M2", label="unshared"),
+                    Step("D5", detect_shared, "M5", label="shared")],
     "rcnn": [Step("T0", selective_search_test), Step("D1", detect_rcnn, "M1", "S1", "R1", "T0")],
     "spp-net": [Step("T0", selective_search_test), Step("D1", detect_spp_net, "M1", "S1", "R1", "T0")],
     "fast-rcnn": [Step("T0", selective_search_test), Step("D1", detect_on_proposals, "M1", "T0")],

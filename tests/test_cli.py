@@ -73,7 +73,10 @@ def test_help_of_the_program_lists_exit_codes_and_commands(altopt):
     for code in ("0 done", "1 a bug", "2 usage", "3 data set", "4 artifact", "5 training diverged", "6 disk",
                  "7 download", "75 the run folder", "130 Ctrl-C", "143 SIGTERM"):
         assert code in answer.out
+    assert sorted(name for names in cli.GROUPS.values() for name in names) == COMMANDS
     assert all(f"  {name} " in answer.out for name in COMMANDS)
+    places = [answer.out.index(f"{group.capitalize()}:") for group in ("train", "look", "use", "data", "keep")]
+    assert places == sorted(places)
     assert altopt("-h").out == answer.out
 
 
@@ -88,7 +91,36 @@ def test_help_of_a_stage_shows_inputs_output_and_settings(altopt, word, output):
     assert f"Inputs: {', '.join(step.inputs)}" in text
     assert f"Output: {output}" in text
     assert ("--set train_rpn.FIELD=VALUE" in text) == (output == "M1")
-    assert ("lr = 0.001  (pfr" in text) == (output == "M1")
+    assert ("lr = 0.1  (on val:200" in text) == (output == "M1")
+    assert ("; default 0.001 (py-faster-rcnn" in text) == (output == "M1")
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["M1", "--scheme", "spp-net"], ("Fine-tune fc6", "Inputs: M0, F1, P0", "levels = [6, 3, 2, 1]")),
+    (["5", "--scheme=rcnn", "--device", "cpu"], ("Inputs: F1", "Output: R1", "--set train_regressors.")),
+    (["M1", "--recipe", "voc07-alexnet"], ('freeze = ["conv1"]  (Fast R-CNN, section 4.5',)),
+    (["1", "--run", "tiny"], ("lr = 0.001  (low)", "iterations = 4  (few); default 80000 (py-faster-rcnn")),
+    (["3", "--run", "tiny", "--set", "train_fast_rcnn.init=M1"], ("Inputs: M1, P1", "init = \"M1\"  (--set); default")),
+])
+def test_help_of_a_stage_is_that_of_the_run(altopt, copied, words, expected):
+    answer = altopt("stage", *words, "--help")
+    assert (answer.code, answer.err) == (0, "")
+    assert [each for each in expected if each not in answer.out] == []
+
+
+def test_help_of_a_stage_that_the_scheme_does_not_have(altopt):
+    answer = altopt("stage", "M3", "--scheme", "spp-net", "--help")
+    assert (answer.code, answer.out) == (2, "")
+    assert "there is no stage 'M3'" in answer.err
+
+
+def test_words_of_the_version_before_are_understood_and_not_shown(altopt, copied):
+    assert altopt("beside", "--help").out == altopt("compare-published", "--help").out
+    answer = altopt("proposals", "import", copied / "P1.h5", "--as", "P1", "--run", "tiny", "--frame", "xyxy", "--json")
+    assert json.loads(answer.out)["box_format"] == "xyxy"
+    shown = altopt("--help").out + altopt("proposals", "import", "--help").out + altopt("probe", "--help").out
+    assert not any(word in shown for word in ("  beside", "--frame", "--pictures"))
+    assert "'--images'" in altopt("probe", "--run", "tiny", "--pictures", "0").err
 
 
 def test_help_of_stages_lists_all_eight(altopt):
@@ -99,22 +131,24 @@ def test_help_of_stages_lists_all_eight(altopt):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["pln"], "Did you mean 'plan'?"),
-    (["run_all"], "Did you mean 'run-all'?"),
-    (["xyz"], "Commands are bench, beside, "),
+    (["evalute"], "Did you mean 'evaluate'?"),
+    (["proposals", "selectiv-search"], "Did you mean 'selective-search'?"),
+    (["xyz"], "No such command 'xyz'."),
     (["stage", "trian_rpn"], "did you mean 'train_rpn'?"),
     (["stage", "9"], "give 1 to 7"),
     (["plan", "--recipe", "shaps"], "did you mean 'shapes'?"),
     (["plan", "--set", "train_rpn.lrr=1"], "did you mean 'lr'?"),
-    (["plan", "--set", "train_rpn.lr=fast"], "it is of type float"),
-    (["plan", "--sett", "x"], "--set"),
-    (["evaluate", "M3"], "choose M5, or M1+M2"),
+    (["plan", "--set", "train_rpn.lr=fast"], "train_rpn.lr must be a number (it is 'fast')"),
+    (["plan", "--set", "train_rpn.lr=-1"], "train_rpn.lr must be above 0 (it is -1.0)"),
+    (["plan", "--sett", "x"], "Did you mean '--set'?"),
+    (["evaluate", "M3"], "choose M5 (shared) or M1+M2 (unshared)"),
     (["evaluate", "--protocol", "voc08"], "voc07"),
     (["run-all", "--recipe", "tiny.toml", "--from", "M5"], "--from M5"),
     (["stage", "3", "--recipe", "tiny.toml", "--from", "M4"], "--from M4"),
     (["run-all", "--recipe", "tiny.toml", "--until", "M9"], "no stage 'M9'"),
     (["run-all", "--recipe", "tiny.toml", "--workers", "-1"], "--workers"),
     (["stage", "2", "--recipe", "tiny.toml", "--init", "M0"], "generate_proposals has no field 'init'"),
-    (["stage", "3", "--recipe", "tiny.toml", "--init", "M9"], "one of the networks made before M2, M0, M1"),
+    (["stage", "3", "--recipe", "tiny.toml", "--init", "M9"], "must be M0 or M1 (the networks made before M2)"),
     (["stage", "1", "--recipe", "tiny.toml", "--device", "cuda:99"], "--device cuda:99"),
     (["stage", "1", "--recipe", "tiny.toml", "--device", "quantum"], "--device quantum"),
     (["recall", "M1", "--recipe", "tiny.toml"], "choose P1 or P2"),
@@ -362,7 +396,7 @@ def test_missing_data_set_exits_with_3(altopt, workplace):
     voc_recipe(workplace)
     answer = altopt("run-all", "--recipe", "voc.toml", "--data-root", "nowhere")
     assert answer.code == 3
-    assert "nowhere is no folder" in answer.err.splitlines()[-1]
+    assert "nowhere is not a folder" in answer.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

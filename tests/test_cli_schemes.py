@@ -120,7 +120,6 @@ def test_compare_in_which_one_diverges(altopt, six):
     (["run-all", "--scheme", "joint"], "choose one of alternating, rcnn, "),
     (["stage", "7", "--scheme", "fast-rcnn", "--recipe", "six.toml"], "give 1 to 2"),
     (["stage", "train_rpn", "--scheme", "fast-rcnn", "--recipe", "six.toml"], "there is no stage 'train_rpn'"),
-    (["beside", "--scheme", "exact-joint"], "the published figures are of alternating optimisation"),
     (["evaluate", "M5", "--scheme", "fast-rcnn"], "choose M1"),
     (["recall", "P1", "--scheme", "fast-rcnn"], "choose P0"),
     (["recall", "P1", "--scheme", "exact-joint"], "the scheme exact-joint keeps none on disk"),

@@ -177,5 +177,5 @@ def test_without_a_manifest_only_the_official_archives_count(checkout: Checkout)
     (checkout.folder / "mine.tar").write_bytes(ARCHIVES["VOCtest.tar"])
     done = checkout.reproduce("--archive mine.tar --archive mine.tar")
     assert done.returncode == 2
-    assert "mine.tar is no archive of VOC2007" in complaint(done)
+    assert "mine.tar is not an archive of VOC2007" in complaint(done)
     assert "Error 3" in complaint(done)

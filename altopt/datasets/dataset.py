@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from altopt.config import Bounds, setting
 from altopt.errors import DataError
 
 if TYPE_CHECKING:
@@ -111,18 +112,21 @@ class Dataset(Protocol):
         """Look at every image and object; return warnings, raise one DataError that names the first problem."""
 
 
+NAMES = Bounds(non_empty=True, distinct=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which data set; the spelling of a split is explained in the module of its format."""
 
     format: Literal["voc", "coco", "shapes"]
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    classes: tuple[str, ...] = ()  # empty: the format's own rule
-    invalid: Literal["error", "leave-out"] = "error"  # what to do with an object that cannot be used
-    width: int = 320  # width, height and seed: of "shapes" only
-    height: int = 240
-    seed: int = 0
+    train: tuple[str, ...] = field(metadata={"bounds": NAMES})
+    test: tuple[str, ...] = field(metadata={"bounds": NAMES})
+    classes: tuple[str, ...] = setting((), "the format's own rule", distinct=True)
+    invalid: Literal["error", "leave-out"] = setting("error", "an object that cannot be used is an error")
+    width: int = setting(320, "of shapes only", at_least=16)
+    height: int = setting(240, "of shapes only", at_least=16)
+    seed: int = setting(0, "of shapes only", at_least=0)
 
 
 @dataclass

@@ -31,6 +31,7 @@ Progress = Callable[[int, int], None]
 SCHEMES = ("http", "https", "file")
 CHUNK = 1 << 18
 TRIES = 3
+PAUSE = 1.0  # seconds before the first of the other tries, twice that before the next
 # A connection that brought this part of the file before it broke was worth having and does not count as a failure.
 USEFUL_PART = 0.01
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
@@ -54,7 +55,6 @@ class _Wanted:
     sha256: str
     progress: Progress | None
     timeout: float
-    pause: float
 
 
 def fetch(
@@ -66,18 +66,17 @@ def fetch(
     progress: Progress | None = None,
     remedy: str | None = None,
     timeout: float = 20.0,
-    pause: float = 1.0,
 ) -> Path:
     """Return ``destination`` once it holds the ``size`` bytes with this SHA-256, from the first mirror that can.
 
     A destination that is already right is left alone, a wrong one is replaced when the right bytes are there.
-    ``timeout`` (seconds) limits each wait for the network, ``pause`` (seconds) is the first wait before a retry.
+    ``timeout`` (seconds) limits each wait for the network.
     Raises DownloadError with the reason of every mirror and ``remedy``, ResourceError when the disk has no room,
     BusyError when another process fetches the same file.
     """
     if matches(destination, size, sha256):
         return destination
-    wanted = _Wanted(size, sha256, progress, timeout, pause)
+    wanted = _Wanted(size, sha256, progress, timeout)
     part_path = destination.with_name(destination.name + ".part")
     with writing(part_path):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +177,7 @@ def _from_mirror(opener: urllib.request.OpenerDirector, url: str, part: FileIO, 
             failures, best = 1 if useful else failures + 1, max(best, _length(part))
             if failures == TRIES:
                 raise _UnusableError(f"{error} ({TRIES} times)") from error
-            time.sleep(wanted.pause * failures)
+            time.sleep(PAUSE * failures)
             continue
         if _verified(part, wanted):
             return

@@ -55,5 +55,5 @@ def _existing(root: Path | None, data_format: str) -> Path:
     if root is None:
         raise UsageError(f'a data set of format "{data_format}" lies in a folder: give it with --data-root')
     if not root.is_dir():
-        raise DataError(f"the data root {root} is no folder: give the data set's with --data-root")
+        raise DataError(f"the data root {root} is not a folder: give the data set's with --data-root")
     return root

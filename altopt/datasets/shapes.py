@@ -97,7 +97,7 @@ def _counts(splits: tuple[str, ...]) -> dict[str, int]:
     for split in splits:
         match = _SPLIT.fullmatch(split)
         if match is None:
-            raise UsageError(f'"{split}" is no split of shapes: give a name and a count of images, as in "train:400"')
+            raise UsageError(f'"{split}" is not a split of shapes: name it and its number of images, as in "train:400"')
         if match[1] in counts:
             raise UsageError(f'split "{match[1]}" of shapes occurs twice: give each a name of its own')
         counts[match[1]] = int(match[2])

@@ -346,7 +346,7 @@ def _read_list(path: Path) -> list[str]:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         lists = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt") if "_" not in other.stem)) or "none"
-        raise DataError(f"{path} is no readable list of images: choose another split (here are {lists})") from error
+        raise DataError(f"{path} is not a readable list of images: choose another split (here are {lists})") from error
     ids = [match[1] for line in lines if (match := _LIST_LINE.fullmatch(line.strip()))]
     if not ids:
         raise DataError(f"{path} lists no image: fill it, or choose another split")

@@ -75,8 +75,8 @@ def read_manifest(path: Path) -> tuple[Archive, ...]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): give a file of TOML, in UTF-8") from error
     if not isinstance(tables, list) or not all(map(_is_entry, tables)):
-        raise UsageError(f"{path} is no manifest: each [[archive]] has a name without folders, a size in bytes and a "
-                         "sha256 of 64 hexadecimal digits, and nothing else")
+        raise UsageError(f"{path} is not a manifest: each [[archive]] has a name without folders, a size in bytes and "
+                         "a sha256 of 64 hexadecimal digits, and nothing else")
     if not tables or len({table["name"] for table in tables}) != len(tables):
         raise UsageError(f"{path} names no archive, or one twice: write a table [[archive]] for each")
     return tuple(Archive(**table, urls=()) for table in tables)
@@ -209,7 +209,8 @@ def _which(path: Path, archives: Sequence[Archive]) -> Archive:
         if content == (archive.size, archive.sha256):
             return archive
     known = " or ".join(str(archive) for archive in archives)
-    raise DataError(f"{path} is no archive of VOC2007 (it has {content[0]} bytes, SHA-256 {content[1]}): bring {known}")
+    raise DataError(f"{path} is not an archive of VOC2007 (it has {content[0]} bytes, SHA-256 {content[1]}): "
+                    f"bring {known}")
 
 
 def _kept(archives: Sequence[Archive], root: Path) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 from altopt.errors import UsageError
 from altopt.evaluation.coco import CocoScore, score_coco
@@ -15,53 +15,42 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 Score = VocScore | CocoScore  # both have .map, .ap by class, .convention and .as_dict()
 
 
+class VocOptions(TypedDict, total=False):
+    """What varies the VOC rules, as in ``VocRules``."""
+
+    iou: float
+    strict: bool
+    plus_one: bool
+    devkit_rounding: bool
+
+
 def score(
     protocol: Protocol,
     ground_truth: Mapping[str, Annotated],
     detections: Mapping[str, Detections],
     classes: Sequence[str],
-    *,
-    iou: float = 0.5,
-    strict: bool = True,
-    plus_one: bool = False,
-    devkit_rounding: bool = False,
+    **options: Unpack[VocOptions],
 ) -> Score:
     """Score detections, both mappings keyed by image id.
 
-    ``iou``, ``strict``, ``plus_one`` and ``devkit_rounding`` vary the VOC rules (``VocRules``). Raises UsageError for
-    an unknown protocol, an IoU outside (0, 1] and VOC options with COCO, DataError for detections of an image that
-    the ground truth does not have.
+    Raises UsageError for an unknown protocol, an IoU outside (0, 1] and VOC options with COCO, DataError for
+    detections of an image that the ground truth does not have.
     """
     if protocol == "coco":
-        _check_coco_options(VocRules(iou=iou, strict=strict, plus_one=plus_one, devkit_rounding=devkit_rounding))
+        if VocRules(**options) != VocRules():
+            raise UsageError("IoU threshold, matching rule, +1 and devkit rounding belong to voc07 and voc10: leave "
+                             "them out for coco, which fixes its own")
         return score_coco(ground_truth, detections, classes)
     if protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
-    if not 0 < iou <= 1:
-        raise UsageError(f"an IoU threshold of {iou:g} is meaningless: choose one above 0 and at most 1")
-    return score_voc(ground_truth, detections, classes, VocRules(protocol, iou, strict, plus_one, devkit_rounding))
+    rules = VocRules(protocol, **options)
+    if not 0 < rules.iou <= 1:
+        raise UsageError(f"an IoU threshold must be above 0 and at most 1 (it is {rules.iou:g})")
+    return score_voc(ground_truth, detections, classes, rules)
 
 
-def score_files(
-    protocol: Protocol,
-    ground_truth: Path,
-    detections: Path,
-    *,
-    iou: float = 0.5,
-    strict: bool = True,
-    plus_one: bool = False,
-    devkit_rounding: bool = False,
-) -> Score:
+def score_files(protocol: Protocol, ground_truth: Path, detections: Path, **options: Unpack[VocOptions]) -> Score:
     """Score a COCO results json against a COCO ground truth json, by any protocol; options as in ``score``."""
     truth = read_ground_truth(ground_truth)
     found = read_detections(detections, truth.objects, truth.category_ids)
-    return score(
-        protocol, truth.objects, found, truth.classes,
-        iou=iou, strict=strict, plus_one=plus_one, devkit_rounding=devkit_rounding,
-    )
-
-
-def _check_coco_options(rules: VocRules) -> None:
-    if rules != VocRules():
-        raise UsageError("IoU threshold, matching rule, +1 and devkit rounding belong to voc07 and voc10: "
-                         "leave them out for coco, which fixes its own")
+    return score(protocol, truth.objects, found, truth.classes, **options)

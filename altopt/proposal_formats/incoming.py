@@ -1,4 +1,4 @@
-"""What every reader of proposals gives: image by image, in altopt's frame, best first.
+"""What every reader of proposals gives: image by image, in altopt's box format, best first.
 
 Letters: K boxes of one image.
 """
@@ -11,29 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from altopt.errors import ArtifactError
-from altopt.proposal_formats.box_formats import Frame, to_continuous
+from altopt.proposal_formats.box_formats import BoxFormat, to_continuous
 
 Boxes = NDArray[np.float32]
 Scores = NDArray[np.float32]
-RawProposals = tuple[str, Any, Any]  # image id, boxes in the file's frame, scores or None
+RawProposals = tuple[str, Any, Any]  # image id, boxes in the file's format, scores or None
 
 
 class ProposalFileReader:
     """Proposals of a file: iterating gives (image id, boxes float32 [K, 4] continuous xyxy, scores float32 [K]).
 
-    ``frame`` is the convention of the file's boxes. Images without scores get ranks, from 1 down to 1 / K, and are
+    ``box_format`` is how the file counts its boxes. Images without scores get ranks, from 1 down to 1 / K, and are
     counted in ``unscored``. The images are read as they are asked for, once; ArtifactError for what is no box.
     """
 
-    def __init__(self, path: Path, form: str, frame: Frame, images: Iterable[RawProposals]) -> None:
-        self.path, self.form, self.frame = path, form, frame
+    def __init__(self, path: Path, form: str, box_format: BoxFormat, images: Iterable[RawProposals]) -> None:
+        self.path, self.form, self.box_format = path, form, box_format
         self.unscored = 0
         self._images = images
 
     def __iter__(self) -> Iterator[tuple[str, Boxes, Scores]]:
         """Give the images in the file's order."""
         for image_id, raw_boxes, raw_scores in self._images:
-            boxes = to_continuous(self._numbers(image_id, raw_boxes, (4,)), self.frame)
+            boxes = to_continuous(self._numbers(image_id, raw_boxes, (4,)), self.box_format)
             if raw_scores is None:
                 self.unscored += 1
                 yield image_id, boxes, rank_scores(len(boxes))

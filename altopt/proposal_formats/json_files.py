@@ -3,8 +3,8 @@
     {"image_ids": ["000005", ...], "boxes": [[[x1, y1, x2, y2], ...], ...], "scores": [[0.9, ...], ...]}
     [{"image_id": 5, "bbox": [x, y, width, height], "score": 0.9}, ...]
 
-In the first the lists have an entry for each image; "scores" may be missing, and "frame" may name another convention
-than continuous x1 y1 x2 y2.
+In the first the lists have an entry for each image; "scores" may be missing, and "box_format" (once "frame") may name
+another convention than continuous x1 y1 x2 y2.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from altopt.errors import ArtifactError
 from altopt.evaluation.coco_json import JsonFile
-from altopt.proposal_formats.box_formats import FRAMES
+from altopt.proposal_formats.box_formats import BOX_FORMATS
 from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, Scores
 
 Images = Iterable[tuple[str, Boxes, Scores]]
@@ -42,21 +42,22 @@ def write_json(file: IO[bytes], images: Images) -> None:
         ids.append(image_id)
         boxes.append(each.tolist())
         scores.append(score.tolist())
-    file.write(json.dumps({"image_ids": ids, "frame": "xyxy", "boxes": boxes, "scores": scores}).encode())
+    file.write(json.dumps({"image_ids": ids, "box_format": "xyxy", "boxes": boxes, "scores": scores}).encode())
 
 
 def _plain(path: Path, document: dict[str, Any]) -> ProposalFileReader:
     ids, boxes = document["image_ids"], document["boxes"]
     scores = document.get("scores")
-    frame = document.get("frame", "xyxy")
+    box_format = document.get("box_format", document.get("frame", "xyxy"))
     for name, value in {"image_ids": ids, "boxes": boxes, "scores": scores}.items():
         if name == "scores" and value is None:
             continue
         if not isinstance(value, list) or not isinstance(ids, list) or len(value) != len(ids):
-            raise ArtifactError(f"{path}: {name} is no list with an entry for each of image_ids: export it again")
-    if frame not in FRAMES:
-        raise ArtifactError(f"{path}: its frame {frame!r} is none of {', '.join(FRAMES)}: write one of them")
-    return ProposalFileReader(path, "altopt's json", frame,
+            raise ArtifactError(f"{path}: {name} is not a list with an entry for each of image_ids: export it again")
+    if box_format not in BOX_FORMATS:
+        raise ArtifactError(f"{path}: the box_format {box_format!r} is none of "
+                            f"{', '.join(BOX_FORMATS)}: write one of them")
+    return ProposalFileReader(path, "altopt's json", box_format,
                     zip(map(str, ids), boxes, [None] * len(ids) if scores is None else scores, strict=True))
 
 

@@ -8,12 +8,12 @@ from typing import IO, Any
 import numpy as np
 
 from altopt.errors import ArtifactError
-from altopt.proposal_formats.box_formats import Frame, to_inclusive
+from altopt.proposal_formats.box_formats import BoxFormat, to_inclusive
 from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, RawProposals, Scores, in_order
 from altopt.proposal_formats.safe_pickle import load_pickle
 
 OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron's and early detectron2's
-BOX_MODES: dict[int, Frame] = {0: "xyxy", 1: "xywh"}  # detectron2's BoxMode.XYXY_ABS, XYWH_ABS
+BOX_MODES: dict[int, BoxFormat] = {0: "xyxy", 1: "xywh"}  # detectron2's BoxMode.XYXY_ABS, XYWH_ABS
 PROTOCOL = 2  # the last that Python 2, and with it py-faster-rcnn, can read
 RECONSTRUCT = b"c%s.multiarray\n_reconstruct\n"
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from altopt.evaluation.recall import proposal_recall
-from altopt.proposal_formats.box_formats import Frame
+from altopt.proposal_formats.box_formats import BoxFormat
 from altopt.proposal_formats.incoming import Boxes, Scores
 
 EDGE_PIXELS = 1.0  # what a box may stick out by, as rounding makes it
@@ -20,8 +20,8 @@ BETTER = 0.1  # the gain in average recall from which on another reading of the 
 WRAPPED = 65000.0  # beyond any image: what a negative number in uint16 becomes
 
 Reading = Callable[[Boxes], NDArray[np.float32]]
-# Frame to name, what is done to the numbers in words, and how continuous boxes look after it.
-READINGS: dict[Frame, tuple[str, Reading]] = {
+# BoxFormat to name, what is done to the numbers in words, and how continuous boxes look after it.
+READINGS: dict[BoxFormat, tuple[str, Reading]] = {
     "yxyx-inclusive-1": ("x and y exchanged", lambda boxes: boxes[:, [1, 0, 3, 2]]),
     "xywh": ("x y width height", lambda boxes: np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])),
     "xyxy": ("x1 y1 x2 y2", lambda boxes: np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])),
@@ -29,10 +29,10 @@ READINGS: dict[Frame, tuple[str, Reading]] = {
 
 
 class Plausibility:
-    """What the boxes of a file are like, as its frame reads them, counted image by image."""
+    """What the boxes of a file are like, as their format reads them, counted image by image."""
 
-    def __init__(self, frame: Frame) -> None:
-        self.frame = frame
+    def __init__(self, box_format: BoxFormat) -> None:
+        self.box_format = box_format
         self.boxes = 0
         self.empty = 0
         self.unusable: dict[str, int] = {}
@@ -77,7 +77,7 @@ class Plausibility:
         if not self.unusable:
             return ""
         counts = " and ".join(f"{count} {rule}" for rule, count in self.unusable.items())
-        return f"of {self.boxes} boxes read as {self.frame}, {counts}, first {self.first_unusable}"
+        return f"of {self.boxes} boxes read as {self.box_format}, {counts}, first {self.first_unusable}"
 
     def _count_unusable(self, rule: str, broken: NDArray[np.bool_], image_id: str, boxes: Boxes,
                         size: tuple[int, int]) -> None:
@@ -102,35 +102,35 @@ class Plausibility:
 
     def _counted_from(self) -> str:
         """Say so when pixels look counted from another number, or edges meant the other way."""
-        if self.frame.endswith("inclusive-1"):
+        if self.box_format.endswith("inclusive-1"):
             if zero := self.begin.get(-1, 0):
-                return f"{zero} boxes begin at pixel 0: they look counted from 0 (--frame inclusive-0)"
+                return f"{zero} boxes begin at pixel 0: they look counted from 0 (--box-format inclusive-0)"
             return ""
-        if not self.whole_numbers or self.frame == "xywh":
+        if not self.whole_numbers or self.box_format == "xywh":
             return ""
         out, last, before = (self.end.get(place, 0) for place in (1, 0, -1))
         if self.least_begin >= 1 and out:
             return (f"every x1 and y1 is at least 1 and {out} boxes end one pixel outside: they look counted from 1 "
-                    "(--frame inclusive-1)")
-        if self.frame == "xyxy" and self.least_begin >= 1 and last:
+                    "(--box-format inclusive-1)")
+        if self.box_format == "xyxy" and self.least_begin >= 1 and last:
             return (f"every x1 and y1 is at least 1 though {last} boxes end at the image's edge: they look like "
-                    "pixels counted from 1 (--frame inclusive-1)")
-        if self.frame == "xyxy" and self.begin.get(0, 0) and before and not last:
+                    "pixels counted from 1 (--box-format inclusive-1)")
+        if self.box_format == "xyxy" and self.begin.get(0, 0) and before and not last:
             return (f"{self.begin[0]} boxes begin at 0, {before} end one pixel before the image's edge, none at it: "
-                    "they look like inclusive pixels (--frame inclusive-0)")
+                    "they look like inclusive pixels (--box-format inclusive-0)")
         return ""
 
     def _other_reading(self) -> str:
         """Say so when another reading of the same numbers covers clearly more objects."""
         as_read = self._recall(lambda boxes: boxes)
-        for frame, (words, reading) in READINGS.items():
-            if frame in ("xyxy", "xywh") and (frame == "xyxy") != (self.frame == "xywh"):
+        for box_format, (words, reading) in READINGS.items():
+            if box_format in ("xyxy", "xywh") and (box_format == "xyxy") != (self.box_format == "xywh"):
                 continue
             other = self._recall(reading)
             if other > as_read + BETTER:
-                option = "inclusive-1" if frame == self.frame else frame
+                option = "inclusive-1" if box_format == self.box_format else box_format
                 return (f"average recall is {as_read:.2f} as read and {other:.2f} with {words}, on the first "
-                        f"{len(self._tried)} images with objects: the boxes look like that (--frame {option})")
+                        f"{len(self._tried)} images with objects: the boxes look like that (--box-format {option})")
         return ""
 
     def _recall(self, reading: Reading) -> float:

@@ -148,7 +148,7 @@ def load_pickle(path: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can lead to any
-        raise ArtifactError(f"{path} is no pickle of arrays, or damaged ({_line(error)}): {REMEDY}") from error
+        raise ArtifactError(f"{path} is not a pickle of arrays, or is damaged ({_line(error)}): {REMEDY}") from error
 
 
 def _plain(value: Any, depth: int, known: dict[int, Any]) -> Any:

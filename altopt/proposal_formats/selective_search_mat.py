@@ -77,7 +77,7 @@ def _version_5(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged file can lead to any
         cause = " ".join(str(error).split())
-        raise ArtifactError(f"{path} is no MATLAB file, or damaged ({cause}): {REMEDY}") from error
+        raise ArtifactError(f"{path} is not a MATLAB file, or is damaged ({cause}): {REMEDY}") from error
     if not isinstance(content.get("boxes"), np.ndarray):
         raise _without_boxes(path)
     return {name: content[name] for name in NAMES if name in content}

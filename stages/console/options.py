@@ -4,23 +4,63 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from stages.console.output import reporter
 
 if TYPE_CHECKING:
+    from stages.pipeline.recipe import Recipe
     from stages.pipeline.run import Run
     from stages.shared.step import Runtime
 
 COMMAND_LINE = Path(__file__).parents[2] / "cli.py"
+FC = TypeVar("FC", bound=Callable[..., object])
 
 
-def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+def option(*names: str, **settings: object) -> Callable[[FC], FC]:
     """Return a click option that shows its default."""
-    return click.option(*names, **({"show_default": True} | settings))
+    return click.option(*names, **({"show_default": True} | settings))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What ``RUN_OPTIONS`` and ``WORK_OPTIONS`` say, with the values of those that a command lacks."""
+
+    scheme: str | None = None
+    recipe: str | None = None
+    run_name: str | None = None
+    sets: tuple[str, ...] = ()
+    data_root: Path | None = None
+    device: str = ""  # so for a command without WORK_OPTIONS
+    workers: int | None = None
+    snapshot_seconds: float = 30.0
+    log_every: int = 20
+    feature_store: str = "auto"
+    processes: int = 1
+    deterministic: bool = False
+
+    def runtime(self) -> "Runtime":
+        """Return the runtime that they ask for; that of a command which works reports to stderr."""
+        from altopt.machine.distributed import SingleProcess
+        from stages.shared.step import Runtime
+
+        if not self.device:
+            return Runtime()
+        return Runtime(device=self.device, workers=self.workers, snapshot_seconds=self.snapshot_seconds,
+                       report_every=self.log_every, feature_store=self.feature_store, report=reporter(),
+                       deterministic=self.deterministic,
+                       ranks=click.get_current_context().find_object(SingleProcess) or SingleProcess())
+
+    def open_run(self) -> "Run":
+        """Return the run that they speak of."""
+        from stages.pipeline.run import open_folder
+
+        return open_folder(self.recipe, self.run_name, self.sets, self.data_root, self.runtime(), self.scheme)
 
 
 RUN_OPTIONS = [
@@ -61,40 +101,37 @@ FROM_OPTION = option("--from", "given", multiple=True, metavar="M1[=FILE]",
 JSON_OPTION = option("--json", "as_json", is_flag=True, help="Print JSON.")
 AS_OPTION = option("--as", "artifact", metavar="P0|T0", required=True,
                    help="What they are in the run: P0, P1, ... on the training split, T0 on the test split.")
-FRAMES = ("xyxy", "inclusive-0", "inclusive-1", "yxyx-inclusive-1", "xywh")
+BOX_FORMATS = ("xyxy", "inclusive-0", "inclusive-1", "yxyx-inclusive-1", "xywh")
 
 
-def with_options(*groups: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    """Return a decorator that adds the options of all groups, in their order."""
+def with_options(*groups: Sequence[Callable[[FC], FC]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds the options of all groups; the command gets their values as one ``Options``."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**values: object) -> None:
+            known = {each.name for each in fields(Options)} & values.keys()
+            function(Options(**{name: values.pop(name) for name in known}), **values)  # type: ignore[arg-type]
+
         for each in reversed([each for group in groups for each in group]):
-            function = each(function)
-        return function
+            command = each(command)
+        return command
 
     return decorate
 
 
-def open_run(options: dict[str, Any]) -> "Run":
-    """Return the run that the options speak of."""
-    from stages.pipeline.run import open_folder
-    from stages.shared.step import Runtime
+def find_recipe(arguments: Sequence[str]) -> "Recipe":
+    """Return the recipe of the run that the arguments of a command speak of, whatever else they say."""
+    from stages.pipeline.recipe import choose_recipe
 
-    runtime = work_runtime(options) if "device" in options else Runtime()
-    return open_folder(options["recipe"], options["run_name"], options["sets"], options["data_root"], runtime,
-                       options["scheme"])
+    @click.command("", add_help_option=False)
+    @with_options(RUN_OPTIONS)
+    def look(options: Options) -> None:
+        pass
 
-
-def work_runtime(options: dict[str, Any]) -> "Runtime":
-    """Return the runtime that ``WORK_OPTIONS`` ask for; it reports to stderr."""
-    from altopt.machine.distributed import SingleProcess
-    from stages.shared.step import Runtime
-
-    return Runtime(device=options["device"], workers=options.get("workers"),
-                   snapshot_seconds=options.get("snapshot_seconds", 30.0), report_every=options.get("log_every", 20),
-                   feature_store=options.get("feature_store", "auto"), report=reporter(),
-                   deterministic=options.get("deterministic", False),
-                   ranks=click.get_current_context().find_object(SingleProcess) or SingleProcess())
+    parsed = look.make_context("", list(arguments), resilient_parsing=True, ignore_unknown_options=True,
+                               allow_extra_args=True).params
+    return choose_recipe(parsed["recipe"], parsed["run_name"], parsed["sets"] or (), parsed["scheme"])[1]
 
 
 @contextmanager

@@ -3,77 +3,72 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from stages.console.progress import Reporter
     from stages.pipeline.run import Run
     from stages.shared.step import Step
 
+T = TypeVar("T")
 
-def reporter() -> Any:
+
+def reporter() -> "Reporter":
     """Return what shows the events of stages on stderr."""
     from stages.console.progress import Reporter
 
     return Reporter(stderr())
 
 
-def stderr() -> Any:
+def stderr() -> "Console":
     """Return a console on stderr, where progress and messages go."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
-def show(*tables: Any) -> None:
-    """Print tables to stdout; wide enough for them when it is not a terminal."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    for table in tables:
-        console.print(table)
-
-
-def note_if_nothing(made: "list[Step]", run: "Run", what: Any) -> None:
+def note_if_nothing(made: "list[Step]", run: "Run", what: object) -> None:
     """Say on stderr that there was nothing to do, if nothing was made."""
     if not made:
         run.runtime.report({"event": "note", "text": f"{what} is up to date: nothing to do"})
 
 
-def print_result(value: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
-    """Print a result as JSON, or as the table that is made of it."""
+def print_result(value: T, as_json: bool, *parts: "Callable[[T], str | Table | list[Table]]") -> None:
+    """Print a result to stdout as JSON and nothing else, or as the lines and tables that are made of it."""
     if as_json:
-        print_json(value)
-    else:
-        show(table(value))
-
-
-def print_json(value: Any) -> None:
-    """Print JSON and nothing else to stdout."""
-    click.echo(json.dumps(value, indent=1))
-
-
-def print_score(result: dict[str, Any], as_json: bool) -> None:
-    """Print a score with its convention."""
-    if as_json:
-        print_json(result)
+        click.echo(json.dumps(value, indent=1))
         return
-    from stages.console.reporting import score_table
+    for part in parts:
+        made = part(value)
+        if isinstance(made, str):
+            click.echo(made)
+        else:
+            from rich.console import Console
 
-    click.echo(f"{result['protocol']}: {result['convention']}")
-    for name, value in result.get("numbers", {}).items():
-        click.echo(f"{name:<8}{value if value is None else format(value, '.3f')}")
-    show(score_table(result))
+            console = Console(width=None if sys.stdout.isatty() else 160)  # wide enough for any table
+            for table in made if isinstance(made, list) else [made]:
+                console.print(table)
+
+
+def score_lines(result: "Mapping[str, object]") -> str:
+    """Return the convention of a score, and COCO's numbers."""
+    lines = [f"{result['protocol']}: {result['convention']}"]
+    numbers = result.get("numbers")
+    for name, value in numbers.items() if isinstance(numbers, dict) else ():
+        lines.append(f"{name:<8}{value if value is None else format(value, '.3f')}")
+    return "\n".join(lines)
 
 
 def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
     """Print a verdict on every stage, and what the stores of those to come will take."""
     from stages.pipeline.plan import Survey
 
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     survey = Survey(run, run.survey(run.recipe.steps, demand=not all_steps))
-    if as_json:
-        print_json(survey.as_dict())
-    else:
-        click.echo(survey.text(shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    print_result(survey.as_dict(), as_json, lambda _: survey.text(width))

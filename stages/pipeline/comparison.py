@@ -20,7 +20,7 @@ from stages import DETECTIONS, SCHEMES
 from stages.pipeline.evaluation import detection_steps, evaluate
 from stages.pipeline.plan import duration
 from stages.pipeline.recipe import nearest, read_recipe
-from stages.pipeline.run import Run
+from stages.pipeline.run import Run, with_recipe
 from stages.pipeline.variants import Variant, plain_variants
 from stages.shared.step import Runtime
 
@@ -103,20 +103,39 @@ def given_artifacts(words: Sequence[str], schemes: Sequence[str]) -> dict[str, P
     return given
 
 
-def outcomes(folder: Path, recipe: str, variants: Sequence[Variant], seeds: Sequence[int], sets: Sequence[str],
-             runtime: Runtime, *, data_root: Path | None = None, given: Sequence[str] = (),
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: a recipe in every variant with every seed, in a folder of runs.
+
+    ``given`` holds artifacts to take as they are in every run that has them, ``M0=FILE``.
+    """
+
+    folder: Path
+    recipe: str
+    variants: Sequence[Variant]
+    seeds: Sequence[int]
+    sets: Sequence[str] = ()
+    data_root: Path | None = None
+    given: Sequence[str] = ()
+
+    def open_run(self, variant: Variant, seed: int, runtime: Runtime) -> Run:
+        """Return the run of a variant with a seed."""
+        sets = [*self.sets, *variant.sets, f"all.seed={seed}"]
+        return with_recipe(self.folder / f"{variant.name}-{seed}", read_recipe(self.recipe, sets, variant.scheme),
+                           self.data_root, runtime)
+
+
+def outcomes(wanted: Comparison, runtime: Runtime,
              working_in: Callable[[Run], AbstractContextManager[None]]) -> Iterator[Outcome]:
     """Bring every run of a comparison up to date and yield its outcome; all variants with one seed, then the next.
 
-    ``given`` holds artifacts to take as they are in every run that has them, ``M0=FILE``. A run that diverges is
-    reported and yields nothing; the others go on.
+    A run that diverges is reported and yields nothing; the others go on.
     """
-    files = given_artifacts(given, [variant.scheme for variant in variants])
+    files = given_artifacts(wanted.given, [variant.scheme for variant in wanted.variants])
     runs: list[Run] = []
-    for seed in seeds:
-        for variant in variants:
-            settings = [*sets, *variant.sets, f"all.seed={seed}"]
-            run = _open(folder / f"{variant.name}-{seed}", recipe, variant.scheme, settings, data_root, runtime)
+    for seed in wanted.seeds:
+        for variant in wanted.variants:
+            run = wanted.open_run(variant, seed, runtime)
             runtime.report({"event": "note", "text": f"{variant.name}, seed {seed}: {run.folder}"})
             with working_in(run):
                 _adopt(run, files)
@@ -127,15 +146,6 @@ def outcomes(folder: Path, recipe: str, variants: Sequence[Variant], seeds: Sequ
                     found = []
             yield from found
             runs.append(run)
-
-
-def _open(folder: Path, recipe: str, scheme: str, sets: Sequence[str], data_root: Path | None,
-          runtime: Runtime) -> Run:
-    chosen = read_recipe(recipe, sets, scheme)
-    if data_root is not None:
-        chosen.header["data_root"] = str(data_root)
-    runtime.data_root = Path(chosen.header.get("data_root", "data"))
-    return Run(folder, chosen, runtime)
 
 
 def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -> Outcome:

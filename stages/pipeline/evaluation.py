@@ -1,4 +1,4 @@
-"""Scores of a run: mAP of the unshared pair and of the final network, recall of the cached proposals."""
+"""Scores of a run: mAP of what its scheme evaluates, recall of the cached proposals."""
 
 import json
 from collections.abc import Sequence
@@ -29,9 +29,7 @@ def networks(step: Step) -> str:
 
 def name_of(run: Run, step: Step) -> str:
     """Return what a score is called: the networks, and what sets them apart from the others of the run."""
-    of_alternating = {"D2": "unshared", "D5": "shared"}
-    alternating = run.recipe.scheme == "alternating"
-    return f"{networks(step)} ({of_alternating[step.output] if alternating else run.recipe.scheme})"
+    return f"{networks(step)} ({step.label or run.recipe.scheme})"
 
 
 def detection_step(run: Run, word: str | None) -> Step:
@@ -42,9 +40,8 @@ def detection_step(run: Run, word: str | None) -> Step:
             return step
     if word is None:
         return steps[-1]
-    last, *others = [networks(step) for step in reversed(steps)]
-    pairs = f", or {others[0]} for the unshared pair" if others else ""
-    raise UsageError(f"there is nothing to evaluate under {word!r}: choose {last}{pairs}")
+    raise UsageError(f"there is nothing to evaluate under {word!r}: choose "
+                     f"{' or '.join(name_of(run, step) for step in reversed(steps))}")
 
 
 def possible(run: Run, step: Step) -> bool:
@@ -70,28 +67,24 @@ def evaluate(run: Run, step: Step, protocol: str) -> dict[str, Any]:
 
 
 def _score(run: Run, step: Step, protocol: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    dataset = open_dataset(run.recipe.config(step).data, "test", run.runtime.data_root)
+    dataset = open_dataset(run.recipe.data, "test", run.runtime.data_root)
     found = read_detections(run.path(step.output), dataset.ids, dataset.category_ids)
     result = score(protocol, {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
     return {"name": name_of(run, step), "images": len(dataset.ids), **result.as_dict(), **metrics}
 
 
 def beside_published(run: Run) -> list[dict[str, Any]]:
-    """Return rows of AP in per cent: this run's unshared pair and M5 beside the paper's and py-faster-rcnn's."""
+    """Return rows of AP in per cent: each of this run's detections beside the paper's and py-faster-rcnn's."""
     from altopt.evaluation.published import VOC07_VGG16, beside
 
-    if run.recipe.scheme != "alternating":
-        raise UsageError(f"{run.folder} follows the scheme {run.recipe.scheme}, and the published figures are of "
-                         "alternating optimisation: see altopt compare")
-    columns = []
+    columns = {}
     for step in detection_steps(run):
         result = evaluate(run, step, "voc07")
-        measured = {name: each["ap"] for name, each in result["classes"].items()}
-        columns.append({row.name: row for row in beside(measured)})
+        columns[name_of(run, step)] = beside({name: each["ap"] for name, each in result["classes"].items()})
     return [
-        {"class": name, "M1+M2 (unshared)": columns[0][name].measured, "M5 (shared)": row.measured,
-         **{each.name: value for each, value in zip(VOC07_VGG16, row.published, strict=True)}}
-        for name, row in columns[1].items()
+        {"class": rows[0].name, **dict(zip(columns, (row.measured for row in rows), strict=True)),
+         **{each.name: value for each, value in zip(VOC07_VGG16, rows[0].published, strict=True)}}
+        for rows in zip(*columns.values(), strict=True)
     ]
 
 
@@ -113,13 +106,13 @@ def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool =
     if not path.is_file():
         raise ArtifactError(f"{path.name} is not in {run.folder}: make it with altopt stage {artifact}")
     if not keep:
-        return _recall(run, step, path, limits)
+        return _recall(run, path, limits)
     key = {"proposals": run.memo.sha256(path), "data": run.data_digest(step), "limits": list(limits)}
-    return _cached(run, f"{artifact} recall", key, lambda: _recall(run, step, path, limits))
+    return _cached(run, f"{artifact} recall", key, lambda: _recall(run, path, limits))
 
 
-def _recall(run: Run, step: Step, path: Path, limits: Sequence[int]) -> dict[str, Any]:
-    dataset = open_dataset(run.recipe.config(step).data, "train", run.runtime.data_root)
+def _recall(run: Run, path: Path, limits: Sequence[int]) -> dict[str, Any]:
+    dataset = open_dataset(run.recipe.data, "train", run.runtime.data_root)
     with ProposalFile(path) as file:
         pairs = ((objects.boxes[counted(objects)], file.get(id)[0])
                  for id in dataset.ids for objects in (dataset.objects(id),))

@@ -12,7 +12,7 @@ from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import LIMITS, Recall, proposal_recall
-from altopt.proposal_formats.box_formats import FRAMES, Frame
+from altopt.proposal_formats.box_formats import BOX_FORMATS, BoxFormat
 from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals
 from altopt.proposal_formats.json_files import read_json
 from altopt.proposal_formats.pickles import read_pickle
@@ -47,13 +47,11 @@ READERS: dict[str, Reader] = {
 
 def open_split(run: Run, artifact: str) -> Dataset:
     """Return the split of the run's data set that an artifact is about."""
-    configs = (run.recipe.config(step) for step in run.recipe.steps)
-    data = next(config.data for config in configs if hasattr(config, "data"))
-    return open_dataset(data, split_of(artifact), run.runtime.data_root)
+    return open_dataset(run.recipe.data, split_of(artifact), run.runtime.data_root)
 
 
-def read_proposals(path: Path, ids: tuple[str, ...], frame: Frame | None = None) -> ProposalFileReader:
-    """Return the proposals of a file of any known format, by its suffix; ``frame`` overrules the format's own."""
+def read_proposals(path: Path, ids: tuple[str, ...], box_format: BoxFormat | None = None) -> ProposalFileReader:
+    """Return the proposals of a file of any known format, by its suffix; ``box_format`` overrules the format's own."""
     if not path.exists():
         raise ArtifactError(f"{path} is not there: check the path")
     reader = read_mat if path.is_dir() else READERS.get(path.suffix.lower())
@@ -61,12 +59,12 @@ def read_proposals(path: Path, ids: tuple[str, ...], frame: Frame | None = None)
         raise UsageError(f"{path} is of no known format: it ends in one of {', '.join(READERS)}, or is a folder of "
                          ".mat files")
     incoming = reader(path, ids)
-    incoming.frame = frame or incoming.frame
+    incoming.box_format = box_format or incoming.box_format
     return incoming
 
 
-def import_proposals(run: Run, source: Path, artifact: str, *, frame: Frame | None = None, allow_missing: bool = False,
-                     invalid: Literal["error", "leave-out"] = "error") -> dict[str, Any]:
+def import_proposals(run: Run, source: Path, artifact: str, *, box_format: BoxFormat | None = None,
+                     allow_missing: bool = False, invalid: Literal["error", "leave-out"] = "error") -> dict[str, Any]:
     """Make the proposals of ``source`` the run's artifact, given from outside; return what was found.
 
     The recall and what looks wrong are reported before anything is written. Raises ArtifactError for images without
@@ -74,9 +72,9 @@ def import_proposals(run: Run, source: Path, artifact: str, *, frame: Frame | No
     is "leave-out").
     """
     dataset = open_split(run, artifact)
-    incoming = read_proposals(source, dataset.ids, frame)
+    incoming = read_proposals(source, dataset.ids, box_format)
     attributes = {"dataset": digest_files(dataset.files(), dataset.description(), run.memo, run.runtime.data_root),
-                  "source": source.name, "settings": {"format": incoming.form, "frame": incoming.frame}}
+                  "source": source.name, "settings": {"format": incoming.form, "box_format": incoming.box_format}}
     if source.is_file():
         attributes["source_sha256"] = sha256_file(source)
     with ProposalWriter(run.path(artifact), attributes) as writer:
@@ -85,11 +83,12 @@ def import_proposals(run: Run, source: Path, artifact: str, *, frame: Frame | No
         for text in (recall_line(dataset, recall), *entrance.remarks()):
             run.runtime.report(text)
         if invalid == "error" and (problem := entrance.plausibility.problem()):
-            raise ArtifactError(f"{source} is not imported: {problem}: say how its boxes count with --frame "
-                                f"({', '.join(FRAMES)}), or do without such boxes with --invalid leave-out")
-    run.import_artifact(artifact, None, f"imported from {source.name}, {incoming.form}, read as {incoming.frame}")
-    return {"artifact": artifact, "file": str(run.path(artifact)), "format": incoming.form, "frame": incoming.frame,
-            "proposals": run.path(artifact).name, "split": dataset.name, **entrance.facts(), **recall.as_dict()}
+            raise ArtifactError(f"{source} is not imported: {problem}: say how its boxes count with --box-format "
+                                f"({', '.join(BOX_FORMATS)}), or do without such boxes with --invalid leave-out")
+    run.import_artifact(artifact, None, f"imported from {source.name}, {incoming.form}, read as {incoming.box_format}")
+    return {"artifact": artifact, "file": str(run.path(artifact)), "format": incoming.form,
+            "box_format": incoming.box_format, "proposals": run.path(artifact).name, "split": dataset.name,
+            **entrance.facts(), **recall.as_dict()}
 
 
 class ProposalImporter:
@@ -98,7 +97,7 @@ class ProposalImporter:
     def __init__(self, dataset: Dataset, incoming: ProposalFileReader, writer: ProposalWriter,
                  allow_missing: bool) -> None:
         self.dataset, self.incoming, self.writer, self.allow_missing = dataset, incoming, writer, allow_missing
-        self.plausibility = Plausibility(incoming.frame)
+        self.plausibility = Plausibility(incoming.box_format)
         self.foreign: list[str] = []
         self.missing: list[str] = []
         self.left_out = 0

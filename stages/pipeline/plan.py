@@ -2,7 +2,6 @@
 
 import textwrap
 from itertools import starmap
-from typing import Any
 
 import click
 
@@ -25,7 +24,7 @@ class Survey:
                   for each in verdicts if not each.valid}
         self.stores = {output: store for output, store in stores.items() if store}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return it JSON-able."""
         recipe = self.run.recipe
         return {"folder": str(self.run.folder), "recipe": recipe.name, "scheme": recipe.scheme, "steps": [

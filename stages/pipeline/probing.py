@@ -6,8 +6,7 @@ from typing import Any
 
 from altopt.errors import ArtifactError, UsageError
 from stages.pipeline.run import Run, find_step
-from stages.shared.step import Step
-from stages.steps.joint import PARTS, joint_training, train_exact_joint
+from stages.steps.joint import PARTS, TrainExactJoint, joint_training
 
 
 def probe(run: Run, word: str | None, images: int) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def probe(run: Run, word: str | None, images: int) -> dict[str, Any]:
     path = run.path(artifact)
     if not path.is_file():
         raise ArtifactError(f"{artifact} is not in {run.folder}: make it with altopt stage {artifact}, or run-all")
-    config = run.recipe.config(Step(artifact, train_exact_joint, "M0"))
+    config = run.recipe.build(TrainExactJoint, "train_exact_joint")
     run.check_data(config)
     inference = Inference([(path, PARTS)], config, run.runtime, split="train")
     network = inference.networks[0]
@@ -53,5 +52,5 @@ def network_name(run: Run, word: str | None) -> str:
     steps = [step for step in run.recipe.steps if step.output.startswith("M")]
     output = find_step(run.recipe.steps, word).output if word else steps[-1].output
     if not output.startswith("M"):
-        raise UsageError(f"{output} is no network: choose among {', '.join(step.output for step in steps)}")
+        raise UsageError(f"{output} is not a network: choose among {', '.join(step.output for step in steps)}")
     return output

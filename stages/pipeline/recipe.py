@@ -6,58 +6,72 @@ that has such a field. A stage's config is its dataclass's defaults, then ``all`
 source.
 """
 
-import json
-import math
-import re
 import tomllib
-import types
 import typing
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cache, cached_property
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from altopt.config import NetworkConfig
+from altopt.config import NetworkConfig, out_of_bounds
 from altopt.datasets.dataset import DataConfig
 from altopt.errors import UsageError
+from altopt.layers import frozen_layers
 from stages import DETECTIONS, PRETRAINED, SCHEMES
+from stages.shared.stage_config import StageConfig, Trains
 from stages.shared.step import Step
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 HEADER = ("title", "description", "data_root", "protocol", "expect", "scheme")
-SHARED: dict[str, type] = {"network": NetworkConfig, "data": DataConfig}
-AT_LEAST = {"iterations": 0, "warmup": 0} | dict.fromkeys(
-    ("images_per_batch", "short_side", "max_side", "rpn_channels", "crop_side", "anchors_per_image",
-     "rois_per_batch", "rois_at_once", "per_class", "region_area"), 1)
+SHARED: dict[str, type["DataclassInstance"]] = {"network": NetworkConfig, "data": DataConfig}
+# Fields of a stage's config that do not come from its own table.
+FILLED_IN = {"network": attrgetter("network"), "data": attrgetter("data"), "backbone": attrgetter("network.name")}
 PROTOCOL = Literal["voc07", "voc10", "coco"]
+KINDS: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+# Words of older recipes, by field, and what they are called now.
+RENAMED_FIELDS = {"per_picture": "per_image", "norm_pictures": "norm_images"}
+RENAMED_VALUES = {("outputs", "draw-anew"): "re-initialise"}
 
 
 @dataclass(frozen=True)
 class Value:
     """A setting and where it comes from."""
 
-    value: Any
+    value: object
     source: str
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as read: header values, and tables of settings with their sources."""
+    """A recipe as read: header values, tables of settings, the text they come from, and what ``--set`` put in place."""
 
     name: str
-    header: dict[str, Any]
-    tables: dict[str, dict[str, Value]]
+    header: dict[str, str]
+    tables: dict[str, dict[str, object]]
+    written: str
+    assigned: frozenset[tuple[str, str]]
 
     @property
     def scheme(self) -> str:
         """Which list of steps is followed."""
-        return str(self.header.get("scheme", "alternating"))
+        return self.header.get("scheme", "alternating")
 
-    @property
+    @cached_property
     def network(self) -> NetworkConfig:
         """The network that all stages speak of."""
-        network: NetworkConfig = _build(NetworkConfig, self.tables.get("network", {}), "network")
-        return network
+        return self.build(NetworkConfig, "network")
+
+    @cached_property
+    def data(self) -> DataConfig:
+        """The data set."""
+        return self.build(DataConfig, "data")
 
     @property
     def pretrained(self) -> Step:
@@ -75,50 +89,81 @@ class Recipe:
         """The steps that detect on the test split."""
         return DETECTIONS[self.scheme]
 
-    def values(self, step: Step) -> dict[str, Value]:
-        """Return the settings that a step's config takes from this recipe, defaults included."""
-        own = self.tables.get(step.table, {})
-        values = {}
-        for each in fields(step.config_class):
-            if each.name in ("network", "data", "backbone"):
-                continue
-            default = Value(each.default, each.metadata.get("source", ""))
-            values[each.name] = own.get(each.name, self.tables.get("all", {}).get(each.name, default))
+    def config(self, step: Step) -> StageConfig:
+        """Return the step's config. Raises ``UsageError`` for a value of the wrong kind, or out of its bounds."""
+        return self.build(step.config_class, step.table)
+
+    def build(self, cls: type[C], table: str) -> C:
+        """Return a config with the values of a table of the recipe. Raises ``UsageError`` as ``config`` does."""
+        hints, given = _type_hints(cls), self._given(table)
+        values: dict[str, object] = {}
+        for each in fields(cls):
+            if each.name in FILLED_IN:
+                values[each.name] = FILLED_IN[each.name](self)
+            elif each.name in given:
+                values[each.name] = _converted(given[each.name], hints[each.name], f"{table}.{each.name}")
+            elif each.default is MISSING:
+                key = f"{table}.{each.name}"
+                raise UsageError(f"the recipe does not say {key}: add it, or --set {key}=...")
+        config = cls(**values)
+        if problem := out_of_bounds(config):
+            raise UsageError(f"{table}.{problem}")
+        return config
+
+    def _given(self, table: str) -> Mapping[str, object]:
+        """Return what the recipe says for a table, ``all`` included."""
+        return ({} if table in SHARED else self.tables.get("all", {})) | self.tables.get(table, {})
+
+    @cached_property
+    def sources(self) -> dict[tuple[str, str], str]:
+        """{(table, field): source} of what the recipe says: the comment behind a value, or ``--set``."""
+        import tomlkit  # here, since it takes as long as all the rest of altopt plan
+
+        found = {}
+        for name, table in tomlkit.parse(self.written).items():
+            if isinstance(table, tomlkit.items.Table):
+                for key in table:
+                    item = table.value.item(key)
+                    assert isinstance(item, tomlkit.items.Item)
+                    found[name, RENAMED_FIELDS.get(key, key)] = item.trivia.comment.removeprefix("#").strip()
+        return found | dict.fromkeys(self.assigned, "--set")
+
+    def values(self, cls: type["DataclassInstance"], table: str) -> dict[str, Value]:
+        """Return the settings that a config takes from this recipe, defaults included, each with its source."""
+        values, given, own = {}, self._given(table), self.tables.get(table, {})
+        for each in fields(cls):
+            if each.name in given:
+                where = table if each.name in own else "all"
+                values[each.name] = Value(given[each.name], self.sources.get((where, each.name), ""))
+            elif each.default is not MISSING:
+                values[each.name] = Value(each.default, each.metadata.get("source", "altopt's default"))
         return values
 
-    def config(self, step: Step) -> Any:
-        """Return the step's config. Raises ``UsageError`` for a value of the wrong kind."""
-        cls = step.config_class
-        given: dict[str, Any] = {name: each.value for name, each in self.values(step).items()}
-        names = {each.name for each in fields(cls)}
-        for shared, shared_class in SHARED.items():
-            if shared in names:
-                given[shared] = _build(shared_class, self.tables.get(shared, {}), shared)
-        if "backbone" in names:
-            given["backbone"] = _build(NetworkConfig, self.tables.get("network", {}), "network").name
-        return _construct(cls, given, step.table)
+    def resolved(self) -> dict[str, dict[str, Value]]:
+        """Return every setting of the network, the data and the scheme's stages with its source, by table."""
+        steps = {step.table: step.config_class for step in [*self.steps, *self.detections]}
+        return {table: self.values(cls, table) for table, cls in (SHARED | steps).items()}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return every setting with its source, JSON-able."""
-        tables = {table: _shared_values(cls) | self.tables.get(table, {}) for table, cls in SHARED.items()}
-        tables |= {step.table: self.values(step) for step in [*self.steps, *self.detections]}
+    def as_dict(self) -> dict[str, object]:
+        """Return the same JSON-able, with the header."""
         return self.header | {
             table: {key: {"value": each.value, "source": each.source} for key, each in values.items()}
-            for table, values in tables.items()
+            for table, values in self.resolved().items()
         }
 
     def text(self) -> str:
-        """Return the resolved recipe as TOML: every setting of every stage, its source as a comment."""
-        lines = [f"{key} = {_toml(value)}" for key, value in self.header.items()]
-        for table, cls in SHARED.items():
-            lines += _table(table, _shared_values(cls) | self.tables.get(table, {}))
-        for table, step in {step.table: step for step in [*self.steps, *self.detections]}.items():
-            lines += _table(table, self.values(step))
+        """Return the same as TOML, each source as a comment."""
+        lines = [f"{key} = {toml(value)}" for key, value in self.header.items()]
+        for table, values in self.resolved().items():
+            lines += ["", f"[{table}]"]
+            for key, each in values.items():
+                assignment = f"{key} = {toml(each.value)}"
+                lines.append(f"{assignment:<44}# {each.source}" if each.source else assignment)
         return "\n".join(lines) + "\n"
 
 
 @cache
-def stage_tables() -> dict[str, type]:
+def stage_tables() -> dict[str, type[StageConfig]]:
     """Return {table name: config class} of every stage that a recipe can speak of."""
     steps = [*PRETRAINED, *chain.from_iterable([*SCHEMES.values(), *DETECTIONS.values()])]
     return {step.table: step.config_class for step in steps}
@@ -130,7 +175,23 @@ def packaged() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def read_recipe(name_or_path: str, sets: typing.Sequence[str] = (), scheme: str | None = None) -> Recipe:
+def choose_recipe(recipe: str | None, run_name: str | None, sets: Sequence[str],
+                  scheme: str | None) -> tuple[Path, Recipe]:
+    """Return the folder runs/NAME and its recipe: the one asked for, or the folder's own, or ``shapes``.
+
+    A scheme other than alternating has a folder of its own: runs/shapes-approximate-joint.
+    """
+    suffix = f"-{scheme}" if scheme not in (None, "alternating") else ""
+    folder = Path("runs") / (run_name or (Path(recipe).stem if recipe else "shapes") + suffix)
+    kept = folder / "recipe.toml"
+    chosen = read_recipe(recipe or (str(kept) if kept.is_file() else "shapes"), sets, scheme)
+    if kept.is_file() and (held := str(_parsed(kept)[1].get("scheme", "alternating"))) != chosen.scheme:
+        raise UsageError(f"{folder} was begun with the scheme {held}, and {chosen.scheme} is asked for: name another "
+                         "folder with --run, or leave --scheme out")
+    return folder, chosen
+
+
+def read_recipe(name_or_path: str, sets: Sequence[str] = (), scheme: str | None = None) -> Recipe:
     """Read a recipe by name or file, with ``table.field=value`` overrides and perhaps another scheme than its own.
 
     Raises ``UsageError``.
@@ -140,69 +201,77 @@ def read_recipe(name_or_path: str, sets: typing.Sequence[str] = (), scheme: str 
     if not path.is_file():
         raise UsageError(f"there is no recipe {name_or_path!r}{nearest(name_or_path, known)}: choose one of "
                          f"{', '.join(known)}, or give a .toml file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
-    tables = _tables(content, _sources(text), str(path))
-    _override(tables, sets)
-    header = {key: content[key] for key in HEADER if key in content} | ({"scheme": scheme} if scheme else {})
+    text, content = _parsed(path)
+    tables = _tables(content, str(path))
+    assigned = _override(tables, sets)
+    header = {"title": path.stem} | {key: str(content[key]) for key in HEADER if key in content}
+    header |= {"scheme": scheme} if scheme else {}
     check_scheme(header.get("scheme", "alternating"))
     _converted(header.get("protocol", "voc07"), PROTOCOL, "protocol")
-    recipe = Recipe(header.get("title", path.stem), {"title": path.stem} | header, tables)
+    recipe = Recipe(header["title"], header, tables, text, frozenset(assigned))
+    for table in tables.keys() & stage_tables().keys():  # also those of other schemes: what is wrong is said at once
+        recipe.build(stage_tables()[table], table)
     for step in [*recipe.steps, *recipe.detections]:
-        _check_init(recipe, step, recipe.config(step))
+        _check_names(recipe, step, recipe.config(step))
     return recipe
+
+
+def _parsed(path: Path) -> tuple[str, dict[str, object]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 
 def check_scheme(name: str) -> str:
     """Return the name of a scheme. Raises ``UsageError`` if it is none."""
     if name not in SCHEMES:
-        raise UsageError(f"there is no scheme {name!r}{nearest(str(name), SCHEMES)}: choose one of "
-                         f"{', '.join(SCHEMES)}")
+        raise UsageError(f"there is no scheme {name!r}{nearest(name, SCHEMES)}: choose one of {', '.join(SCHEMES)}")
     return name
 
 
-def _check_init(recipe: Recipe, step: Step, config: Any) -> None:
-    """Raise ``UsageError`` unless a stage starts from a network that is made before it."""
-    init = getattr(config, "init", "")
-    before = [each.output for each in recipe.steps[: recipe.steps.index(step)]] if init else []
+def _check_names(recipe: Recipe, step: Step, config: StageConfig) -> None:
+    """Raise ``UsageError`` unless a stage starts from a network made before it, and freezes layers that there are."""
+    before = [each.output for each in recipe.steps[: recipe.steps.index(step)]] if config.init else []
     networks = [output for output in before if output.startswith("M")]
-    if init and init not in networks:
-        raise UsageError(f"{step.table}.init = {init!r}: it is one of the networks made before {step.output}, "
-                         f"{', '.join(networks)}")
+    if config.init and config.init not in networks:
+        raise UsageError(f"{step.table}.init must be {' or '.join(networks)} (the networks made before {step.output}); "
+                         f"it is {config.init!r}")
+    if isinstance(config, Trains):
+        try:
+            frozen_layers(config.network.name, config.freeze)
+        except UsageError as error:
+            raise UsageError(f"{step.table}.{error}") from None
 
 
-def _tables(content: dict[str, Any], sources: dict[str, str], where: str) -> dict[str, dict[str, Value]]:
-    tables: dict[str, dict[str, Value]] = {}
+def _tables(content: Mapping[str, object], where: str) -> dict[str, dict[str, object]]:
+    tables: dict[str, dict[str, object]] = {}
     for name, table in content.items():
         if name in HEADER:
             continue
         if not isinstance(table, dict):
             raise UsageError(f"{where}: {name} stands outside of a table; a recipe's own keys are {', '.join(HEADER)}")
-        for key in table:
-            _require_field(name, key, where)
-        tables[name] = {key: Value(value, sources.get(f"{name}.{key}", "")) for key, value in table.items()}
+        tables[name] = dict(_current(name, key, value, where) for key, value in table.items())
     return tables
 
 
-def _require_field(table: str, key: str, where: str) -> None:
+def _current(table: str, key: str, value: object, where: str) -> tuple[str, object]:
+    """Return a field and its value as they are called now. Raises ``UsageError`` unless there is such a field."""
+    key = RENAMED_FIELDS.get(key, key)
     classes = stage_tables()
     names = [*SHARED, "all", *classes]
     if table not in names:
         raise UsageError(f"{where}: there is no table {table!r}{nearest(table, names)}; tables are {', '.join(names)}")
-    if table == "all":
-        known = sorted({each.name for cls in classes.values() for each in fields(cls)} - {"network", "data"})
-    else:
-        cls = SHARED.get(table) or classes[table]
-        known = [each.name for each in fields(cls) if each.name not in ("network", "data", "backbone")]
+    chosen = classes.values() if table == "all" else [(SHARED | classes)[table]]
+    known = list(dict.fromkeys(each.name for cls in chosen for each in fields(cls) if each.name not in FILLED_IN))
     if key not in known:
         raise UsageError(f"{where}: {table} has no field {key!r}{nearest(key, known)}; its fields are "
                          f"{', '.join(known)}")
+    return key, RENAMED_VALUES.get((key, value), value) if isinstance(value, str) else value
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint at the known word that is most like this one; nothing if none is."""
     import difflib
 
@@ -210,117 +279,70 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _override(tables: dict[str, dict[str, Value]], sets: typing.Sequence[str]) -> None:
+def _override(tables: dict[str, dict[str, object]], sets: Sequence[str]) -> set[tuple[str, str]]:
     """Put ``TABLE.FIELD=VALUE`` over what a file says: ``all`` reaches every stage that is not named itself."""
-    assigned = [_assignment(each) for each in sets]
-    for _, name, _ in (each for each in assigned if each[0] == "all"):
+    assigned = {(table, name): value for table, name, value in map(_assignment, sets)}
+    for _, name in (each for each in assigned if each[0] == "all"):
         for table in stage_tables():
             tables.get(table, {}).pop(name, None)
-    for table, name, value in assigned:
-        tables.setdefault(table, {})[name] = Value(value, "--set")
+    for (table, name), value in assigned.items():
+        tables.setdefault(table, {})[name] = value
+    return set(assigned)
 
 
-def _assignment(text: str) -> tuple[str, str, Any]:
+def _assignment(text: str) -> tuple[str, str, object]:
     """Return table, field and value of ``TABLE.FIELD=VALUE``. Raises ``UsageError``."""
     key, equals, written = text.partition("=")
     table, dot, name = key.strip().partition(".")
     if not equals or not dot:
         raise UsageError(f"--set {text}: write TABLE.FIELD=VALUE, such as train_rpn.lr=0.01")
-    _require_field(table, name, f"--set {text}")
     try:
         value = tomllib.loads(f"value = {written}")["value"]
     except tomllib.TOMLDecodeError:
         value = written.strip()
-    return table, name, value
-
-
-def _sources(text: str) -> dict[str, str]:
-    """Return {"table.key": comment} of the lines ``key = value  # comment``; a table's own comment covers its keys."""
-    sources, table = {}, ""
-    for line in text.splitlines():
-        if header := re.match(r"\[(\w+)\]", line):
-            table = header[1]
-        elif match := re.match(r"(\w+)\s*=\s*(?:\"[^\"]*\"|[^#\"]|\"[^\"]*\")*#\s*(.*)$", line):
-            sources[f"{table}.{match[1]}"] = match[2].strip()
-    return sources
-
-
-def _build(cls: type, table: dict[str, Value], name: str) -> Any:
-    return _construct(cls, {key: each.value for key, each in table.items()}, name)
-
-
-def _construct(cls: type, given: dict[str, Any], table: str) -> Any:
-    hints = _type_hints(cls)
-    missing = [each.name for each in fields(cls)
-               if each.name not in given and each.default is MISSING and each.default_factory is MISSING]
-    if missing:
-        raise UsageError(f"the recipe does not say {table}.{missing[0]}: add it, or --set {table}.{missing[0]}=...")
-    values = {key: _converted(value, hints[key], f"{table}.{key}") for key, value in given.items()}
-    for key, least in AT_LEAST.items():
-        if key in values and values[key] < least:
-            raise UsageError(f"{table}.{key} = {values[key]}: it is at least {least}")
-    return cls(**values)
+    return table, *_current(table, name, value, f"--set {text}")
 
 
 _type_hints = cache(typing.get_type_hints)
 
 
-def _converted(value: Any, hint: Any, name: str) -> Any:
+def _converted(value: object, hint: object, name: str) -> object:
     """Return the value as the type of its field, or raise ``UsageError`` in the field's own words."""
-    if is_dataclass(hint):
-        return value
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
         if value in arguments:
             return value
-        raise UsageError(f"{name} = {value!r}{nearest(str(value), map(str, arguments))}: it is one of "
-                         f"{', '.join(map(str, arguments))}")
-    if origin is tuple:
+        raise UsageError(f"{name} must be one of {', '.join(arguments)} (it is {value!r})")
+    if typing.get_origin(hint) is tuple:
         if isinstance(value, list | tuple):
             return tuple(_converted(each, arguments[0], name) for each in value)
-        raise UsageError(f"{name} = {value!r}: it is a list, such as [1, 2]")
-    if origin is types.UnionType:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        raise UsageError(f"{name} must be a list, such as [1, 2] (it is {value!r})")
+    if hint is float and type(value) is int:
         return float(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if type(value) is hint:
         return value
-    raise UsageError(f"{name} = {value!r}: it is of type {hint.__name__}")
+    raise UsageError(f"{name} must be {KINDS[hint]} (it is {value!r})")
 
 
-def _shared_values(cls: type) -> dict[str, Value]:
-    return {each.name: Value(each.default, each.metadata.get("source", "altopt's default")) for each in fields(cls)
-            if each.default is not MISSING}
-
-
-def describe_config(step: Step) -> str:
-    """Return a stage's settings with their defaults and sources, a line each, for its help."""
-    lines = [f"Settings (--set {step.table}.FIELD=VALUE), with py-faster-rcnn's values as defaults:"]
-    for each in fields(step.config_class):
-        if each.name not in ("network", "data", "backbone"):
-            value = list(each.default) if isinstance(each.default, tuple) else each.default
-            lines.append(f"  {each.name} = {json.dumps(value)}  ({each.metadata.get('source', '')})")
+def describe_settings(step: Step, recipe: Recipe) -> str:
+    """Return a stage's settings in a recipe with their sources, and the defaults that it replaces, a line each."""
+    lines = [f"Settings of this run (--set {step.table}.FIELD=VALUE):"]
+    defaults = {each.name: (each.default, each.metadata.get("source", "")) for each in fields(step.config_class)}
+    for name, each in recipe.values(step.config_class, step.table).items():
+        default, source = defaults[name]
+        line = f"  {name} = {toml(each.value)}  ({each.source})"
+        replaced = tuple(each.value) != default if isinstance(each.value, list) else each.value != default
+        lines.append(f"{line}; default {toml(default)} ({source})" if replaced else line)
     return "\n".join(lines if len(lines) > 1 else ["It has no settings."])
 
 
 def describe_recipes() -> dict[str, str]:
     """Return {name: description} of the recipes that come with altopt."""
-    return {name: tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")
-            for name, path in packaged().items()}
+    return {name: str(_parsed(path)[1].get("description", "")) for name, path in packaged().items()}
 
 
-def _table(name: str, values: dict[str, Value]) -> list[str]:
-    lines = ["", f"[{name}]"]
-    for key, each in values.items():
-        assignment = f"{key} = {_toml(each.value)}"
-        lines.append(f"{assignment:<44}# {each.source}" if each.source else assignment)
-    return lines
+def toml(value: object) -> str:
+    """Return a value as TOML."""
+    import tomlkit
 
-
-def _toml(value: Any) -> str:
-    """Return a value as TOML: JSON, but for infinity and NaN, and for characters beyond ASCII."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string()

@@ -17,8 +17,9 @@ from altopt.machine.determinism import fixed_order
 from altopt.machine.distributed import SingleProcess
 from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import Record, differences, plain, read_record, write_record
-from stages.pipeline.recipe import Recipe
+from stages.pipeline.recipe import Recipe, choose_recipe
 from stages.shared.feature_plan import remember_sizes
+from stages.shared.stage_config import ReadsData, StageConfig
 from stages.shared.step import Runtime, Step, file_name, ignore_event
 
 State = Literal["done", "given", "missing", "stale", "waits", "not needed"]
@@ -107,7 +108,7 @@ class Run:
         reasons = []
         if record.stage != step.name:
             reasons.append(f"it was made by {record.stage}, and is now made by {step.name}")
-        elif record.version != step.config_class.version:  # type: ignore[attr-defined]
+        elif record.version != step.config_class.version:
             reasons.append(f"{step.name} computes differently since version {record.version}")
         for name in inputs:
             if not self.path(name).is_file():
@@ -124,9 +125,9 @@ class Run:
     def data_digest(self, step: Step) -> str | None:
         """Return the digest of the split that a step reads; None if it reads none, or if it is not there."""
         config = self.recipe.config(step)
-        split = getattr(config, "split", None)
-        if split is None:
+        if not isinstance(config, ReadsData):
             return None
+        split = config.split
         if split not in self._data:
             try:
                 dataset = open_dataset(config.data, split, self.runtime.data_root)
@@ -157,7 +158,7 @@ class Run:
         runtime.ranks.announce((stage, dataclasses.replace(runtime, report=ignore_event, ranks=SingleProcess())))
         facts = _carried_out(stage, runtime)
         seconds = facts.get("train_seconds", 0.0) or time.perf_counter() - started
-        record = self._write_record(step.output, step.name, step.config_class.version,  # type: ignore[attr-defined]
+        record = self._write_record(step.output, step.name, step.config_class.version,
                                     inputs=hashes, data=data, config=key_of(step, config), seconds=round(seconds, 2),
                                     metrics=facts)
         self.report(step, {"event": "finished", **facts, "seconds": record.seconds})
@@ -172,11 +173,11 @@ class Run:
         self.memo.save()
         return record
 
-    def check_data(self, config: Any) -> None:
+    def check_data(self, config: StageConfig) -> None:
         """Look at every image and object of the split before time is spent on it; warnings are reported once."""
-        split = getattr(config, "split", None)
-        if split is None or split in self._checked:
+        if not isinstance(config, ReadsData) or config.split in self._checked:
             return
+        split = config.split
         self._checked.add(split)
         dataset = open_dataset(config.data, split, self.runtime.data_root)
         for warning in dataset.check():
@@ -211,7 +212,7 @@ class Run:
         config = self.recipe.config(step)
         inputs = step.inputs_for(config)
         alike = (
-            (record.stage, record.version) == (step.name, step.config_class.version)  # type: ignore[attr-defined]
+            (record.stage, record.version) == (step.name, step.config_class.version)
             and all(self.path(name).is_file() for name in inputs)
             and record.inputs == {name: self.memo.sha256(self.path(name)) for name in inputs}
             and record.config == key_of(step, config)
@@ -267,7 +268,7 @@ def _carried_out(stage: Callable[..., dict[str, Any]], runtime: Runtime) -> dict
         return stage(runtime=runtime)
 
 
-def key_of(step: Step, config: Any) -> dict[str, Any]:
+def key_of(step: Step, config: StageConfig) -> dict[str, Any]:
     """Return what of a config decides whether an output is stale: all but the split that the step does not read."""
     key: dict[str, Any] = plain(asdict(config))
     if "data" in key:
@@ -336,7 +337,7 @@ def find_step(steps: Sequence[Step], word: str) -> Step:
             return step
     names = [step.output for step in steps] + [step.name for step in steps]
     raise UsageError(f"there is no stage {word!r}{nearest(word, names)}: give 1 to {len(steps) - 1}, an output such "
-                     f"as M2, or a function: {', '.join(step.name for step in steps)}")
+                     f"as {steps[-1].output}, or a function: {', '.join(step.name for step in steps)}")
 
 
 def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
@@ -395,20 +396,13 @@ def run_one(run: Run, step: Step, force: bool) -> list[Step]:
 
 def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_root: Path | None, runtime: Runtime,
                 scheme: str | None = None) -> Run:
-    """Return the run in runs/NAME with its recipe: the one asked for, or the folder's own, or ``shapes``.
+    """Return the run in runs/NAME with its recipe, as ``choose_recipe`` finds them."""
+    folder, chosen = choose_recipe(recipe, name, sets, scheme)
+    return with_recipe(folder, chosen, data_root, runtime)
 
-    A scheme other than alternating has a folder of its own: runs/shapes-approximate-joint.
-    """
-    from altopt.errors import UsageError
-    from stages.pipeline.recipe import read_recipe
 
-    suffix = f"-{scheme}" if scheme not in (None, "alternating") else ""
-    folder = Path("runs") / (name or (Path(recipe).stem if recipe else "shapes") + suffix)
-    kept = folder / "recipe.toml"
-    chosen = read_recipe(recipe or (str(kept) if kept.is_file() else "shapes"), sets, scheme)
-    if kept.is_file() and (held := read_recipe(str(kept)).scheme) != chosen.scheme:
-        raise UsageError(f"{folder} was begun with the scheme {held}, and {chosen.scheme} is asked for: name another "
-                         "folder with --run, or leave --scheme out")
+def with_recipe(folder: Path, chosen: Recipe, data_root: Path | None, runtime: Runtime) -> Run:
+    """Return the run in a folder with a recipe, its data where the recipe says unless ``data_root`` is given."""
     if data_root is not None:
         chosen.header["data_root"] = str(data_root)
     runtime.data_root = Path(chosen.header.get("data_root", "data"))

@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from altopt.errors import UsageError
 from stages.pipeline.recipe import check_scheme, nearest
@@ -44,11 +43,11 @@ def read_variants(path: Path) -> list[Variant]:
     return [_variant(f"{path}: [{name}]", name, table) for name, table in content.items()]
 
 
-def _variant(where: str, name: str, table: Any) -> Variant:
+def _variant(where: str, name: str, table: object) -> Variant:
     if not isinstance(table, dict):
         raise UsageError(f"{where} stands outside of a table: a file of variants has only tables")
     if not NAME.fullmatch(name):
-        raise UsageError(f"{where} is to be the name of a folder: use letters, digits, '-', '_' and '.'")
+        raise UsageError(f"{where} must be the name of a folder: use letters, digits, '-', '_' and '.'")
     for key in table:
         if key not in KEYS:
             raise UsageError(f"{where} has no field {key!r}{nearest(key, KEYS)}; its fields are {', '.join(KEYS)}")
@@ -56,5 +55,5 @@ def _variant(where: str, name: str, table: Any) -> Variant:
     if not isinstance(scheme, str):
         raise UsageError(f'{where} does not say of which scheme it is one: add scheme = "fast-rcnn" or the like')
     if not isinstance(sets, list) or not all(isinstance(each, str) for each in sets):
-        raise UsageError(f"{where}: set is a list of texts, such as ['train_fast_rcnn.lr=0.01']")
+        raise UsageError(f"{where}: set must be a list of texts, such as ['train_fast_rcnn.lr=0.01']")
     return Variant(name, check_scheme(scheme), tuple(sets))

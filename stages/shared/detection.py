@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from altopt.config import DetectionSettings, sourced
+from altopt.config import DetectionSettings, setting
 from altopt.datasets.dataset import Dataset
-from stages.shared.split_config import OnTestSplit
+from stages.shared.stage_config import OnTestSplit
 from stages.shared.step import Runtime
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 class Detect(DetectionSettings, OnTestSplit):
     """How images of the test split are detected on."""
 
-    version: ClassVar[int] = 1
     table: ClassVar[str] = "detect"
-    images_per_batch: int = sourced(1, "pfr test_net: one image at a time")
+    images_per_batch: int = setting(1, "py-faster-rcnn test_net: one image at a time", at_least=1)
 
 
 def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: Detect, runtime: Runtime,

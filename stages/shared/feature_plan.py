@@ -15,6 +15,7 @@ from altopt.errors import AltoptError
 from altopt.extents import maps_bytes
 from altopt.layers import LAYERS, frozen_layers
 from cache.files import canonical_json, sha256_text, write_text_atomic
+from stages.shared.stage_config import StageConfig, Trains
 
 SPARE_SHARE, SPARE_BYTES = 10, 2**30  # what a store must leave free: a tenth of its size, and at least a GiB
 FOLDER = "features"
@@ -76,14 +77,14 @@ def known_sizes(folder: Path, config: DataConfig, root: Path | None) -> Sizes | 
     return sizes_of(open_dataset(config, "train", root)) if config.format == "shapes" else None
 
 
-def stored_layers(config: Any) -> int:
+def stored_layers(config: StageConfig) -> int:
     """Return behind how many conv layers, counted from the first, a stage with that config stores maps; 0: it does not.
 
     Raises ``UsageError`` where it freezes layers that do not exist.
     """
-    if not getattr(config, "stores_maps", False) or getattr(config, "scales", None):
+    if not (isinstance(config, Trains) and config.stores_maps) or config.scales:
         return 0
-    return frozen_layers(config.network.name, getattr(config, "freeze", ("*",)))
+    return frozen_layers(config.network.name, config.freeze)
 
 
 def extent(network: str, layers: int) -> str:
@@ -97,11 +98,13 @@ def reserved_bytes(sizes: Sizes, network: NetworkConfig, flips: bool, precision:
     return maps_bytes(sizes, network, flips, precision) if layers < len(LAYERS[network.name]) else 0
 
 
-def foreseen(folder: Path, config: Any, root: Path | None) -> dict[str, Any] | None:
+def foreseen(folder: Path, config: StageConfig, root: Path | None) -> dict[str, Any] | None:
     """Return for a stage with frozen conv layers what its store will take, and whether "auto" makes one; JSON-able.
 
     None: the stage stores nothing, or nobody has looked at its images yet.
     """
+    if not isinstance(config, Trains):
+        return None
     try:
         layers = stored_layers(config)
         sizes = known_sizes(folder, config.data, root) if layers else None

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from altopt.errors import UsageError
 from altopt.machine.distributed import SingleProcess
+from stages.shared.stage_config import Split, StageConfig
 
-Split = Literal["train", "test"]
 SUFFIXES = {
     "M": ".safetensors", "P": ".h5", "D": ".json",
     "F": ".h5",  # features, of images or of regions
@@ -29,8 +29,9 @@ SUFFIXES = {
 class Step:
     """``Step("M2", train_fast_rcnn, "M0", "P1")``: M2 is made by train_fast_rcnn from M0 and P1."""
 
-    def __init__(self, output: str, stage: Callable[..., dict[str, Any]], *inputs: str) -> None:
+    def __init__(self, output: str, stage: Callable[..., dict[str, Any]], *inputs: str, label: str = "") -> None:
         self.output, self.stage, self.inputs = output, stage, inputs
+        self.label = label  # what sets detections apart from others of the same run
 
     @property
     def name(self) -> str:
@@ -40,27 +41,26 @@ class Step:
     @property
     def table(self) -> str:
         """The table of a recipe that the config comes from: the stage's name, unless its class names another."""
-        return getattr(self.config_class, "table", self.name)
+        return self.config_class.table or self.name
 
     @cached_property
-    def config_class(self) -> type:
+    def config_class(self) -> type[StageConfig]:
         """The dataclass of the stage's config."""
-        return typing.cast(type, typing.get_type_hints(self.stage)["config"])
+        return typing.cast(type[StageConfig], typing.get_type_hints(self.stage)["config"])
 
     @property
     def divided(self) -> bool:
         """Whether several processes work on the stage together; if not, rank 0 does it alone."""
-        return getattr(self.config_class, "divided", False)
+        return self.config_class.divided
 
     @property
     def summary(self) -> str:
         """The first line of the stage's docstring."""
         return (self.stage.__doc__ or "").strip().splitlines()[0]
 
-    def inputs_for(self, config: Any) -> tuple[str, ...]:
+    def inputs_for(self, config: StageConfig) -> tuple[str, ...]:
         """Return the inputs, with the initial weights that the config's ``init`` asks for in place of the list's."""
-        init = getattr(config, "init", "")
-        return (init, *self.inputs[1:]) if init else self.inputs
+        return (config.init, *self.inputs[1:]) if config.init else self.inputs
 
 
 def file_name(artifact: str) -> str:

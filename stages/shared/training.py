@@ -14,7 +14,7 @@ from altopt.batches.local_batches import LocalBatches
 from altopt.batches.reading import BatchOrder, Entry
 from altopt.batches.samples import Batch, Sample, read_sample
 from altopt.batches.sampling import RoISampling, RoIThresholds, has_samples
-from altopt.config import NetworkConfig, TrainingConfig
+from altopt.config import NetworkConfig, RoITraining, TrainingConfig
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
@@ -31,6 +31,7 @@ from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.proposals import ProposalFile
 from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
 from stages.shared.feature_store import FeatureStore
+from stages.shared.stage_config import Trains
 from stages.shared.step import Runtime
 
 
@@ -73,7 +74,7 @@ def require_same_frame(path: Path, description: dict[str, Any], network: Network
 class Training:
     """One trained stage: its inputs, its key, and the steps that it shares with the others."""
 
-    def __init__(self, stage: str, init: Path, out: Path, config: Any, runtime: Runtime) -> None:
+    def __init__(self, stage: str, init: Path, out: Path, config: Trains, runtime: Runtime) -> None:
         self.stage, self.out, self.config, self.runtime = stage, out, config, runtime
         self.tensors, self.description = load_checkpoint(init)
         require_network(init, self.description, config.network)
@@ -105,10 +106,9 @@ class Training:
         self.runtime.report({"event": "weights", "drawn": drawn})
         return classifier
 
-    def freeze(self, network: NetworkOfParts, patterns: Sequence[str], others: Sequence[str] = ()) -> None:
-        """Freeze the conv layers that the patterns name, all of them for ``"all"``, and ``others``, such as fc."""
-        layers = layers_named(network.conv, ("*",) if patterns == "all" else patterns)
-        frozen = [*(f"conv.{layer}" for layer in layers), *others]
+    def freeze(self, network: NetworkOfParts, others: Sequence[str] = ()) -> None:
+        """Freeze the conv layers that the config names, and ``others``, such as fc."""
+        frozen = [*(f"conv.{layer}" for layer in layers_named(network.conv, self.config.freeze)), *others]
         freeze(network, frozen)
         # Taken now: the network may share the memory of the tensors it was filled from, which then change with it.
         self._frozen = {name: digest(network.get_submodule(name).state_dict()) for name in frozen}
@@ -273,7 +273,7 @@ class CachedProposals:
         missing = [id for id in dataset.ids if id not in held]
         if missing:
             raise ArtifactError(f"{path.name} has no proposals for image {missing[0]} and {len(missing) - 1} others "
-                                f"of {dataset.name}: make it anew with altopt stage 2, or import one for this data set")
+                                f"of {dataset.name}: make {path.stem} again, or import one for this data set")
 
     def get(self, id: str) -> Any:
         """Return an image's boxes, float32 [K, 4] in the original frame, best first."""
@@ -289,7 +289,7 @@ def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]
     return entries
 
 
-def roi_sampling(config: Any) -> RoISampling:
+def roi_sampling(config: RoITraining) -> RoISampling:
     """Return how RoIs are drawn: each image of a batch has an equal part of ``rois_per_batch``, and at least one."""
     thresholds = RoIThresholds(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
     return RoISampling(thresholds, max(1, config.rois_per_batch // config.images_per_batch), config.fg_fraction)

@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from stages.shared.stage_config import StageConfig
 from stages.shared.step import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assemble:
+class Assemble(StageConfig):
     """Nothing to choose: the layers go together or they do not."""
-
-    version: ClassVar[int] = 1
 
 
 def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, runtime: Runtime) -> dict[str, Any]:
@@ -27,10 +26,10 @@ def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, ru
 
     difference = first_difference(part(layers, "conv"), part(rpn_layers, "conv"))
     if difference:
-        raise ArtifactError(f"{detector.name} and {rpn.name} do not share their conv layers: {difference}; train the "
-                            "Fast R-CNN on this RPN's frozen conv layers (altopt stage 6)")
+        raise ArtifactError(f"{detector.name} and {rpn.name} do not share their conv layers: {difference}: make "
+                            f"{detector.stem} again from {rpn.stem}, conv layers frozen (altopt stage {detector.stem})")
     if not part(rpn_layers, "rpn"):
-        raise ArtifactError(f"{rpn.name} has no RPN layers: give a network made by train_rpn or train_rpn_frozen_conv")
+        raise ArtifactError(f"{rpn.name} has no RPN layers: make it again with altopt stage {rpn.stem}")
     if description.get("network") != rpn_description.get("network"):
         raise ArtifactError(f"{detector.name} and {rpn.name} were made for different anchors or image sizes: make "
                             "both with one recipe")

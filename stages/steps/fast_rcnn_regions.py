@@ -5,11 +5,11 @@ SVMs: Fast R-CNN, section 5.4. Several scales: section 5.2; each region is poole
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from altopt.config import RegionDetectionSettings, sourced
+from altopt.config import setting
 from stages.shared.detection import Detect, detect_split
-from stages.shared.split_config import OnTestSplit, OnTrainSplit
+from stages.shared.stage_config import CachesRegions, DetectsRegions
 from stages.shared.step import Runtime
 
 
@@ -18,11 +18,14 @@ class DetectOnProposals(Detect):
     """The same, with proposals from a file in place of an RPN's."""
 
     table: ClassVar[str] = "detect_on_proposals"
-    proposals: int = sourced(2000, "Fast R-CNN, section 2: about 2000 of selective search")
-    scales: tuple[int, ...] = sourced((), "the network's short_side alone; five: 480, 576, 688, 864, 1200")
-    max_side: int = sourced(2000, "Fast R-CNN's config for five scales; one scale has the network's")
-    region_area: int = sourced(224 * 224, "SPP-net, section 4.1: where the scale is chosen by region")
-    rois_at_once: int = sourced(512, "chosen: bounds the memory where there are several scales")
+    proposals: int = setting(2000, "Fast R-CNN, section 2: about 2000 of selective search")
+    scales: tuple[int, ...] = setting(
+        (), "the network's short_side alone; five: 480, 576, 688, 864, 1200", at_least=16, at_most="max_side",
+        distinct=True)
+    max_side: int = setting(2000, "Fast R-CNN's config for five scales; one scale has the network's", at_least=16)
+    region_area: int = setting(
+        224 * 224, "SPP-net, section 4.1: where the scale is chosen by region", at_least=1)
+    rois_at_once: int = setting(512, "chosen: bounds the memory where there are several scales", at_least=1)
 
 
 def detect_on_proposals(detector: Path, proposals: Path, *, out: Path, config: DetectOnProposals,
@@ -45,25 +48,13 @@ def _detect_at_scales(detector: Path, proposals: Path, out: Path, config: Detect
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePooledFeatures(OnTrainSplit):
+class CachePooledFeatures(CachesRegions):
     """Features of every region of the training split; none for box regressors, since the network has its own."""
-
-    version: ClassVar[int] = 1
-    regressor_iou: ClassVar[float] = 1.0
-    region_area: ClassVar[int] = 1  # the same at one scale, whatever it is
-    proposals: int = sourced(2000, "Fast R-CNN, section 2: about 2000 of selective search")
-    stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
-    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
-    rois_at_once: int = sourced(512, "chosen: bounds the memory")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectWithSVMs(RegionDetectionSettings, OnTestSplit):
+class DetectWithSVMs(DetectsRegions):
     """How images of the test split are detected on."""
-
-    version: ClassVar[int] = 1
-    region_area: ClassVar[int] = 1  # the same at one scale, whatever it is
-    rois_at_once: int = sourced(512, "chosen: bounds the memory")
 
 
 def cache_pooled_features(network: Path, proposals: Path, *, out: Path, config: CachePooledFeatures,

@@ -4,52 +4,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from altopt.config import ProposalSettings, TrainingConfig, sourced
-from stages.shared.split_config import OnTrainSplit
+from altopt.config import AnchorTargets, ProposalSettings, RoITraining, setting
+from stages.shared.stage_config import TrainsOnImages
 from stages.shared.step import Runtime
 
 if TYPE_CHECKING:
     from altopt.models.detector import FasterRCNN
     from altopt.models.joint import CoordinatePath, JointTraining
 
-SOLVER = "pfr models/pascal_voc/VGG16/faster_rcnn_end2end/solver.prototxt"
-LOSSES = "pfr faster_rcnn_end2end/train.prototxt: all four losses count the same"
-TARGETS = "Faster R-CNN, section 3.1.2"
-SAMPLING = "Fast R-CNN, section 2.3"
+SOLVER = "py-faster-rcnn models/pascal_voc/VGG16/faster_rcnn_end2end/solver.prototxt"
+LOSSES = "py-faster-rcnn faster_rcnn_end2end/train.prototxt: all four losses count the same"
 PARTS = ("conv", "rpn", "fc", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointConfig(TrainingConfig, ProposalSettings, OnTrainSplit):
+class JointConfig(AnchorTargets, RoITraining, ProposalSettings, TrainsOnImages):
     """How one network is trained with four losses on proposals that it makes as it learns.
 
     Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
     """
 
     version: ClassVar[int] = 4  # a batch goes through fc6 and fc7 once
-    stores_maps: ClassVar[bool] = True
-    iterations: int = sourced(70_000, SOLVER)
-    images_per_batch: int = sourced(1, "pfr end2end (Caffe's iter_size 2 sums the gradients of two such batches)")
-    lr_steps: tuple[int, ...] = sourced((50_000,), SOLVER)
-    pre_nms: int = sourced(12_000, "pfr TRAIN.RPN_PRE_NMS_TOP_N")
-    post_nms: int = sourced(2000, "pfr TRAIN.RPN_POST_NMS_TOP_N")
-    positive_iou: float = sourced(0.7, TARGETS)
-    negative_iou: float = sourced(0.3, TARGETS)
-    anchors_per_image: int = sourced(256, "Faster R-CNN, section 3.1.3; pfr RPN_BATCHSIZE")
-    positive_fraction: float = sourced(0.5, "Faster R-CNN, section 3.1.3; pfr RPN_FG_FRACTION")
-    sigma: float = sourced(3.0, "pfr train.prototxt: smooth L1 of the RPN is quadratic below 1/9")
-    rois_per_batch: int = sourced(128, SAMPLING)
-    fg_fraction: float = sourced(0.25, SAMPLING)
-    fg_iou: float = sourced(0.5, SAMPLING)
-    bg_iou_high: float = sourced(0.5, SAMPLING)
-    bg_iou_low: float = sourced(0.0, "pfr faster_rcnn_end2end.yml; Fast R-CNN: 0.1")
-    rpn_cls_weight: float = sourced(1.0, LOSSES)
-    rpn_box_weight: float = sourced(1.0, LOSSES)
-    cls_weight: float = sourced(1.0, LOSSES)
-    box_weight: float = sourced(1.0, LOSSES)
-    dropout: float = sourced(0.5, "pfr train.prototxt, after fc6 and fc7")
-    freeze: tuple[str, ...] = sourced(("conv1", "conv2"), "pfr train.prototxt: conv1_1 to conv2_2 at rate 0")
-    init: str = sourced("", "the list's own")
+    iterations: int = setting(70_000, SOLVER)
+    images_per_batch: int = setting(
+        1, "py-faster-rcnn end2end (Caffe's iter_size 2 sums the gradients of two such batches)")
+    lr_steps: tuple[int, ...] = setting((50_000,), SOLVER)
+    pre_nms: int = setting(12_000, "py-faster-rcnn TRAIN.RPN_PRE_NMS_TOP_N")
+    post_nms: int = setting(2000, "py-faster-rcnn TRAIN.RPN_POST_NMS_TOP_N")
+    rpn_cls_weight: float = setting(1.0, LOSSES, at_least=0)
+    rpn_box_weight: float = setting(1.0, LOSSES, at_least=0)
+    cls_weight: float = setting(1.0, LOSSES, at_least=0)
+    box_weight: float = setting(1.0, LOSSES, at_least=0)
+    freeze: tuple[str, ...] = setting(
+        ("conv1", "conv2"), "py-faster-rcnn train.prototxt: conv1_1 to conv2_2 at rate 0", distinct=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +48,16 @@ class TrainApproximateJoint(JointConfig):
 class TrainExactJoint(JointConfig):
     """Exact: the detector's losses reach the RPN through the proposals' coordinates."""
 
-    samples_per_bin: int = sourced(
+    samples_per_bin: int = setting(
         2, "chosen: points to a side of a bin, of which it takes the maximum (Chen and Gupta, 2017: crops of 14 x 14, "
-           "then the maximum of 2 x 2)")
-    coordinate_warmup: int = sourced(
+           "then the maximum of 2 x 2)", at_least=1)
+    coordinate_warmup: int = setting(
         5000, "chosen: iterations without the coordinate path, and as many in which it rises in a straight line to its "
-              "full share: an untrained RPN's boxes only carry noise; 0 is full from the start")
-    coordinate_clip: float = sourced(
+              "full share: an untrained RPN's boxes only carry noise; 0 is full from the start", at_least=0)
+    coordinate_clip: float = setting(
         0.002, "chosen: bound on the norm, for each image, of the loss's gradient per pixel of its proposals' "
                "coordinates. A quarter of what it is on shapes, where 150 steps in batches of four lost 40 % of the "
-               "proposals' recall without a bound, and nothing with one of a quarter; 0 is none")
+               "proposals' recall without a bound, and nothing with one of a quarter; 0 is none", at_least=0)
 
 
 def train_approximate_joint(init: Path, *, out: Path, config: TrainApproximateJoint,
@@ -94,7 +81,7 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
 
     training = Training(name, init, out, config, runtime)
     network = training.network(PARTS)
-    training.freeze(network, config.freeze)
+    training.freeze(network)
     network.use_box_statistics(*fixed_statistics(len(training.dataset.classes)))
     network.set_dropout(config.dropout)
     network.samples_per_bin = samples_per_bin

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from altopt.config import NetworkConfig, TrainingConfig, sourced
-from altopt.datasets.dataset import DataConfig
+from altopt.config import SHARE, NetworkConfig, TrainingConfig, setting
+from stages.shared.stage_config import ReadsData, StageConfig
 from stages.shared.step import Runtime
 
 if TYPE_CHECKING:
@@ -13,23 +13,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadImageNetWeights:
+class LoadImageNetWeights(StageConfig):
     """ImageNet weights of the network, by torchvision."""
 
-    version: ClassVar[int] = 1
     backbone: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOnCrops(TrainingConfig):
+class PretrainOnCrops(TrainingConfig, ReadsData):
     """Classification of crops, a short stand-in for ImageNet."""
 
-    version: ClassVar[int] = 1
-    split: ClassVar[str] = "train"
     backbone: str
-    data: DataConfig
-    crop_side: int = sourced(64, "four cells of the last feature map")
-    background: float = sourced(0.2, "chosen: enough to learn what noise looks like")
+    crop_side: int = setting(64, "four cells of the last feature map", at_least=16)
+    background: float = setting(0.2, "chosen: enough to learn what noise looks like", **SHARE)
 
 
 def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Runtime) -> dict[str, Any]:

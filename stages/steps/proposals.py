@@ -2,11 +2,11 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from altopt.config import ProposalSettings, sourced
+from altopt.config import Precision, ProposalSettings, setting
 from altopt.datasets.dataset import Dataset
-from stages.shared.split_config import OnTrainSplit
+from stages.shared.stage_config import OnTrainSplit
 from stages.shared.step import Runtime
 
 if TYPE_CHECKING:
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateProposals(ProposalSettings, OnTrainSplit):
+class GenerateProposals(ProposalSettings, Precision, OnTrainSplit):
     """How the RPN's boxes are made into proposals."""
 
     version: ClassVar[int] = 2
-    images_per_batch: int = sourced(1, "pfr rpn_generate: one image at a time")
-    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
+    images_per_batch: int = setting(1, "py-faster-rcnn rpn_generate: one image at a time", at_least=1)
 
 
 def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     inference = Inference([(rpn, ("conv", "rpn"))], config, runtime, split="train")
     network = inference.networks[0]
     count = 0
-    settings = {field.name: getattr(config, field.name) for field in fields(ProposalSettings)}
+    settings = {field.name: asdict(config)[field.name] for field in fields(ProposalSettings)}
     settings |= {"network": asdict(config.network), "precision": config.precision}
     attributes = {"dataset": runtime.data_digest, "model": sha256_file(rpn), "settings": settings}
     store = FeatureStore(out, network.conv, config.network, inference.dataset, runtime, precision=config.precision,

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from altopt.config import RegionDetectionSettings, TrainingConfig, sourced
-from stages.shared.split_config import OnTestSplit, OnTrainSplit
+from altopt.config import SHARE, RoITraining, setting
+from stages.shared.stage_config import CachesRegions, DetectsRegions, Trains
 from stages.shared.step import Runtime
 
 SOLVER = "R-CNN finetuning/pascal_finetune_solver"
@@ -13,42 +13,31 @@ METHOD = "rcnn"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOnWarpedRegions(TrainingConfig, OnTrainSplit):
+class TrainOnWarpedRegions(RoITraining, Trains):
     """Fine-tuning by softmax on warped regions (R-CNN, section 2.3)."""
 
     version: ClassVar[int] = 3  # a batch goes through the network once
-    iterations: int = sourced(70_000, "R-CNN's own models; it saturates near 40,000")
-    lr_steps: tuple[int, ...] = sourced((20_000, 40_000, 60_000), SOLVER)
-    images_per_batch: int = sourced(16, "chosen: R-CNN draws each region from any image, at a reading for each")
-    crop_side: int = sourced(227, "R-CNN, section 2.1")
-    rois_per_batch: int = sourced(128, "R-CNN, section 2.3")
-    fg_fraction: float = sourced(0.25, "R-CNN, section 2.3: 32 of 128")
-    fg_iou: float = sourced(0.5, "R-CNN, section 2.3")
-    bg_iou_high: float = sourced(0.5, "R-CNN, section 2.3")
-    bg_iou_low: float = sourced(0.0, "R-CNN, section 2.3")
-    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions an image")
-    dropout: float = sourced(0.5, "as AlexNet has it after fc6 and fc7")
-    freeze: tuple[str, ...] = sourced((), "R-CNN fine-tunes all layers")
+    iterations: int = setting(70_000, "R-CNN's own models; it saturates near 40,000")
+    lr_steps: tuple[int, ...] = setting((20_000, 40_000, 60_000), SOLVER)
+    images_per_batch: int = setting(16, "chosen: R-CNN draws each region from any image, at a reading for each")
+    crop_side: int = setting(227, "R-CNN, section 2.1", at_least=16)
+    proposals: int = setting(2000, "R-CNN, section 2.1: around 2000 regions an image", at_least=1)
+    freeze: tuple[str, ...] = setting((), "R-CNN fine-tunes all layers", distinct=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheWarpedFeatures(OnTrainSplit):
+class CacheWarpedFeatures(CachesRegions):
     """Features of every region of the training split."""
 
-    version: ClassVar[int] = 1
-    proposals: int = sourced(2000, "R-CNN, section 2.1: around 2000 regions an image")
-    regressor_iou: float = sourced(0.6, "R-CNN, appendix C: proposals above it train box regressors")
-    stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
-    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
-    rois_at_once: int = sourced(128, "chosen: bounds the memory")
+    regressor_iou: float = setting(0.6, "R-CNN, appendix C: proposals above it train box regressors", **SHARE)
+    rois_at_once: int = setting(128, "chosen: bounds the memory")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectRCNN(RegionDetectionSettings, OnTestSplit):
+class DetectRCNN(DetectsRegions):
     """How images of the test split are detected on."""
 
-    version: ClassVar[int] = 1
-    rois_at_once: int = sourced(128, "chosen: bounds the memory")
+    rois_at_once: int = setting(128, "chosen: bounds the memory")
 
 
 def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: TrainOnWarpedRegions,
@@ -65,7 +54,7 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
     sampling = roi_sampling(config)
     entries, unusable = trainable_entries(training, cached, sampling.thresholds)
     classifier = training.classifier()
-    training.freeze(classifier, config.freeze)
+    training.freeze(classifier)
     classifier.set_dropout(config.dropout)
     module = WarpedTraining(classifier, config.crop_side, sampling, training.seed)
 

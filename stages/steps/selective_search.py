@@ -6,13 +6,14 @@ Images are searched by processes, what they find is kept in a journal and writte
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from altopt.config import sourced
-from altopt.datasets.dataset import DataConfig, Dataset
+from altopt.config import setting
+from altopt.datasets.dataset import Dataset
 from altopt.errors import ResourceError
+from stages.shared.stage_config import ReadsData, Split
 from stages.shared.step import Runtime, Step, split_of
 
 if TYPE_CHECKING:
@@ -25,25 +26,23 @@ Found = tuple[str, list[list[int]], list[int]]  # image id, x y width height, wi
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectiveSearch:
+class SelectiveSearch(ReadsData):
     """How selective search proposes on the training split; ``min_side`` is in pixels of the original image."""
 
-    version: ClassVar[int] = 1
-    split: ClassVar[Literal["train", "test"]] = "train"
     table: ClassVar[str] = "selective_search"
-    data: DataConfig
-    mode: Literal["fast", "quality"] = sourced("fast", "R-CNN, section 2.2; Fast R-CNN's boxes are of this mode")
-    search_side: int = sourced(0, "shorter side of the image that is searched, 0: as it is (R-CNN: 500 px wide)")
-    proposals: int = sourced(2000, "R-CNN, section 2.2: around 2000")
-    min_side: float = sourced(20.0, "R-CNN's selective_search_boxes.m: minBoxWidth")
-    search_seed: int = sourced(3, "pfr RNG_SEED")
+    mode: Literal["fast", "quality"] = setting("fast", "R-CNN, section 2.2; Fast R-CNN's boxes are of this mode")
+    search_side: int = setting(0, "shorter side of the image that is searched, 0: as it is (R-CNN: 500 px wide)",
+                               at_least=0)
+    proposals: int = setting(2000, "R-CNN, section 2.2: around 2000", at_least=1)
+    min_side: float = setting(20.0, "R-CNN's selective_search_boxes.m: minBoxWidth", at_least=0)
+    search_seed: int = setting(3, "py-faster-rcnn RNG_SEED", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveSearchTest(SelectiveSearch):
     """The same on the test split, by the same settings."""
 
-    split: ClassVar[Literal["train", "test"]] = "test"
+    split: ClassVar[Split] = "test"
 
 
 def selective_search(*, out: Path, config: SelectiveSearch, runtime: Runtime) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def _propose_on_split(out: Path, config: SelectiveSearch, runtime: Runtime) -> d
 
     program = f"OpenCV {require_opencv().__version__}"
     dataset = open_dataset(config.data, config.split, runtime.data_root)
-    settings = {each.name: getattr(config, each.name) for each in fields(config) if each.name != "data"}
+    settings = {name: value for name, value in asdict(config).items() if name != "data"}
     attributes = {"dataset": runtime.data_digest, "source": "selective search", "settings": settings | {"by": program}}
     journal = Journal(out.with_name(f"{out.stem}.partial.jsonl"),
                       canonical_json([runtime.inputs_key, asdict(config), config.split, config.version, program]))

@@ -2,69 +2,59 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from altopt.config import NetworkConfig, RegionDetectionSettings, TrainingConfig, sourced
-from stages.shared.split_config import OnTestSplit, OnTrainSplit
+from altopt.config import SHARE, Bounds, NetworkConfig, Precision, RoITraining, setting
+from stages.shared.stage_config import CachesRegions, DetectsRegions, Freeze, OnTrainSplit, Trains
 from stages.shared.step import Runtime
 
 SCRIPT = "SPP_net Script_spp_voc"
 SCALES = "SPP-net, section 4.2: one scale; five (480, 576, 688, 874, 1200) are a little better and five times the disk"
 AREA = "SPP-net, section 4.1: 224 x 224, where the scale is chosen by region"
+LENGTHS = Bounds(at_least=16, at_most="max_side", non_empty=True, distinct=True)
 METHOD = "spp_net"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConvFeatures(OnTrainSplit):
+class CacheConvFeatures(Precision, OnTrainSplit):
     """Feature maps of the last conv layer for every training image, its mirror image, and every scale."""
 
     version: ClassVar[int] = 2
-    scales: tuple[int, ...] = sourced((688,), SCALES)
-    max_side: int = sourced(2000, "Fast R-CNN's config for five scales")
-    flips: bool = sourced(True, SCRIPT)
-    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes; stored as it is computed")
+    scales: tuple[int, ...] = setting((688,), SCALES, **LENGTHS)
+    max_side: int = setting(2000, "Fast R-CNN's config for five scales", at_least=16)
+    flips: bool = setting(True, SCRIPT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFCLayers(TrainingConfig, OnTrainSplit):
+class TrainFCLayers(RoITraining, Trains):
     """Fine-tuning of fc6, fc7 and a softmax on stored maps; each image at a scale drawn at random."""
 
     version: ClassVar[int] = 3  # a batch goes through fc6 and fc7 once
-    iterations: int = sourced(90_000, f"{SCRIPT}: rates 1e-3, 1e-4, 1e-5 for 30,000 each (its limit is 200,000)")
-    lr_steps: tuple[int, ...] = sourced((30_000, 60_000), SCRIPT)
-    images_per_batch: int = sourced(4, "chosen: SPP-net draws each region from any image, at a reading for each")
-    levels: tuple[int, ...] = sourced((6, 3, 2, 1), "SPP-net, section 4.1: 50 bins")
-    rois_per_batch: int = sourced(128, SCRIPT)
-    fg_fraction: float = sourced(0.25, SCRIPT)
-    fg_iou: float = sourced(0.5, SCRIPT)
-    bg_iou_high: float = sourced(0.5, SCRIPT)
-    bg_iou_low: float = sourced(0.1, SCRIPT)
-    proposals: int = sourced(2000, "SPP-net, section 4.1: around 2000 regions an image")
-    dropout: float = sourced(0.5, "as AlexNet has it after fc6 and fc7")
+    freeze: ClassVar[Freeze] = "all"
+    iterations: int = setting(90_000, f"{SCRIPT}: rates 1e-3, 1e-4, 1e-5 for 30,000 each (its limit is 200,000)")
+    lr_steps: tuple[int, ...] = setting((30_000, 60_000), SCRIPT)
+    images_per_batch: int = setting(4, "chosen: SPP-net draws each region from any image, at a reading for each")
+    levels: tuple[int, ...] = setting((6, 3, 2, 1), "SPP-net, section 4.1: 50 bins", at_least=1, non_empty=True,
+                                      distinct=True)
+    bg_iou_low: float = setting(0.1, SCRIPT)
+    proposals: int = setting(2000, "SPP-net, section 4.1: around 2000 regions an image", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheRegionFeatures(OnTrainSplit):
+class CacheRegionFeatures(CachesRegions):
     """Features of every region of the training split, from stored maps."""
 
-    version: ClassVar[int] = 1
-    region_area: int = sourced(224 * 224, AREA)
-    proposals: int = sourced(2000, "SPP-net, section 4.1: around 2000 regions an image")
-    regressor_iou: float = sourced(0.5, f"{SCRIPT}: proposals above it train box regressors")
-    stored: Literal["float32", "float16"] = sourced("float32", "as they are computed")
-    precision: Literal["float32", "bfloat16"] = sourced("float32", "as Caffe computes")
-    rois_at_once: int = sourced(512, "chosen: bounds the memory")
+    region_area: int = setting(224 * 224, AREA, at_least=1)
+    regressor_iou: float = setting(0.5, f"{SCRIPT}: proposals above it train box regressors", **SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectSPPNet(RegionDetectionSettings, OnTestSplit):
+class DetectSPPNet(DetectsRegions):
     """How images of the test split are detected on."""
 
-    version: ClassVar[int] = 1
-    scales: tuple[int, ...] = sourced((688,), SCALES)
-    max_side: int = sourced(2000, "Fast R-CNN's config for five scales")
-    region_area: int = sourced(224 * 224, AREA)
-    rois_at_once: int = sourced(512, "chosen: bounds the memory")
+    scales: tuple[int, ...] = setting((688,), SCALES, **LENGTHS)
+    max_side: int = setting(2000, "Fast R-CNN's config for five scales", at_least=16)
+    region_area: int = setting(224 * 224, AREA, at_least=1)
 
 
 def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, runtime: Runtime) -> dict[str, Any]:
@@ -108,7 +98,7 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
     sampling = roi_sampling(config)
     entries, unusable = trainable_entries(training, cached, sampling.thresholds)
     classifier = training.classifier(config.levels)
-    training.freeze(classifier, "all")
+    training.freeze(classifier)
     classifier.set_dropout(config.dropout)
     module = PyramidTraining(classifier, config.levels, sampling, training.seed)
     with FeatureMapFile(maps) as stored:

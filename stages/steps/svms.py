@@ -2,34 +2,34 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from altopt.config import SVMSettings, sourced
+from altopt.config import SVMSettings, setting
+from stages.shared.stage_config import StageConfig
 from stages.shared.step import Runtime
 
 PENALTY = {"rcnn": 1000.0, "spp_net": 4000.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSVMs(SVMSettings):
+class TrainSVMs(SVMSettings, StageConfig):
     """One SVM for each class, in one pass of hard negative mining over the images."""
 
-    version: ClassVar[int] = 1
-    norm_target: float = sourced(20.0, "R-CNN rcnn_scale_features: mean norm of features")
-    norm_images: int = sourced(100, "py-faster-rcnn train_svms: images that the mean is measured on")
-    seed: int = sourced(3, "pfr RNG_SEED")
+    norm_target: float = setting(20.0, "R-CNN rcnn_scale_features: mean norm of features", above=0)
+    norm_images: int = setting(100, "py-faster-rcnn train_svms: images that the mean is measured on", at_least=1)
+    seed: int = setting(3, "py-faster-rcnn RNG_SEED", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRegressors:
+class TrainRegressors(StageConfig):
     """One ridge regression for each class, on whitened box deltas."""
 
-    version: ClassVar[int] = 1
-    ridge: float = sourced(0.0, "0 is the scheme's own: 1000 on R-CNN's features (appendix C), 4000 on SPP-net's")
-    whitening_floor: float = sourced(0.001, "R-CNN rcnn_train_bbox_regressor: added to the eigenvalues")
-    norm_target: float = sourced(20.0, "R-CNN rcnn_scale_features: mean norm of features")
-    norm_regions: int = sourced(1000, "chosen: regions that the mean is measured on")
-    seed: int = sourced(3, "pfr RNG_SEED")
+    ridge: float = setting(0.0, "0 is the scheme's own: 1000 on R-CNN's features (appendix C), 4000 on SPP-net's",
+                           at_least=0)
+    whitening_floor: float = setting(0.001, "R-CNN rcnn_train_bbox_regressor: added to the eigenvalues", at_least=0)
+    norm_target: float = setting(20.0, "R-CNN rcnn_scale_features: mean norm of features", above=0)
+    norm_regions: int = setting(1000, "chosen: regions that the mean is measured on", at_least=1)
+    seed: int = setting(3, "py-faster-rcnn RNG_SEED", at_least=0)
 
 
 def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime) -> dict[str, Any]:

@@ -19,6 +19,11 @@ SIZE = len(CONTENT)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -28,7 +33,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def get(urls: list[str], folder: Path, **options: object) -> bytes:
-    settings = {"size": SIZE, "sha256": SHA256, "timeout": 5.0, "pause": 0.0, **options}
+    settings = {"size": SIZE, "sha256": SHA256, "timeout": 5.0, **options}
     path = fetch(urls, folder / "file.tar", **settings)
     assert path == folder / "file.tar"
     assert not (folder / "file.tar.part").exists()

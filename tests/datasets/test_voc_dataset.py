@@ -296,7 +296,7 @@ def test_opening_reads_nothing_but_says_what_is_missing(tmp_path):
     assert open_dataset(config, "test", tmp_path).classes == VOC_CLASSES
     with pytest.raises(UsageError, match="--data-root"):
         open_dataset(config, "train", None)
-    with pytest.raises(DataError, match="nowhere is no folder"):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
         open_dataset(config, "train", tmp_path / "nowhere")
     twice = DataConfig(format="voc", train=("train",), test=(), classes=("dog", "dog"))
     with pytest.raises(UsageError, match="once"):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from altopt.proposal_formats.box_formats import FRAMES, to_continuous, to_inclusive
+from altopt.proposal_formats.box_formats import BOX_FORMATS, to_continuous, to_inclusive
 
 # The box of the pixels 0..9 across and 20..39 down, in every convention.
 SAME = {
@@ -14,13 +14,13 @@ SAME = {
 
 
 def test_every_frame_is_tried():
-    assert set(SAME) == set(FRAMES)
+    assert set(SAME) == set(BOX_FORMATS)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64, np.float32, np.float64])
-@pytest.mark.parametrize("frame", SAME)
-def test_one_box_in_every_frame(frame, dtype):
-    boxes = to_continuous(np.array([SAME[frame]], dtype), frame)
+@pytest.mark.parametrize("box_format", SAME)
+def test_one_box_in_every_frame(box_format, dtype):
+    boxes = to_continuous(np.array([SAME[box_format]], dtype), box_format)
     assert boxes.dtype == np.float32
     assert boxes.tolist() == [[0, 20, 10, 40]]
 
@@ -31,11 +31,11 @@ def test_uint16_does_not_wrap():
     assert to_continuous(np.array([[60000, 0, 60000, 9]], np.uint16), "xywh").tolist() == [[60000, 0, 120000, 9]]
 
 
-@pytest.mark.parametrize("frame", FRAMES)
-def test_no_boxes_and_an_input_left_alone(frame):
-    assert to_continuous(np.empty((0, 4)), frame).shape == (0, 4)
+@pytest.mark.parametrize("box_format", BOX_FORMATS)
+def test_no_boxes_and_an_input_left_alone(box_format):
+    assert to_continuous(np.empty((0, 4)), box_format).shape == (0, 4)
     boxes = np.array([[1.0, 2, 3, 4]])
-    to_continuous(boxes, frame)
+    to_continuous(boxes, box_format)
     assert boxes.tolist() == [[1, 2, 3, 4]]
 
 

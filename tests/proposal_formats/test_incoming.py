@@ -9,8 +9,8 @@ from altopt.proposal_formats.incoming import ProposalFileReader, in_order, rank_
 PATH = Path("boxes.xyz")
 
 
-def read(boxes, scores=None, frame="xyxy"):
-    return next(iter(ProposalFileReader(PATH, "a test", frame, [("a", boxes, scores)])))[1:]
+def read(boxes, scores=None, box_format="xyxy"):
+    return next(iter(ProposalFileReader(PATH, "a test", box_format, [("a", boxes, scores)])))[1:]
 
 
 def test_ranks_fall_from_one():

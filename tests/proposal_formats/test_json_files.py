@@ -26,8 +26,9 @@ def test_plain_form(read):
     assert scores.tolist() == pytest.approx([0.9, 0.1])
 
 
-def test_plain_form_without_scores_and_in_another_frame(read):
-    incoming = read({"image_ids": ["a"], "boxes": [[[0, 20, 9, 39]]], "frame": "inclusive-0"})
+@pytest.mark.parametrize("key", ["box_format", "frame"])
+def test_plain_form_without_scores_and_in_another_format(read, key):
+    incoming = read({"image_ids": ["a"], "boxes": [[[0, 20, 9, 39]]], key: "inclusive-0"})
     assert next(iter(incoming))[1].tolist() == [[0, 20, 10, 40]]
     assert incoming.unscored == 1
 
@@ -39,7 +40,7 @@ def test_coco_results_in_any_order(read):
         {"image_id": 9, "bbox": [1.5, 2, 3, 4], "score": 0.9},
     ])
     (name, boxes, scores), (second, _, _) = incoming
-    assert (name, second, incoming.frame) == ("9", "b", "xywh")
+    assert (name, second, incoming.box_format) == ("9", "b", "xywh")
     assert boxes.tolist() == [[1.5, 2, 4.5, 6], [0, 20, 10, 40]]
     assert scores.tolist() == pytest.approx([0.9, 0.1])
 
@@ -53,10 +54,10 @@ def test_coco_results_without_scores(read):
     (b"{", "not JSON"),
     ({"boxes": []}, "neither"),
     (5, "neither"),
-    ({"image_ids": ["a"], "boxes": []}, "boxes is no list with an entry for each"),
+    ({"image_ids": ["a"], "boxes": []}, "boxes is not a list with an entry for each"),
     ({"image_ids": ["a"], "boxes": [[]], "scores": 3}, "scores is no list"),
     ({"image_ids": "a", "boxes": [[]]}, "image_ids is no list"),
-    ({"image_ids": [], "boxes": [], "frame": "polar"}, "'polar' is none of xyxy"),
+    ({"image_ids": [], "boxes": [], "box_format": "polar"}, "'polar' is none of xyxy"),
     ([{"bbox": [1, 2, 3, 4]}], "image_id"),
     ([{"image_id": 1, "bbox": [1, 2]}], "no bbox"),
     ([{"image_id": 1, "bbox": [1, 2, 3, 4], "score": "x"}], "finite number"),

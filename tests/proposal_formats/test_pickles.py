@@ -43,7 +43,7 @@ def assert_equal(read, images):
 def test_list_of_arrays_without_scores(save):
     incoming = read_pickle(save(BOXES), IDS)
     read = list(incoming)
-    assert incoming.frame == "inclusive-0"
+    assert incoming.box_format == "inclusive-0"
     assert [name for name, *_ in read] == list(IDS)
     assert read[0][1].tolist() == [[0, 20, 10, 40], [1, 1, 2, 2]]
     assert read[0][2].tolist() == [1, 0.5]
@@ -65,14 +65,14 @@ def test_list_of_another_length(save):
 
 
 @pytest.mark.parametrize("names", [("ids", "objectness_logits"), ("indexes", "scores")])
-@pytest.mark.parametrize(("mode", "frame"), [(0, "xyxy"), (1, "xywh"), (None, "xyxy")])
-def test_dict_with_ids(save, names, mode, frame):
+@pytest.mark.parametrize(("mode", "box_format"), [(0, "xyxy"), (1, "xywh"), (None, "xyxy")])
+def test_dict_with_ids(save, names, mode, box_format):
     content = {names[0]: [5, "x", np.int64(9)], "boxes": BOXES, names[1]: [np.array([0.2, 0.9]), [], [3.0]]}
     if mode is not None:
         content["bbox_mode"] = mode
     incoming = read_pickle(save(content), IDS)
     read = list(incoming)
-    assert incoming.frame == frame
+    assert incoming.box_format == box_format
     assert [name for name, *_ in read] == ["5", "x", "9"]
     assert read[0][2].tolist() == pytest.approx([0.9, 0.2])
 
@@ -82,7 +82,7 @@ def test_detectron2s_own_box_mode(save, monkeypatch):
     raw = raw.replace(f"c{__name__}\nBoxMode\n".encode(), b"cdetectron2.structures.boxes\nBoxMode\n")
     assert b"detectron2" in raw
     incoming = read_pickle(save(raw), IDS)
-    assert incoming.frame == "xywh"
+    assert incoming.box_format == "xywh"
     assert next(iter(incoming))[1].tolist() == [[5, 6, 12, 14]]
 
 

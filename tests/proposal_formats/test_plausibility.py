@@ -11,15 +11,15 @@ PIXELS = np.array([[0, 0, 99, 59], [0, 5, 99, 20], [10, 0, 40, 59], [10, 20, 69,
 EDGES = PIXELS + np.array([0, 0, 1, 1])
 
 
-def look(boxes, frame, objects=OBJECTS, size=SIZE):
-    plausibility = Plausibility(frame)
-    continuous = to_continuous(np.asarray(boxes), frame)
+def look(boxes, box_format, objects=OBJECTS, size=SIZE):
+    plausibility = Plausibility(box_format)
+    continuous = to_continuous(np.asarray(boxes), box_format)
     usable = plausibility.usable("a", continuous, np.ones(len(continuous), np.float32), size)
     plausibility.try_readings(objects, continuous)
     return plausibility, usable
 
 
-@pytest.mark.parametrize(("boxes", "frame"), [
+@pytest.mark.parametrize(("boxes", "box_format"), [
     (PIXELS, "inclusive-0"),
     (PIXELS + 1, "inclusive-1"),
     ((PIXELS + 1)[:, [1, 0, 3, 2]], "yxyx-inclusive-1"),
@@ -28,35 +28,35 @@ def look(boxes, frame, objects=OBJECTS, size=SIZE):
     (np.random.default_rng(0).uniform(1, 50, (9, 2)).repeat(2, 1).cumsum(1), "xyxy"),
     (np.empty((0, 4)), "xyxy"),
 ])
-def test_nothing_to_say_of_the_right_frame(boxes, frame):
-    plausibility, usable = look(boxes, frame, size=(1000, 1000) if len(boxes) == 9 else SIZE)
+def test_nothing_to_say_of_the_right_frame(boxes, box_format):
+    plausibility, usable = look(boxes, box_format, size=(1000, 1000) if len(boxes) == 9 else SIZE)
     assert plausibility.warnings() == []
     assert plausibility.problem() == ""
     assert usable.all()
 
 
-@pytest.mark.parametrize(("boxes", "frame", "words"), [
+@pytest.mark.parametrize(("boxes", "box_format", "words"), [
     (PIXELS + 1, "inclusive-0", "every x1 and y1 is at least 1 and 4 boxes end one pixel outside"),
     (PIXELS + 1, "xyxy", "at least 1 though 4 boxes end at the image's edge"),
     (PIXELS, "xyxy", "4 boxes begin at 0, 4 end one pixel before the image's edge, none at it"),
     (PIXELS, "inclusive-1", "4 boxes begin at pixel 0: they look counted from 0"),
 ])
-def test_another_count_of_pixels(boxes, frame, words):
-    plausibility, _ = look(boxes, frame)
+def test_another_count_of_pixels(boxes, box_format, words):
+    plausibility, _ = look(boxes, box_format)
     assert any(words in text for text in plausibility.warnings())
-    assert "--frame inclusive-" in plausibility.warnings()[0]
+    assert "--box-format inclusive-" in plausibility.warnings()[0]
 
 
-@pytest.mark.parametrize(("boxes", "frame", "advice"), [
+@pytest.mark.parametrize(("boxes", "box_format", "advice"), [
     (PIXELS[:, [1, 0, 3, 2]], "inclusive-0", "with x and y exchanged, on the first 1 images with objects: the "
-                                             "boxes look like that (--frame yxyx-inclusive-1)"),
-    (PIXELS + 1, "yxyx-inclusive-1", "(--frame inclusive-1)"),
+                                             "boxes look like that (--box-format yxyx-inclusive-1)"),
+    (PIXELS + 1, "yxyx-inclusive-1", "(--box-format inclusive-1)"),
     (np.hstack([PIXELS[:, :2], PIXELS[:, 2:] - PIXELS[:, :2] + 1]), "xyxy", "with x y width height"),
     ([[60, 40, 90, 55]], "xywh", "with x1 y1 x2 y2"),
 ])
-def test_another_reading_covers_more(boxes, frame, advice):
+def test_another_reading_covers_more(boxes, box_format, advice):
     objects = OBJECTS if len(boxes) > 1 else np.array(boxes, np.float32)
-    plausibility, _ = look(boxes, frame, objects)
+    plausibility, _ = look(boxes, box_format, objects)
     assert any(advice in text and "average recall is " in text for text in plausibility.warnings())
 
 

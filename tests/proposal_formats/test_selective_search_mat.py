@@ -71,7 +71,7 @@ SPLITS = pytest.mark.parametrize("split", [split_5, split_73])
 def test_whole_split(tmp_path, split):
     incoming = read_mat(split(tmp_path / "voc_2007_trainval.mat"), ("others",))
     read = list(incoming)
-    assert incoming.frame == "yxyx-inclusive-1"
+    assert incoming.box_format == "yxyx-inclusive-1"
     assert [name for name, *_ in read] == list(IDS)
     assert [boxes.tolist() for _, boxes, _ in read] == COVERED
     assert [scores.tolist() for *_, scores in read] == [[1, 0.5], [], [1]]
@@ -105,7 +105,7 @@ def test_one_image(tmp_path, write):
     boxes = np.array([[0, 20, 9, 39], [0, 0, 499, 332]], np.uint16)
     incoming = read_mat(write(tmp_path / "000005_boxes.mat", boxes=boxes), IDS)
     (name, read, _), = incoming
-    assert (name, incoming.frame) == ("000005", "inclusive-0")
+    assert (name, incoming.box_format) == ("000005", "inclusive-0")
     assert read.tolist() == [[0, 20, 10, 40], [0, 0, 500, 333]]
 
 

@@ -19,6 +19,7 @@ from stages.pipeline import comparison as module
 from stages.pipeline.comparison import (
     HEADINGS,
     SLIDES,
+    Comparison,
     Outcome,
     chosen_variants,
     given_artifacts,
@@ -136,8 +137,8 @@ def test_given_artifacts_that_cannot_be(word, schemes, message):
 def compared(folder, names, seeds=(1,), report=None, **options):
     runtime = Runtime(device="cpu", workers=0, snapshot_seconds=1000, report=report or Reports())
     variants = [each if isinstance(each, Variant) else Variant(each, each) for each in names]
-    return list(outcomes(folder / "all", str(folder / "tiny.toml"), variants, seeds, (), runtime,
-                         working_in=lambda run: nullcontext(run.folder.mkdir(parents=True, exist_ok=True)), **options))
+    return list(outcomes(Comparison(folder / "all", str(folder / "tiny.toml"), variants, seeds, **options), runtime,
+                         working_in=lambda run: nullcontext(run.folder.mkdir(parents=True, exist_ok=True))))
 
 
 def test_outcome_counts_what_the_records_say(copied):

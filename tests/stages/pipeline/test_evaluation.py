@@ -13,6 +13,9 @@ from altopt.evaluation.scoring import score
 from cache.checkpoints import load_checkpoint, save_checkpoint
 from stages.console.reporting import beside_table
 from stages.pipeline.evaluation import beside_published, detection_step, evaluate, recall, summary
+from stages.pipeline.recipe import read_recipe
+from stages.pipeline.run import Run
+from stages.shared.step import Runtime
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def test_names_of_what_can_be_evaluated(tmp_path, word, output):
 
 @pytest.mark.parametrize("word", ["M4", "M2+M1", "P1", ""])
 def test_nothing_else_can_be_evaluated(tmp_path, word):
-    with pytest.raises(UsageError, match=r"nothing to evaluate under .*: choose M5, or M1\+M2"):
+    with pytest.raises(UsageError, match=r"nothing to evaluate under .*: choose M5 \(shared\) or M1\+M2 \(unshared\)"):
         detection_step(open_tiny(tmp_path), word)
 
 
@@ -136,6 +139,13 @@ def test_beside_published_figures(copied, monkeypatch):
     assert means[:3] == ["mAP", pytest.approx(50), pytest.approx(60)]
     assert means[3:] == [69.9, 68.5, 68.9]
     assert len(list(beside_table(rows).columns)) == 6
+
+
+def test_beside_published_figures_in_another_scheme(tmp_path, monkeypatch):
+    scored = {"classes": {name: {"ap": 0.7} for name in VOC_CLASSES}}
+    monkeypatch.setattr(stages.pipeline.evaluation, "evaluate", lambda run, step, protocol: scored)
+    run = Run(tmp_path, read_recipe("voc07-vgg16", (), "exact-joint"), Runtime())
+    assert list(beside_published(run)[-1].items())[:2] == [("class", "mAP"), ("M1 (exact-joint)", pytest.approx(70))]
 
 
 @pytest.mark.parametrize("artifact", ["P9", "M1", "x", ""])

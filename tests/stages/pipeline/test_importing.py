@@ -128,7 +128,7 @@ def test_boxes_that_cannot_be_used(run, tmp_path):
     boxes[first] = np.concatenate([boxes[first], [[0, 0, 500, 10], [9, 9, 5, 5]]])
     path = save(tmp_path / "mine.json", boxes)
     with pytest.raises(ArtifactError, match=f"1 ending before they begin and 1 outside their image, first .*{first}.*"
-                                            "--frame .*--invalid leave-out"):
+                                            "--box-format .*--invalid leave-out"):
         import_proposals(run, path, "P0")
     assert not run.path("P0").exists()
     assert "recall on" in texts(run)
@@ -151,7 +151,7 @@ def test_wrong_frame_shows_at_once_and_the_right_one_is_taken(run, tmp_path):
     with pytest.raises(ArtifactError, match="outside their image"):
         import_proposals(run, path, "P0")
     assert "with x and y exchanged" in texts(run)
-    assert import_proposals(run, path, "P0", frame="yxyx-inclusive-1")["frame"] == "yxyx-inclusive-1"
+    assert import_proposals(run, path, "P0", box_format="yxyx-inclusive-1")["box_format"] == "yxyx-inclusive-1"
     assert {id: each.tolist() for id, (each, _) in stored(run).items()} == {
         id: each.tolist() for id, each in covering(run).items()}
 
@@ -215,7 +215,7 @@ def test_what_cannot_be_exported(run, tmp_path):
 
 
 def test_voc_and_a_selective_search_file(tmp_path):
-    """A .mat as fast-rcnn ships it, against annotations counted the same way: recall tells that the frame is right."""
+    """A .mat as fast-rcnn ships it, against annotations counted the same way: recall tells that the format is right."""
     savemat = pytest.importorskip("scipy.io").savemat
     run, root = voc_run(tmp_path)
     cells = np.empty(2, object)
@@ -282,16 +282,16 @@ def test_commands(altopt, workplace):
     wrong = altopt("proposals", "import", "out.json", "--as", "T0", "--run", "tiny")
     assert (wrong.code, wrong.out) == (4, "")
     assert "--allow-missing" in wrong.err.splitlines()[-1]
-    assert altopt("proposals", "import", "out.json", "--as", "P1", "--frame", "yx", "--run", "tiny").code == 2
+    assert altopt("proposals", "import", "out.json", "--as", "P1", "--box-format", "yx", "--run", "tiny").code == 2
     assert "Did you mean 'export'" in altopt("proposals", "exprt").err
 
 
 def test_help_of_import_lists_the_frames(altopt):
-    from altopt.proposal_formats.box_formats import FRAMES
+    from altopt.proposal_formats.box_formats import BOX_FORMATS
 
-    assert tuple(FRAMES) == cli.FRAMES
+    assert tuple(BOX_FORMATS) == cli.BOX_FORMATS
     text = altopt("proposals", "import", "--help").out
-    assert all(name in text for name in FRAMES)
+    assert all(name in text for name in BOX_FORMATS)
 
 
 def test_searched_and_imported_are_told_apart(run, tmp_path):

@@ -38,10 +38,10 @@ def test_schemes_as_they_are():
     ("[mine]", r"\[mine\] does not say of which scheme it is one"),
     ('[mine]\nscheme = "fastrcnn"', r"did you mean 'fast-rcnn'\?"),
     ('[mine]\nscheme = "rcnn"\nsets = []', r"has no field 'sets' \(did you mean 'set'\?\)"),
-    ('[mine]\nscheme = "rcnn"\nset = "all.lr=1"', "set is a list of texts"),
-    ('[mine]\nscheme = "rcnn"\nset = [1]', "set is a list of texts"),
-    ('["../mine"]\nscheme = "rcnn"', "is to be the name of a folder"),
-    ('["a b"]\nscheme = "rcnn"', "is to be the name of a folder"),
+    ('[mine]\nscheme = "rcnn"\nset = "all.lr=1"', "set must be a list of texts"),
+    ('[mine]\nscheme = "rcnn"\nset = [1]', "set must be a list of texts"),
+    ('["../mine"]\nscheme = "rcnn"', "must be the name of a folder"),
+    ('["a b"]\nscheme = "rcnn"', "must be the name of a folder"),
 ])
 def test_files_that_cannot_be(file, text, message):
     file.write_text(text)

@@ -16,7 +16,7 @@ def test_a_frozen_layer_that_changed_is_noticed(finished, tmp_path, name):
     training = Training("train_rpn_frozen_conv", finished / "M2.safetensors", tmp_path / "M3.safetensors", config,
                         run.runtime)
     network = training.network(("conv", "rpn"))
-    training.freeze(network, "all")
+    training.freeze(network)
     with torch.no_grad():
         network.get_parameter(name).add_(1)
     with pytest.raises(AssertionError, match=r"train_rpn_frozen_conv changed conv.conv1.0, which is frozen"):

@@ -183,7 +183,7 @@ def test_stage_wise_trains_the_box_layer_and_nothing_else(finished, train, detec
 
 @pytest.mark.parametrize("init", ["M2", "M1", "M0"])
 def test_box_layer_alone_starts_from_a_network_without_one(finished, train, init):
-    with pytest.raises(ArtifactError, match=rf"{init}.safetensors is no Fast R-CNN that was trained without its box"):
+    with pytest.raises(ArtifactError, match=rf"{init}.safetensors is not a Fast R-CNN trained without its box"):
         train("second", train_box_layer, init=finished / f"{init}.safetensors")
 
 
