@@ -268,11 +268,3 @@ def freeze(part: nn.Module, names: Iterable[str]) -> None:
     """Take the named modules out of training: no gradient, and so not in the optimizer; unknown names are an error."""
     for name in names:
         part.get_submodule(name).requires_grad_(False)
-
-
-def describe(progress: Progress) -> dict[str, Any]:
-    """Return a report as plain values, for the log."""
-    return {
-        "iteration": progress.iteration, "lr": progress.lr, "images_per_second": round(progress.images_per_second, 3),
-        "wait_share": round(progress.wait_share, 4), "seconds": round(progress.seconds, 3), **progress.losses,
-    }

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stages.shared.events import Note
+
 if TYPE_CHECKING:
     from stages.pipeline.run import Run
     from stages.shared.step import Step
@@ -39,7 +41,7 @@ def show(*tables: Any) -> None:
 def note_if_nothing(made: "list[Step]", run: "Run", what: Any) -> None:
     """Say on stderr that there was nothing to do, if nothing was made."""
     if not made:
-        run.runtime.report({"event": "note", "text": f"{what} is up to date: nothing to do"})
+        run.runtime.report(Note(f"{what} is up to date: nothing to do"))
 
 
 def print_result(value: Any, as_json: bool, table: Callable[[Any], Any]) -> None:

@@ -22,6 +22,7 @@ from stages.pipeline.plan import duration
 from stages.pipeline.recipe import nearest, read_recipe
 from stages.pipeline.run import Run
 from stages.pipeline.variants import Variant, plain_variants
+from stages.shared.events import Caution, Note
 from stages.shared.step import Runtime
 
 
@@ -117,13 +118,13 @@ def outcomes(folder: Path, recipe: str, variants: Sequence[Variant], seeds: Sequ
         for variant in variants:
             settings = [*sets, *variant.sets, f"all.seed={seed}"]
             run = _open(folder / f"{variant.name}-{seed}", recipe, variant.scheme, settings, data_root, runtime)
-            runtime.report({"event": "note", "text": f"{variant.name}, seed {seed}: {run.folder}"})
+            runtime.report(Note(f"{variant.name}, seed {seed}: {run.folder}"))
             with working_in(run):
                 _adopt(run, files)
                 try:
                     found = [outcome(run, variant, seed, runs)]
                 except DivergedError as error:
-                    runtime.report({"event": "warning", "text": f"{variant.name}, seed {seed} diverged: {error}"})
+                    runtime.report(Caution(f"{variant.name}, seed {seed} diverged: {error}"))
                     found = []
             yield from found
             runs.append(run)

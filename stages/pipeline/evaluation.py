@@ -14,7 +14,7 @@ from altopt.evaluation.scoring import score
 from cache.files import write_text_atomic
 from cache.proposals import ProposalFile
 from stages.pipeline.run import Run
-from stages.shared.step import Step
+from stages.shared.step import Facts, Step
 
 
 def detection_steps(run: Run) -> list[Step]:
@@ -69,7 +69,7 @@ def evaluate(run: Run, step: Step, protocol: str) -> dict[str, Any]:
     return _cached(run, f"{step.output} {protocol}", key, lambda: _score(run, step, protocol, record.metrics))
 
 
-def _score(run: Run, step: Step, protocol: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+def _score(run: Run, step: Step, protocol: Any, metrics: Facts) -> dict[str, Any]:
     dataset = open_dataset(run.recipe.config(step).data, "test", run.runtime.data_root)
     found = read_detections(run.path(step.output), dataset.ids, dataset.category_ids)
     result = score(protocol, {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)

@@ -21,6 +21,7 @@ from altopt.proposal_formats.selective_search_mat import read_mat
 from cache.files import digest_files, sha256_file
 from cache.proposals import ProposalFile, ProposalWriter
 from stages.pipeline.run import Run
+from stages.shared.events import Caution, Note
 from stages.shared.step import split_of
 
 Reader = Callable[[Path, tuple[str, ...]], ProposalFileReader]
@@ -82,8 +83,8 @@ def import_proposals(run: Run, source: Path, artifact: str, *, frame: Frame | No
     with ProposalWriter(run.path(artifact), attributes) as writer:
         entrance = ProposalImporter(dataset, incoming, writer, allow_missing)
         recall = proposal_recall(entrance.images(), LIMITS)
-        for text in (recall_line(dataset, recall), *entrance.remarks()):
-            run.runtime.report(text)
+        for event in (recall_line(dataset, recall), *entrance.remarks()):
+            run.runtime.report(event)
         if invalid == "error" and (problem := entrance.plausibility.problem()):
             raise ArtifactError(f"{source} is not imported: {problem}: say how its boxes count with --frame "
                                 f"({', '.join(FRAMES)}), or do without such boxes with --invalid leave-out")
@@ -124,7 +125,7 @@ class ProposalImporter:
         self.missing = [image_id for image_id in self.dataset.ids if image_id not in seen]
         yield from self._without_proposals()
 
-    def remarks(self) -> list[dict[str, Any]]:
+    def remarks(self) -> list[Caution]:
         """Return what is worth saying of the file, as events to report."""
         texts = self.plausibility.warnings()
         if self.foreign:
@@ -134,7 +135,7 @@ class ProposalImporter:
             texts.append(f"{len(self.missing)} images get no proposals: {_some(self.missing)}")
         if self.incoming.unscored:
             texts.append(f"{self.incoming.unscored} images have no scores: the order of their boxes stands for them")
-        return [{"event": "warning", "text": text} for text in texts]
+        return [Caution(text) for text in texts]
 
     def facts(self) -> dict[str, Any]:
         """Return the counts, JSON-able."""
@@ -167,10 +168,10 @@ class ProposalImporter:
             yield self._objects(image_id), self._write(image_id, np.empty((0, 4), np.float32), np.empty(0, np.float32))
 
 
-def recall_line(dataset: Dataset, recall: Recall) -> dict[str, Any]:
+def recall_line(dataset: Dataset, recall: Recall) -> Note:
     """Return the recall of all proposals at IoU 0.5 to 0.9 as an event to report."""
     shares = "  ".join(f"{0.5 + 0.05 * index:.1f}: {recall.at(max(LIMITS))[index]:.3f}" for index in SHOWN)
-    return {"event": "note", "text": f"recall on {dataset.name} at IoU {shares} (up to {max(LIMITS)} proposals)"}
+    return Note(f"recall on {dataset.name} at IoU {shares} (up to {max(LIMITS)} proposals)")
 
 
 def _spellings(dataset: Dataset) -> dict[str, str]:

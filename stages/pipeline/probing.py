@@ -25,8 +25,9 @@ def probe(run: Run, word: str | None, images: int) -> dict[str, Any]:
     path = run.path(artifact)
     if not path.is_file():
         raise ArtifactError(f"{artifact} is not in {run.folder}: make it with altopt stage {artifact}, or run-all")
-    config = run.recipe.config(Step(artifact, train_exact_joint, "M0"))
-    run.check_data(config)
+    step = Step(artifact, train_exact_joint, "M0")
+    config = run.recipe.config(step)
+    run.check_data(step)
     inference = Inference([(path, PARTS)], config, run.runtime, split="train")
     network = inference.networks[0]
     network.samples_per_bin = config.samples_per_bin

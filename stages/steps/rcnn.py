@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from altopt.config import RegionDetectionSettings, TrainingConfig, sourced
 from stages.shared.split_config import OnTestSplit, OnTrainSplit
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 SOLVER = "R-CNN finetuning/pascal_finetune_solver"
 METHOD = "rcnn"
@@ -79,22 +79,22 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
 
 
 def cache_warped_features(network: Path, proposals: Path, *, out: Path, config: CacheWarpedFeatures,
-                          runtime: Runtime) -> dict[str, Any]:
+                          runtime: Runtime) -> Facts:
     """Cache fc7 of every warped region of the training split, and what the box regressors train on."""
     from stages.shared.region_views import WarpedRegions
     from stages.shared.regions import RegionNetwork, cache_regions
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "train")
     regions = WarpedRegions(fine_tuned)
-    return cache_regions(fine_tuned, regions, proposals, out, METHOD, {"crop_side": regions.side})
+    return cache_regions(fine_tuned, regions, proposals, out, config, {"crop_side": regions.side})
 
 
 def detect_rcnn(network: Path, svms: Path, regressors: Path, proposals: Path, *, out: Path, config: DetectRCNN,
-                runtime: Runtime) -> dict[str, Any]:
+                runtime: Runtime) -> Facts:
     """Detect on the test split with slow R-CNN: every proposal warped, scored by SVMs, its box regressed."""
     from stages.shared.region_views import WarpedRegions
     from stages.shared.regions import LinearLayers, RegionNetwork, detect_regions
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
-    linear = LinearLayers(svms, regressors, fine_tuned)
+    linear = LinearLayers(svms, regressors, fine_tuned, config)
     return detect_regions(fine_tuned, WarpedRegions(fine_tuned), linear, proposals, out)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from altopt.config import SVMSettings, sourced
+from stages.shared.events import ImagesDone
 from stages.shared.step import Runtime
 
 PENALTY = {"rcnn": 1000.0, "spp_net": 4000.0}
@@ -50,7 +51,7 @@ def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime
                 for name, rows in zip(file.classes, _positives(file), strict=True)]
         for image in range(len(file)):
             mine(svms, file.features(image) * scale, file.rows("overlaps", image))
-            runtime.report({"event": "images", "done": image + 1, "total": len(file)})
+            runtime.report(ImagesDone(image + 1, len(file)))
         for svm in svms:
             svm.train()
         zeros = np.zeros(file.width("features"), np.float32)
@@ -89,7 +90,7 @@ def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runt
 
                 targets = torch.from_numpy(file.pooled_targets(own))
                 weights[label], biases[label] = fit_box_ridge(blocks, targets, penalty, config.whitening_floor)
-            runtime.report({"event": "images", "done": label + 1, "total": len(file.classes), "what": "classes"})
+            runtime.report(ImagesDone(label + 1, len(file.classes), "classes"))
         save_checkpoint(out, {"weights": weights * scale, "biases": biases}, describe_features(file.attributes))
         unseen = len(file.classes) - len(np.unique(labels))
     return {"regions": len(labels), "ridge": penalty, "feature_scale": scale, "classes_without_regions": unseen,

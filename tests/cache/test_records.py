@@ -66,7 +66,7 @@ def altered(path, **changes):
         ({"surprise": 1}, "surprise"),
         ({"size": "123"}, "size is '123'"),
         ({"config": None}, "None"),
-        ({"inputs": {"M0": 5}}, "no text"),
+        ({"inputs": {"M0": 5}}, "not a text"),
         ({"data": 5}, "data is 5"),
         ({"seconds": "long"}, "seconds is 'long'"),
     ],

@@ -70,7 +70,7 @@ def test_changed_setting_makes_its_stage_stale_and_the_others_wait(copied):
     assert verdicts(run) == {"M0": "done", "M1": "stale", "P1": "waits", "M2": "waits", "M3": "waits", "P2": "waits",
                              "M4": "waits", "M5": "waits"}
     assert reasons(run, "M1") == "lr was 0.001, is 0.01"
-    assert reasons(run, "M4") == "is checked again after M3 and P2"
+    assert reasons(run, "M4") == "depends on M3 and P2, which will be made again"
 
 
 def test_several_reasons_are_all_told(copied):
@@ -89,7 +89,7 @@ def test_changed_input(finished, copied):
     old, new = (hashes(folder, "M0")["M0"][:8] for folder in (finished, copied))
     assert verdicts(run) == {"M0": "given", "M1": "stale", "P1": "waits", "M2": "stale"} | dict.fromkeys(
         ("M3", "P2", "M4", "M5"), "waits")
-    assert reasons(run, "M1") == f"M0 is another one (sha256 {new} here, {old} recorded)"
+    assert reasons(run, "M1") == f"M0 has changed since (sha256 {new} here, {old} recorded)"
 
 
 def test_edited_output(copied):
@@ -381,7 +381,7 @@ def test_no_name_of_a_step(copied, word):
 
 def test_init_is_recorded_and_decides_what_is_stale(finished, copied):
     run = open_tiny(copied, "train_fast_rcnn.init=M1")
-    assert reasons(run, "M2").endswith('init was "", is "M1"')
+    assert reasons(run, "M2") == "starts from M1 instead of M0 (init)"
     assert run_one(run, step_of(run, "M2"), force=False)
     record = run.record("M2")
     assert record.config["init"] == "M1"
@@ -389,7 +389,7 @@ def test_init_is_recorded_and_decides_what_is_stale(finished, copied):
     assert hashes(copied, "M2") != hashes(finished, "M2")
     assert verdicts(run)["M2"] == "done"
     plain = open_tiny(copied)
-    assert reasons(plain, "M2").endswith('init was "M1", is ""')
+    assert reasons(plain, "M2") == "starts from M0 instead of M1 (init)"
     assert make_all(plain) == ["M2"]
     assert hashes(copied) == hashes(finished)
 
@@ -480,7 +480,7 @@ def test_warnings_of_the_data_set_come_once(copied, monkeypatch):
     run = open_tiny(copied)
     for word in ("P1", "P2"):
         run.make(step_of(run, word))
-    assert [event["text"] for event in run.runtime.report.events if event["event"] == "warning"] == [
+    assert [event.text for event in run.runtime.report.events if event.kind == "warning"] == [
         "shapes train:6: beware"]
 
 
