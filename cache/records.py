@@ -104,7 +104,9 @@ def read_record(path: Path) -> Record | None:
 def renamed(values: JSON) -> Any:
     """Return what an earlier version wrote with the names of today, in nested mappings too (see ``RENAMED``)."""
     if isinstance(values, Mapping):
-        return {RENAMED.get(name, name): renamed(value) for name, value in values.items()}
+        # What stands below "classes" are names of the data set's own.
+        return {RENAMED.get(name, name): value if name == "classes" else renamed(value)
+                for name, value in values.items()}
     return values
 
 

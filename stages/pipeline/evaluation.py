@@ -13,18 +13,19 @@ from altopt.evaluation.recall import LIMITS, proposal_recall
 from altopt.evaluation.scoring import score
 from cache.files import write_text_atomic
 from cache.proposals import ProposalFile
+from cache.records import renamed
 from stages.pipeline.run import Run
-from stages.shared.step import Facts, Step
+from stages.shared.step import Facts, Kind, Step
 
 
 def detection_steps(run: Run) -> list[Step]:
     """Return the steps of a run that end in detections."""
-    return [step for step in run.recipe.detections if step.output.startswith("D")]
+    return [step for step in run.recipe.detections if step.kind is Kind.DETECTIONS]
 
 
 def networks(step: Step) -> str:
     """Return what a detection step detects with: ``M1+M2``."""
-    return "+".join(name for name in step.inputs if name.startswith("M"))
+    return "+".join(name for name in step.inputs if Kind.of(name) is Kind.NETWORK)
 
 
 def name_of(run: Run, step: Step) -> str:
@@ -97,7 +98,7 @@ def beside_published(run: Run) -> list[dict[str, Any]]:
 
 def proposal_steps(run: Run) -> dict[str, Step]:
     """Return {artifact: step} of the proposals that a run makes on the training split."""
-    return {step.output: step for step in run.recipe.steps if step.output.startswith("P")}
+    return {step.output: step for step in run.recipe.steps if step.kind is Kind.PROPOSALS}
 
 
 def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool = False) -> dict[str, Any]:
@@ -140,7 +141,8 @@ def _cached(run: Run, name: str, key: dict[str, Any], compute: Any) -> dict[str,
 def _kept(path: Path) -> dict[str, dict[str, Any]]:
     """Return what metrics.json holds; damage only costs computing again."""
     try:
-        return {name: entry for name, entry in json.loads(path.read_text(encoding="utf-8")).items() if "key" in entry}
+        kept: dict[str, dict[str, Any]] = renamed(json.loads(path.read_text(encoding="utf-8")))
+        return {name: entry for name, entry in kept.items() if "key" in entry}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 

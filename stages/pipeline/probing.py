@@ -6,7 +6,7 @@ from typing import Any
 
 from altopt.errors import ArtifactError, UsageError
 from stages.pipeline.run import Run, find_step
-from stages.shared.step import Step
+from stages.shared.step import Kind, Step
 from stages.steps.joint import PARTS, joint_training, train_exact_joint
 
 
@@ -50,8 +50,8 @@ def _some(ids: Sequence[str], count: int, seed: int) -> list[str]:
 
 def network_name(run: Run, word: str | None) -> str:
     """Return the output that the word names, or the run's last one; ``UsageError`` unless it is a network."""
-    steps = [step for step in run.recipe.steps if step.output.startswith("M")]
-    output = find_step(run.recipe.steps, word).output if word else steps[-1].output
-    if not output.startswith("M"):
-        raise UsageError(f"{output} is no network: choose among {', '.join(step.output for step in steps)}")
+    networks = [step.output for step in run.recipe.steps if step.kind is Kind.NETWORK]
+    output = find_step(run.recipe.steps, word).output if word else networks[-1]
+    if output not in networks:
+        raise UsageError(f"{output} is not a network: choose among {', '.join(networks)}")
     return output

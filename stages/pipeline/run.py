@@ -377,12 +377,12 @@ def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_
     if kept.is_file() and (held := read_recipe(str(kept)).scheme) != chosen.scheme:
         raise UsageError(f"{folder} was begun with the scheme {held}, and {chosen.scheme} is asked for: name another "
                          "folder with --run, or leave --scheme out")
-    return Run(folder, placed(chosen, data_root, runtime), runtime)
+    return with_recipe(folder, chosen, data_root, runtime)
 
 
-def placed(recipe: Recipe, data_root: Path | None, runtime: Runtime) -> Recipe:
-    """Return the recipe with the data root that is asked for, or its own, which the runtime gets to know too."""
+def with_recipe(folder: Path, chosen: Recipe, data_root: Path | None, runtime: Runtime) -> Run:
+    """Return the run in a folder with a recipe, its data where the recipe says unless ``data_root`` is given."""
     if data_root is not None:
-        recipe.header["data_root"] = str(data_root)
-    runtime.data_root = Path(recipe.header.get("data_root", "data"))
-    return recipe
+        chosen.header["data_root"] = str(data_root)
+    runtime.data_root = Path(chosen.header.get("data_root", "data"))
+    return Run(folder, chosen, runtime)

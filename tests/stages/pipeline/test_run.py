@@ -8,7 +8,8 @@ from tiny_runs import ARTIFACTS, TINY, hashes, make_all, open_tiny, reasons, ver
 
 from altopt.errors import ArtifactError, UsageError
 from cache.checkpoints import load_checkpoint, save_checkpoint
-from cache.records import read_record
+from cache.records import RENAMED, read_record
+from stages.pipeline.evaluation import summary
 from stages.pipeline.recipe import read_recipe
 from stages.pipeline.run import Run, find_step, import_given, open_folder, run_one
 from stages.shared.step import Runtime, file_name
@@ -525,3 +526,18 @@ def test_a_network_is_given_to_a_scheme_that_begins_with_proposals(finished, wor
     run.folder.mkdir(parents=True)
     run.import_artifact("M0", finished / "M0.safetensors", "from elsewhere")
     assert run.verdict(run.recipe.steps[0]).state == "given"
+
+
+def test_run_folder_of_an_earlier_version_is_read(copied, monkeypatch):
+    """Records and scores that speak of pictures: nothing is made again, and the summary is that of today."""
+    today = summary(open_tiny(copied), "voc07")
+    for path in (copied / "D5.json", copied / "D2.json", copied / "P1.json", copied / "metrics.json"):
+        text = path.read_text()
+        for old, new in RENAMED.items():
+            text = text.replace(f'"{new}":', f'"{old}":')
+        assert "picture" in text
+        replace(path, text.encode())
+    monkeypatch.setattr(Run, "make", lambda *arguments: pytest.fail("made again"))
+    run = open_tiny(copied)
+    assert verdicts(run) == ALL_DONE
+    assert summary(run, "voc07") == today
