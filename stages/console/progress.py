@@ -18,18 +18,8 @@ from rich.progress import (
 )
 
 from stages.pipeline.plan import duration
-from stages.shared.events import (
-    Caution,
-    Event,
-    Finished,
-    ImagesDone,
-    Note,
-    Reason,
-    Resumed,
-    Started,
-    TrainingProgress,
-    WeightsDrawn,
-)
+from stages.shared import events
+from stages.shared.events import Event
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
 
@@ -48,30 +38,30 @@ class Reporter:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         match event:
-            case Started(stage, inputs, place, why):
+            case events.Started(stage, inputs, place, why):
                 place, why = f" ({place})" if place else "", f": {why}" if why else ""
                 made_of = f" from {', '.join(inputs)}" if inputs else ""
                 self.line(f"{event.artifact}{place} {stage}{made_of}{why}")
                 self._start_bar(event.artifact)
-            case TrainingProgress():
+            case events.TrainingProgress():
                 losses = " ".join(f"{name} {value:.4f}" for name, value in event.losses.items())
                 text = (f"{losses}  lr {event.lr:.2g}  {event.images_per_second:.1f} images/s  "
                         f"data wait {event.wait_share:.0%}")
                 self._advance(event.artifact, event.iteration, event.iterations, text, event.seconds)
-            case ImagesDone(done, total, what):
+            case events.ImagesDone(done, total, what):
                 self._advance(event.artifact, done, total, what, None)
-            case Finished():
+            case events.Finished():
                 self.close()
                 self.line(f"{event.artifact}: done in {duration(event.seconds)}")
-            case Resumed(iteration):
+            case events.Resumed(iteration):
                 self.line(f"{event.artifact}: goes on after iteration {iteration}")
-            case Reason(text):
+            case events.Reason(text):
                 self.line(f"{event.artifact}: {text}")
-            case Note(text):
+            case events.Note(text):
                 self.line(text)
-            case WeightsDrawn(drawn) if drawn:
+            case events.WeightsDrawn(drawn) if drawn:
                 self.line(f"{event.artifact}: re-initialised: {', '.join(drawn)}")
-            case Caution(text):
+            case events.Caution(text):
                 self.line(f"warning: {text}")
 
     def line(self, text: str) -> None:

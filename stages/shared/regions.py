@@ -43,7 +43,8 @@ from stages.shared.training import CachedProposals, describe_network, require_ne
 FAST_RCNN = "fast_rcnn"  # the method of a network that names none
 Prepared = TypeVar("Prepared")
 Pool = Callable[[Tensor], Tensor]  # boxes Tensor[r, 4] in the original frame -> what fc6 sees of them, Tensor[r, E]
-Found = tuple[Tensor, Tensor, Tensor]  # an image's boxes, scores and classes in the original frame
+# What fc6 sees of regions, Tensor[R, E], and what fc7 makes of it, Tensor[R, D] -> their scores and deltas.
+Outputs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class RegionConfig(InferenceConfig, Protocol):
@@ -78,16 +79,6 @@ class Regions(Protocol[Prepared]):
 
     def open(self, prepared: Prepared) -> Pool:
         """Bring it to the device, and return what pools its regions."""
-
-
-class Outputs(Protocol):
-    """What is on top of the features of an image's regions."""
-
-    def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores and deltas of regions, from what fc6 sees of them, ``Tensor[R, E]``, and fc7's output."""
-
-    def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor, size: tuple[int, int]) -> Found:
-        """Return what is found in an image of this (width, height)."""
 
 
 class RegionNetwork(Inference):
@@ -206,22 +197,38 @@ def _features_of(network: RegionNetwork, pool: Pool, each: ImageBoxes, objects: 
     )
 
 
-class LinearLayers:
-    """The SVMs and the box regressors of all classes, as two matrices on a device."""
+def linear_layers(svms: Path, regressors: Path, network: RegionNetwork) -> Outputs:
+    """Return the SVMs and the box regressors of all classes: scores ``Tensor[R, K]`` and deltas ``Tensor[R, K, 4]``."""
+    weights, biases = linear_layer(svms, network)
+    of_boxes, box_biases = linear_layer(regressors, network)
 
-    def __init__(self, svms: Path, regressors: Path, network: RegionNetwork, settings: RegionDetectionSettings) -> None:
-        self.scores = linear_layer(svms, network)
-        self.deltas = linear_layer(regressors, network)
-        self.settings = settings
+    def outputs(pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        deltas = torch.addmm(box_biases.flatten(), pooled, of_boxes.flatten(0, 1).T)  # (R, K*4)
+        return torch.addmm(biases, hidden, weights.T), deltas.view(len(pooled), -1, 4)
 
-    def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores ``Tensor[R, K]`` and deltas ``Tensor[R, K, 4]``."""
-        deltas = torch.addmm(self.deltas[1].flatten(), pooled, self.deltas[0].flatten(0, 1).T)  # (R, K*4)
-        return torch.addmm(self.scores[1], hidden, self.scores[0].T), deltas.view(len(pooled), -1, 4)
+    return outputs
 
-    def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor, size: tuple[int, int]) -> Found:
-        """Return what ``region_detections`` makes of them."""
-        return region_detections(scores, deltas, boxes, size, self.settings)
+
+def softmax_and_boxes(network: RegionNetwork) -> Outputs:
+    """Return the head of a Fast R-CNN: logits ``Tensor[R, K + 1]`` and deltas ``Tensor[R, K + 1, 4]``."""
+    with torch.device("meta"):
+        head = FastRCNNHead(network.classifier.features, len(network.dataset.classes))
+    tensors, _ = load_checkpoint(network.path)
+    head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()}, assign=True)
+    head.to(network.device).eval()
+
+    def outputs(pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits, normalised = head(hidden)
+        return logits, head.deltas(normalised)
+
+    return outputs
+
+
+def svms_and_boxes(svms: Path, network: RegionNetwork) -> Outputs:
+    """Return SVMs in place of a Fast R-CNN's softmax, with its own box layer; classes are without background."""
+    head = softmax_and_boxes(network)
+    weights, biases = linear_layer(svms, network)
+    return lambda pooled, hidden: (torch.addmm(biases, hidden, weights.T), head(pooled, hidden)[1][:, 1:])
 
 
 def linear_layer(path: Path, network: RegionNetwork) -> tuple[Tensor, Tensor]:
@@ -234,62 +241,24 @@ def linear_layer(path: Path, network: RegionNetwork) -> tuple[Tensor, Tensor]:
     return tensors["weights"].to(network.device), tensors["biases"].to(network.device)
 
 
-class SoftmaxAndBoxes:
-    """The head of a Fast R-CNN."""
+def detect_regions(network: RegionNetwork, regions: Regions[Prepared], outputs: Outputs, proposals: Path, out: Path,
+                   settings: DetectionSettings | RegionDetectionSettings) -> Facts:
+    """Score and refine the proposals of every test image; write detections and return facts for the record.
 
-    def __init__(self, network: RegionNetwork, settings: DetectionSettings) -> None:
-        self.settings = settings
-        self.head = load_head(network)
-
-    def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits ``Tensor[R, K + 1]`` and deltas ``Tensor[R, K + 1, 4]``, background first."""
-        logits, normalised = self.head(hidden)
-        return logits, self.head.deltas(normalised)
-
-    def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor, size: tuple[int, int]) -> Found:
-        """Return what ``postprocess_detections`` makes of them."""
-        return postprocess_detections(scores, deltas, boxes, size, self.settings)
-
-
-class SVMsAndBoxes:
-    """SVMs in place of a Fast R-CNN's softmax, and the network's own box layer."""
-
-    def __init__(self, svms: Path, network: RegionNetwork, settings: RegionDetectionSettings) -> None:
-        self.settings = settings
-        self.head = load_head(network)
-        self.weights, self.biases = linear_layer(svms, network)
-
-    def __call__(self, pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores ``Tensor[R, K]`` and deltas ``Tensor[R, K, 4]``."""
-        deltas = self.head.deltas(self.head(hidden)[1])
-        return torch.addmm(self.biases, hidden, self.weights.T), deltas[:, 1:]
-
-    def detections(self, scores: Tensor, deltas: Tensor, boxes: Tensor, size: tuple[int, int]) -> Found:
-        """Return what ``region_detections`` makes of them."""
-        return region_detections(scores, deltas, boxes, size, self.settings)
-
-
-def load_head(network: RegionNetwork) -> FastRCNNHead:
-    """Return the head that the network's checkpoint holds, on its device; the region classifier has none for boxes."""
-    with torch.device("meta"):
-        head = FastRCNNHead(network.classifier.features, len(network.dataset.classes))
-    tensors, _ = load_checkpoint(network.path)
-    head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()}, assign=True)
-    return head.to(network.device).eval()
-
-
-def detect_regions(network: RegionNetwork, regions: Regions[Prepared], outputs: Outputs, proposals: Path,
-                   out: Path) -> Facts:
-    """Score and refine the proposals of every test image; write detections and return facts for the record."""
+    Scores are a softmax's where the settings are a Fast R-CNN's, and else those of SVMs.
+    """
     limit = network.config.proposals
     cached = CachedProposals(proposals, network.dataset, limit)
 
     def detect(ids: list[str], prepared: Prepared) -> list[Detected]:
-        proposed = cached.get(ids[0])
+        proposed, size = cached.get(ids[0]), network.dataset.size(ids[0])
         boxes = torch.from_numpy(proposed).to(network.device)
         parts = [outputs(pooled, hidden) for pooled, hidden in network.features(regions.open(prepared), boxes)]
         scores, deltas = (torch.cat(each) for each in zip(*parts, strict=True))
-        found = outputs.detections(scores, deltas, boxes, network.dataset.size(ids[0]))
+        if isinstance(settings, DetectionSettings):
+            found = postprocess_detections(scores, deltas, boxes, size, settings)
+        else:
+            found = region_detections(scores, deltas, boxes, size, settings)
         return [Detected(ids[0], Detections(*(each.cpu().numpy() for each in found)), proposed)]
 
     return write_detections(network, network.groups(1), lambda ids: regions.read(ids[0]), detect, out, limit)

@@ -31,12 +31,12 @@ def detect_on_proposals(detector: Path, proposals: Path, *, out: Path, config: D
     if not config.scales:
         return detect_split([(detector, ("conv", "fc", "head"))], out, config, runtime, proposals)
     from stages.shared.region_views import FreshPyramids
-    from stages.shared.regions import FAST_RCNN, RegionNetwork, SoftmaxAndBoxes, detect_regions
+    from stages.shared.regions import FAST_RCNN, RegionNetwork, detect_regions, softmax_and_boxes
 
     network = RegionNetwork(detector, FAST_RCNN, config, runtime, "test")
     frames = config.network.at_scales(config.scales, config.max_side)
     regions = FreshPyramids(network, frames, config.region_area)
-    return detect_regions(network, regions, SoftmaxAndBoxes(network, config), proposals, out)
+    return detect_regions(network, regions, softmax_and_boxes(network), proposals, out, config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ def detect_with_svms(network: Path, svms: Path, proposals: Path, *, out: Path, c
                      runtime: Runtime) -> Facts:
     """Detect on the test split with a Fast R-CNN whose regions are scored by SVMs."""
     from stages.shared.region_views import FreshPyramids
-    from stages.shared.regions import FAST_RCNN, RegionNetwork, SVMsAndBoxes, detect_regions
+    from stages.shared.regions import FAST_RCNN, RegionNetwork, detect_regions, svms_and_boxes
 
     trained = RegionNetwork(network, FAST_RCNN, config, runtime, "test")
     regions = FreshPyramids(trained, [config.network], config.region_area)
-    return detect_regions(trained, regions, SVMsAndBoxes(svms, trained, config), proposals, out)
+    return detect_regions(trained, regions, svms_and_boxes(svms, trained), proposals, out, config)

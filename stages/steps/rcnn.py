@@ -93,8 +93,8 @@ def detect_rcnn(network: Path, svms: Path, regressors: Path, proposals: Path, *,
                 runtime: Runtime) -> Facts:
     """Detect on the test split with slow R-CNN: every proposal warped, scored by SVMs, its box regressed."""
     from stages.shared.region_views import WarpedRegions
-    from stages.shared.regions import LinearLayers, RegionNetwork, detect_regions
+    from stages.shared.regions import RegionNetwork, detect_regions, linear_layers
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
-    linear = LinearLayers(svms, regressors, fine_tuned, config)
-    return detect_regions(fine_tuned, WarpedRegions(fine_tuned), linear, proposals, out)
+    outputs = linear_layers(svms, regressors, fine_tuned)
+    return detect_regions(fine_tuned, WarpedRegions(fine_tuned), outputs, proposals, out, config)

@@ -146,13 +146,13 @@ def detect_spp_net(network: Path, svms: Path, regressors: Path, proposals: Path,
                    runtime: Runtime) -> Facts:
     """Detect on the test split with SPP-net: one pass of the conv layers for each scale, then SVMs and regressors."""
     from stages.shared.region_views import FreshPyramids
-    from stages.shared.regions import LinearLayers, RegionNetwork, detect_regions
+    from stages.shared.regions import RegionNetwork, detect_regions, linear_layers
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
     frames = config.network.at_scales(config.scales, config.max_side)
-    linear = LinearLayers(svms, regressors, fine_tuned, config)
+    outputs = linear_layers(svms, regressors, fine_tuned)
     regions = FreshPyramids(fine_tuned, frames, config.region_area)
-    return detect_regions(fine_tuned, regions, linear, proposals, out)
+    return detect_regions(fine_tuned, regions, outputs, proposals, out, config)
 
 
 def _stored_frames(stored: Any, path: Path, tensors: Any, network: NetworkConfig) -> list[NetworkConfig]:
