@@ -53,15 +53,15 @@ def _plain(path: Path, document: dict[str, Any]) -> ProposalFileReader:
         if name == "scores" and value is None:
             continue
         if not isinstance(value, list) or not isinstance(ids, list) or len(value) != len(ids):
-            raise ArtifactError(f"{path}: {name} is no list with an entry for each of image_ids: export it again")
+            raise ArtifactError(f"{path}: {name} must be a list with an entry for each of image_ids: export it again")
     if frame not in FRAMES:
         raise ArtifactError(f"{path}: its frame {frame!r} is none of {', '.join(FRAMES)}: write one of them")
     return ProposalFileReader(path, "altopt's json", frame,
                     zip(map(str, ids), boxes, [None] * len(ids) if scores is None else scores, strict=True))
 
 
-def _coco_results(file: JsonFile, document: list[Any]) -> ProposalFileReader:
-    boxes: dict[str, list[Any]] = {}
+def _coco_results(file: JsonFile, document: list[object]) -> ProposalFileReader:
+    boxes: dict[str, list[object]] = {}
     scores: dict[str, list[float]] = {}
     for place, entry in file.entries(document, "results"):
         image_id = file.key(place, entry, "image_id")

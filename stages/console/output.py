@@ -4,32 +4,39 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from stages.shared.events import Note
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from altopt.evaluation.undefined import ScoreDict
+    from stages.console.progress import Reporter
     from stages.pipeline.run import Run
     from stages.shared.step import Step
 
+Shown = TypeVar("Shown")
 
-def reporter() -> Any:
+
+def reporter() -> "Reporter":
     """Return what shows the events of stages on stderr."""
     from stages.console.progress import Reporter
 
     return Reporter(stderr())
 
 
-def stderr() -> Any:
+def stderr() -> "Console":
     """Return a console on stderr, where progress and messages go."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
-def show(*tables: Any) -> None:
+def show(*tables: "Table") -> None:
     """Print tables to stdout; wide enough for them when it is not a terminal."""
     from rich.console import Console
 
@@ -38,13 +45,13 @@ def show(*tables: Any) -> None:
         console.print(table)
 
 
-def note_if_nothing(made: "list[Step]", run: "Run", what: Any) -> None:
+def note_if_nothing(made: "list[Step]", run: "Run", what: object) -> None:
     """Say on stderr that there was nothing to do, if nothing was made."""
     if not made:
         run.runtime.report(Note(f"{what} is up to date: nothing to do"))
 
 
-def print_result(value: Any, as_json: bool, table: Callable[[Any], Any]) -> None:
+def print_result(value: Shown, as_json: bool, table: "Callable[[Shown], Table]") -> None:
     """Print a result as JSON, or as the table that is made of it."""
     if as_json:
         print_json(value)
@@ -52,12 +59,12 @@ def print_result(value: Any, as_json: bool, table: Callable[[Any], Any]) -> None
         show(table(value))
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print JSON and nothing else to stdout."""
     click.echo(json.dumps(value, indent=1))
 
 
-def print_score(result: dict[str, Any], as_json: bool) -> None:
+def print_score(result: "ScoreDict", as_json: bool) -> None:
     """Print a score with its convention."""
     if as_json:
         print_json(result)

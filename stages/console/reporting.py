@@ -1,14 +1,19 @@
 """The tables that commands print to stdout."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from stages.pipeline.plan import duration
 
+if TYPE_CHECKING:
+    from altopt.evaluation.undefined import ScoreDict
+    from stages.pipeline.evaluation import ProposalRecall, Summary
+    from stages.pipeline.probing import Probe
 
-def summary_tables(summary: dict[str, Any]) -> list[Table]:
+
+def summary_tables(summary: "Summary") -> list[Table]:
     """Return what run-all ends with: scores, recall of the proposals, time of each stage."""
     scores = Table(title="Detection on the test split", box=None, pad_edge=False, title_justify="left")
     for heading in ("network", "protocol", "mAP", "recall@0.5 of its proposals", "s/image"):
@@ -22,29 +27,29 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     limits = list(next(iter(summary["recall"].values()))["limits"]) if summary["recall"] else []
     for limit in limits:
         recalls.add_column(f"{limit} proposals")
-    for name, each in summary["recall"].items():
-        recalls.add_row(name, *(number(each["limits"][limit]["areas"]["all"]["recall"][0]) for limit in limits))
+    for name, recall in summary["recall"].items():
+        recalls.add_row(name, *(number(recall["limits"][limit]["areas"]["all"]["recall"][0]) for limit in limits))
     times = Table(title="Time", box=None, pad_edge=False, title_justify="left")
     for heading in ("output", "stage", "time"):
         times.add_column(heading)
-    for name, each in summary["stages"].items():
-        times.add_row(name, each["stage"], "given" if each["given"] else duration(each["seconds"]))
-    times.add_row("", "total", duration(sum(each["seconds"] for each in summary["stages"].values())))
+    for name, made in summary["stages"].items():
+        times.add_row(name, made["stage"], "given" if made["given"] else duration(made["seconds"]))
+    times.add_row("", "total", duration(sum(made["seconds"] for made in summary["stages"].values())))
     return [scores, *([recalls] if summary["recall"] else []), times]
 
 
-def score_table(result: dict[str, Any]) -> Table:
+def score_table(result: "ScoreDict") -> Table:
     """Return per-class AP and the mean."""
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
     table.add_column("AP")
     for name, each in result["classes"].items():
-        table.add_row(escape(name), number(each["ap"] if isinstance(each, dict) else each))
+        table.add_row(escape(name), number(each["ap"]))
     table.add_row("mean", number(result["map"]), style="bold")
     return table
 
 
-def recall_table(result: dict[str, Any]) -> Table:
+def recall_table(result: "ProposalRecall") -> Table:
     """Return recall against IoU, a row for each number of proposals, and the average recall."""
     title = escape(f"{result['proposals']} on {result['split']}: {result['convention']}")
     table = Table(title=title, box=None, pad_edge=False, title_justify="left")
@@ -58,7 +63,7 @@ def recall_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def beside_table(rows: list[dict[str, Any]]) -> Table:
+def beside_table(rows: "list[dict[str, str | float | None]]") -> Table:
     """Return per-class AP in per cent beside published ones; the last row is the mean."""
     table = Table(box=None, pad_edge=False)
     for heading in rows[0]:
@@ -79,7 +84,7 @@ def comparison_table(headings: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
-def probe_table(result: dict[str, Any]) -> Table:
+def probe_table(result: "Probe") -> Table:
     """Return, block by block, the exact gradient beside the approximate one: of the detector's losses, and of all."""
     title = (f"{result['network']}, {len(result['images'])} images: gradient with the path through the proposals' "
              "coordinates beside that without")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from altopt.proposal_formats.plausibility import Plausibility
 from altopt.proposal_formats.selective_search_mat import read_mat
 from cache.files import digest_files, sha256_file
 from cache.proposals import ProposalFile, ProposalWriter
+from stages.pipeline.evaluation import ProposalRecall
 from stages.pipeline.run import Run
 from stages.shared.events import Caution, Note
 from stages.shared.step import split_of
@@ -27,6 +28,20 @@ from stages.shared.step import split_of
 Reader = Callable[[Path, tuple[str, ...]], ProposalFileReader]
 NAMED = 3  # images that a message names
 SHOWN = (0, 2, 4, 6, 8)  # of the thresholds: IoU 0.5, 0.6, ... 0.9
+
+
+class Imported(ProposalRecall):
+    """What was found in a file of proposals: images that the data set does not have, or the file does not, and more."""
+
+    artifact: str
+    file: str
+    format: str
+    frame: str
+    boxes: int
+    boxes_left_out: int
+    images_foreign: int
+    images_missing: int
+    images_without_scores: int
 
 
 def read_hdf5(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
@@ -67,7 +82,7 @@ def read_proposals(path: Path, ids: tuple[str, ...], frame: Frame | None = None)
 
 
 def import_proposals(run: Run, source: Path, artifact: str, *, frame: Frame | None = None, allow_missing: bool = False,
-                     invalid: Literal["error", "leave-out"] = "error") -> dict[str, Any]:
+                     invalid: Literal["error", "leave-out"] = "error") -> Imported:
     """Make the proposals of ``source`` the run's artifact, given from outside; return what was found.
 
     The recall and what looks wrong are reported before anything is written. Raises ArtifactError for images without
@@ -90,7 +105,9 @@ def import_proposals(run: Run, source: Path, artifact: str, *, frame: Frame | No
                                 f"({', '.join(FRAMES)}), or do without such boxes with --invalid leave-out")
     run.import_artifact(artifact, None, f"imported from {source.name}, {incoming.form}, read as {incoming.frame}")
     return {"artifact": artifact, "file": str(run.path(artifact)), "format": incoming.form, "frame": incoming.frame,
-            "proposals": run.path(artifact).name, "split": dataset.name, **entrance.facts(), **recall.as_dict()}
+            "proposals": run.path(artifact).name, "split": dataset.name, "boxes": entrance.kept,
+            "boxes_left_out": entrance.left_out, "images_foreign": len(entrance.foreign),
+            "images_missing": len(entrance.missing), "images_without_scores": incoming.unscored, **recall.as_dict()}
 
 
 class ProposalImporter:
@@ -106,7 +123,7 @@ class ProposalImporter:
         self.kept = 0
         self._names = _spellings(dataset)
 
-    def images(self) -> Iterator[tuple[NDArray[Any], NDArray[np.float32]]]:
+    def images(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Write image by image, and give the objects to be found and the proposals of each."""
         seen: set[str] = set()
         for name, boxes, scores in self.incoming:
@@ -137,18 +154,13 @@ class ProposalImporter:
             texts.append(f"{self.incoming.unscored} images have no scores: the order of their boxes stands for them")
         return [Caution(text) for text in texts]
 
-    def facts(self) -> dict[str, Any]:
-        """Return the counts, JSON-able."""
-        return {"boxes": self.kept, "boxes_left_out": self.left_out, "images_foreign": len(self.foreign),
-                "images_missing": len(self.missing), "images_without_scores": self.incoming.unscored}
-
     def _match(self, name: str) -> str | None:
         """Return the data set's id for a file's: as it is, or without the folder and suffix of an image."""
         path = PurePosixPath(name)
         short = path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
         return self._names.get(name) or self._names.get(short)
 
-    def _objects(self, image_id: str) -> NDArray[Any]:
+    def _objects(self, image_id: str) -> NDArray[np.float32]:
         objects = self.dataset.objects(image_id)
         return objects.boxes[counted(objects)]
 
@@ -157,7 +169,7 @@ class ProposalImporter:
         self.kept += len(boxes)
         return boxes
 
-    def _without_proposals(self) -> Iterator[tuple[NDArray[Any], NDArray[np.float32]]]:
+    def _without_proposals(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         if self.missing and not self.allow_missing:
             foreign = f" (it names {_some(self.foreign)}, which are not)" if self.foreign else ""
             share = f"{len(self.missing)} of {len(self.dataset.ids)} images"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 from altopt.errors import ArtifactError, UsageError
 from stages.pipeline.run import Run, find_step
@@ -10,7 +10,15 @@ from stages.shared.step import Kind, Step
 from stages.steps.joint import PARTS, joint_training, train_exact_joint
 
 
-def probe(run: Run, word: str | None, images: int) -> dict[str, Any]:
+class Probe(TypedDict):
+    """Gradients with and without the coordinate path: a row for each group of losses and each block of layers."""
+
+    network: str
+    images: list[str]
+    rows: list[dict[str, Any]]
+
+
+def probe(run: Run, word: str | None, images: int) -> Probe:
     """Return the gradients of a network's conv layers with the coordinate path beside those without.
 
     ``word`` names a network with all four parts (by default the last one of the run), ``images`` is how many of the
