@@ -78,11 +78,6 @@ class Record:
         object.__setattr__(self, "metrics", plain(self.metrics))
 
 
-def record_path(artifact: Path) -> Path:
-    """Return where the record of an artifact lies: M1.json beside M1.safetensors."""
-    return artifact.with_suffix(".json")
-
-
 def write_record(path: Path, record: Record) -> None:
     """Write ``record`` to ``path`` at once and for good (see ``files.atomic_path``)."""
     fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}

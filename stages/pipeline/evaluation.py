@@ -56,13 +56,6 @@ class Summary(TypedDict):
     stages: dict[str, StageTime]
 
 
-class Kept(TypedDict):
-    """An entry of metrics.json: a result, and the hashes and settings that it belongs to."""
-
-    key: Facts
-    result: object
-
-
 def detection_steps(run: Run) -> list[Step]:
     """Return the steps of a run that end in detections."""
     return [step for step in run.recipe.detections if step.kind is Kind.DETECTIONS]
@@ -177,9 +170,9 @@ def _recall(run: Run, step: Step, path: Path, limits: Sequence[int]) -> Proposal
 def _cached(run: Run, name: str, key: Facts, compute: Callable[[], object]) -> object:
     """Return what metrics.json has under a name, computed if it is not there for this key."""
     path = run.folder / "metrics.json"
-    kept: dict[str, Kept] = {}
+    kept: dict[str, dict[str, object]] = {}
     with suppress(OSError, ValueError, AttributeError, TypeError):  # damage only costs computing again
-        read: dict[str, Kept] = renamed(json.loads(path.read_text(encoding="utf-8")))
+        read = renamed(json.loads(path.read_text(encoding="utf-8")))
         kept = {each: entry for each, entry in read.items() if "key" in entry}
     if name not in kept or kept[name]["key"] != key:
         kept[name] = {"key": key, "result": json.loads(json.dumps(compute()))}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.records import Record, differences, plain, read_record, record_path, renamed, write_record
+from cache.records import Record, differences, plain, read_record, renamed, write_record
 
 
 def record(**changes):
@@ -28,12 +28,7 @@ def record(**changes):
 
 @pytest.fixture
 def path(tmp_path):
-    return record_path(tmp_path / "M1.safetensors")
-
-
-def test_lies_beside_its_artifact():
-    assert record_path(Path("runs/x/M1.safetensors")) == Path("runs/x/M1.json")
-    assert record_path(Path("runs/x/P1.h5")) == Path("runs/x/P1.json")
+    return tmp_path / "M1.json"
 
 
 @pytest.mark.parametrize("changes", [{}, {"given": "/weights/vgg16.pth", "stage": "", "data": None}])
