@@ -520,10 +520,11 @@ def bench(save: Path | None, markdown: Path | None, as_json: bool, **options: An
     from cache.files import write_json_atomic
     from stages.bench.measuring import make_plan, measure
     from stages.bench.tables import insert, markdown_of
+    from stages.shared.events import Note
 
     plan = make_plan(**options)
     report = reporter()
-    result = measure(plan, shlex.join(["altopt", *sys.argv[1:]]), lambda text: report({"event": "note", "text": text}))
+    result = measure(plan, shlex.join(["altopt", *sys.argv[1:]]), lambda text: report(Note(text)))
     if save:
         write_json_atomic(save, result)
     if markdown:

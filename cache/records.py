@@ -7,11 +7,14 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeAlias
 
 from cache.files import write_json_atomic
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 logger = logging.getLogger("altopt")
 
@@ -19,8 +22,15 @@ FORMAT = "altopt record"
 FORMAT_VERSION = 1
 SHA256_DIGITS = 64
 
+# Names that settings and facts had in earlier versions: what those wrote is read under today's names.
+RENAMED = {
+    "per_picture": "per_image", "norm_pictures": "norm_images", "pictures": "images",
+    "pictures_found": "images_found", "pictures_without_rois": "images_without_rois",
+    "seconds_per_picture": "seconds_per_image", "proposals_per_picture": "proposals_per_image",
+}
 
-def plain(value: Any) -> Any:
+
+def plain(value: object) -> Any:
     """Return ``value`` in the types that JSON gives back, so that what is written equals what is read.
 
     Dataclasses and mappings become dicts, tuples lists, numpy scalars numbers, paths and non-finite floats text.
@@ -29,7 +39,10 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {_key(key): plain(item) for key, item in value.items()}
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{type(key).__name__} cannot be recorded as a name: {key!r}")
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, float):
@@ -51,23 +64,18 @@ class Record:
     stage: str  # the name of the function that made it
     version: int  # of that stage's code
     inputs: dict[str, str]  # artifact -> SHA-256
-    config: dict[str, Any]
+    config: Mapping[str, JSON]
     sha256: str  # of the artifact itself
     size: int  # bytes
     seconds: float  # what it took
     versions: dict[str, str]  # package -> version
     data: str | None = None  # digest of the data set, where the stage reads one
     given: str | None = None  # where the artifact came from, when no stage of this run made it
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, JSON] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", plain(self.config))
         object.__setattr__(self, "metrics", plain(self.metrics))
-
-
-def record_path(artifact: Path) -> Path:
-    """Return where the record of an artifact lies: M1.json beside M1.safetensors."""
-    return artifact.with_suffix(".json")
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -77,18 +85,27 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def read_record(path: Path) -> Record | None:
-    """Return the record at ``path``, or None when there is none or, with a line in the log, when it is no record."""
+    """Return the record at ``path``, or None when there is none or, with a line in the log, when it is not a record."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return _record(values)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        logger.warning("%s is no record (%s): its artifact counts as not made", path, error)
+        logger.warning("%s is not a record (%s): its artifact counts as not made", path, error)
         return None
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def renamed(values: JSON) -> Any:
+    """Return what an earlier version wrote with the names of today, in nested mappings too (see ``RENAMED``)."""
+    if isinstance(values, Mapping):
+        # What stands below "classes" are names of the data set's own.
+        return {RENAMED.get(name, name): value if name == "classes" else renamed(value)
+                for name, value in values.items()}
+    return values
+
+
+def differences(old: Mapping[str, JSON], new: Mapping[str, JSON]) -> list[str]:
     """Return in words what tells ``new`` from ``old``, nested mappings as dotted names; empty when they are equal.
 
     Values compare as ``plain`` ones: a tuple equals a list, 1 equals 1.0, but True does not equal 1.
@@ -103,28 +120,22 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return lines + [f"{name} was dropped (it was {_words(before[name])})" for name in before if name not in after]
 
 
-def _key(key: Any) -> str:
-    if not isinstance(key, str):
-        raise TypeError(f"{type(key).__name__} cannot be recorded as a name: {key!r}")
-    return key
-
-
-def _record(values: Any) -> Record:
+def _record(values: object) -> Record:
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise ValueError("another kind of file")
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version}, this altopt reads {FORMAT_VERSION}")
-    record = Record(**values)
     for name, kinds in _KINDS.items():
-        if not isinstance(getattr(record, name), kinds):
-            raise ValueError(f"{name} is {getattr(record, name)!r}")
+        if name in values and not isinstance(values[name], kinds):
+            raise ValueError(f"{name} is {values[name]!r}")
+    record = Record(**values | {name: renamed(values[name]) for name in ("config", "metrics") if name in values})
     if not all(isinstance(text, str) for text in [*record.inputs.values(), *record.versions.values()]):
-        raise ValueError("an input or a version is no text")
+        raise ValueError("an input or a version is not a text")
     return record
 
 
-_KINDS: dict[str, Any] = {
+_KINDS: dict[str, type | types.UnionType] = {
     **dict.fromkeys(("artifact", "stage", "sha256"), str),
     **dict.fromkeys(("version", "size"), int),
     **dict.fromkeys(("inputs", "config", "versions", "metrics"), dict),
@@ -133,7 +144,7 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, JSON], prefix: str = "") -> Iterator[tuple[str, JSON]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -141,13 +152,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _same(old: Any, new: Any) -> bool:
+def _same(old: JSON, new: JSON) -> bool:
     if isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(map(_same, old, new))
     return bool(old == new) and isinstance(old, bool) == isinstance(new, bool)
 
 
-def _words(value: Any) -> str:
+def _words(value: JSON) -> str:
     if isinstance(value, str) and len(value) == SHA256_DIGITS and set(value) <= set("0123456789abcdef"):
         return f"{value[:12]}..."
     return json.dumps(value, ensure_ascii=False)

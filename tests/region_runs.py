@@ -18,6 +18,7 @@ from altopt.models.network_parts import initialise
 from cache.checkpoints import save_checkpoint
 from cache.files import sha256_file
 from cache.proposals import ProposalWriter
+from stages.shared.events import Event
 from stages.shared.step import Runtime, file_name
 from stages.steps.fast_rcnn import TrainFastRCNN, train_fast_rcnn
 from stages.steps.fast_rcnn_regions import CachePooledFeatures, DetectWithSVMs, cache_pooled_features, detect_with_svms
@@ -80,11 +81,11 @@ class Stopping:
 
     event: str
     at: int
-    seen: list[dict[str, Any]] = field(default_factory=list)
+    seen: list[Event] = field(default_factory=list)
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         self.seen.append(event)
-        if [each["event"] for each in self.seen].count(self.event) == self.at and event["event"] == self.event:
+        if [each.kind for each in self.seen].count(self.event) == self.at and event.kind == self.event:
             signal.raise_signal(signal.SIGINT)
 
 

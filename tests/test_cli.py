@@ -519,7 +519,7 @@ def test_signals_exit_with_their_code_and_work_goes_on(altopt, copied, finished,
 
     def report(reporter, each):
         original(reporter, each)
-        if each["event"] == event:
+        if each.kind == event:
             signal.raise_signal(number)
 
     (copied / "M3.safetensors").unlink()

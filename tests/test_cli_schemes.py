@@ -79,7 +79,7 @@ def test_interrupted_compare_makes_only_the_rest(altopt, six, monkeypatch):
 
     def report(reporter, event):
         original(reporter, event)
-        if (event["event"], event.get("artifact")) == ("started", "M3"):
+        if (event.kind, event.artifact) == ("started", "M3"):
             raise KeyboardInterrupt
 
     words = ("--seeds", "1", "--schemes", "approximate-joint,alternating,exact-joint", "--json")

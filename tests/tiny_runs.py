@@ -12,6 +12,7 @@ from typing import Any
 from cache.files import sha256_file
 from stages.pipeline.recipe import read_recipe
 from stages.pipeline.run import Run
+from stages.shared.events import Event
 from stages.shared.step import Runtime, file_name
 
 ARTIFACTS = ("M0", "M1", "P1", "M2", "M3", "P2", "M4", "M5")
@@ -54,17 +55,20 @@ crop_side = 32              # small
 class Reports:
     """What a run reported, and something to do at a certain report."""
 
-    events: list[dict[str, Any]] = field(default_factory=list)
-    at: Callable[[dict[str, Any]], bool] = lambda event: False
+    events: list[Event] = field(default_factory=list)
+    at: Callable[[Event], bool] = lambda event: False
     act: Callable[[], None] = lambda: None
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         self.events.append(event)
         if self.at(event):
             self.act()
 
     def texts(self) -> list[str]:
-        return [event["text"] for event in self.events if "text" in event]
+        return [text for event in self.events if (text := getattr(event, "text", "") or getattr(event, "why", ""))]
+
+    def of(self, kind: type[Event]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
 
 
 def write_recipe(path: Path, text: str = TINY) -> Path:
@@ -117,9 +121,9 @@ def work_until_killed(folder: Path, artifact: str, event: str, count: int, featu
     """Work in a folder, and die by SIGKILL at the count-th report of this kind from this step."""
     seen = 0
 
-    def at(report: dict[str, Any]) -> bool:
+    def at(report: Event) -> bool:
         nonlocal seen
-        seen += (report.get("artifact"), report["event"]) == (artifact, event)
+        seen += (report.artifact, report.kind) == (artifact, event)
         return seen == count
 
     reports = Reports(at=at, act=lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -4,7 +4,6 @@ Curves run over the D detections of a class by descending score. A precision of 
 far) counts as 0.
 """
 
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ import numpy.typing as npt
 Curve = npt.NDArray[np.float64]
 
 
-def eleven_points(precision: Curve, true_positives: npt.NDArray[np.integer[Any]], positives: int) -> float:
+def eleven_points(precision: Curve, true_positives: npt.NDArray[np.integer], positives: int) -> float:
     """Mean over the recall levels 0, 0.1, ..., 1 of the best precision at that recall or more (VOC 2007).
 
     Levels are compared in whole numbers, 10 * true positives >= level * positives: written as floats, 0.1 * 3 lies

@@ -5,7 +5,6 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +15,12 @@ from altopt.evaluation.coco_json import json_id
 from altopt.evaluation.detections import Detections, check_images, to_xywh
 from altopt.evaluation.ground_truth import Annotated
 from altopt.evaluation.iou import box_areas
-from altopt.evaluation.undefined import mean_of_defined, or_none
+from altopt.evaluation.undefined import ScoreDict, mean_of_defined, or_none
 
 NUMBERS = ("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge",
            "AR1", "AR10", "AR100", "ARsmall", "ARmedium", "ARlarge")
 OUTSIDE_EVERY_AREA_RANGE = -1.0
-Row = dict[str, Any]
+Row = dict[str, int | float | list[float]]  # an annotation in COCO json
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class CocoScore:
         """AP over all classes and thresholds."""
         return self.numbers["AP"]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> ScoreDict:
         """JSON-able; NaN is None."""
         return {
             "protocol": "coco",
@@ -117,7 +116,7 @@ def _row(image: int, label: int, box: list[float], area: float) -> Row:
     return {"image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
 
 
-def _index(annotations: list[Row], order: list[str], classes: Sequence[str]) -> Any:
+def _index(annotations: list[Row], order: list[str], classes: Sequence[str]) -> COCO:
     """The COCO object of these annotations. Their ids begin at 1: COCOeval takes a match with id 0 for none."""
     coco = COCO()
     coco.dataset = {

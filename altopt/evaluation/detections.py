@@ -6,7 +6,7 @@ Letters: N detections of one image.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,15 @@ from altopt.evaluation.coco_json import JsonFile, JsonId, json_id
 Rows = list[tuple[float, ...]]
 
 
+class Result(TypedDict):
+    """An entry of COCO results json; ``bbox`` is x, y, width, height."""
+
+    image_id: JsonId
+    category_id: JsonId
+    bbox: list[float]
+    score: float
+
+
 @dataclass(frozen=True, eq=False)
 class Detections:
     """What a detector found in one image, in any order.
@@ -25,8 +34,8 @@ class Detections:
     the classes. A detector gives float32; a file gives float64, so that no tie or threshold moves by rounding.
     """
 
-    boxes: npt.NDArray[np.floating[Any]]
-    scores: npt.NDArray[np.floating[Any]]
+    boxes: npt.NDArray[np.floating]
+    scores: npt.NDArray[np.floating]
     labels: npt.NDArray[np.int64]
 
     def __post_init__(self) -> None:
@@ -62,7 +71,7 @@ def to_coco_results(
     detections: Mapping[str, Detections],
     category_ids: Sequence[JsonId],
     image_id_of: Callable[[str], JsonId] = json_id,
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """The list that a COCO results json holds; ``category_ids`` gives the category id of each class.
 
     Nothing is rounded: reading it back gives the same float32 boxes and scores. COCO's own tools compare ids with
@@ -76,7 +85,7 @@ def to_coco_results(
     ]
 
 
-def to_xywh(boxes: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+def to_xywh(boxes: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """Boxes [N, 4] xyxy as COCO's x, y, width, height, in double precision."""
     corners = boxes.astype(np.float64)
     return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)

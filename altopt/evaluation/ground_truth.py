@@ -6,7 +6,7 @@ Letters: N objects of one image.
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ class Annotated(Protocol):
     """The objects of one image, as far as scoring needs them; a data set's ``Objects`` are such."""
 
     @property
-    def boxes(self) -> npt.NDArray[np.floating[Any]]:
+    def boxes(self) -> npt.NDArray[np.floating]:
         """[N, 4] continuous xyxy in pixels of the original image."""
 
     @property
@@ -37,7 +37,7 @@ class Annotated(Protocol):
         """[N] whether the box holds a group of objects."""
 
     @property
-    def areas(self) -> npt.NDArray[np.floating[Any]] | None:
+    def areas(self) -> npt.NDArray[np.floating] | None:
         """[N] annotated areas (COCO: of the masks) in square pixels, which COCO sizes objects by; None: the boxes'."""
 
 

@@ -3,12 +3,11 @@
 Letters: N, M numbers of boxes.
 """
 
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Boxes = npt.NDArray[np.floating[Any]]
+Boxes = npt.NDArray[np.floating]
 
 
 def box_areas(boxes: Boxes, *, plus_one: bool = False) -> npt.NDArray[np.float64]:

@@ -8,7 +8,7 @@ Letters: N objects and K proposals of an image; L limits, A area ranges, T thres
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,30 @@ AREA_RANGES = {name: (low**2, high**2) for name, (low, high) in SIDES.items()}  
 CONVENTION = "one proposal per object, greedy; IoU >= threshold; difficult and crowd not counted"
 
 
+class AreaDict(TypedDict):
+    """Recall of the objects in an area range, at ``THRESHOLDS``, and its mean."""
+
+    average_recall: float | None
+    recall: list[float | None]
+
+
+class LimitDict(TypedDict):
+    """Recall of the first so many proposals."""
+
+    proposals_per_image: float
+    areas: dict[str, AreaDict]
+
+
+class RecallDict(TypedDict):
+    """A recall in JSON; ``limits`` has an entry for each number of proposals."""
+
+    convention: str
+    images: int
+    thresholds: list[float]
+    objects: dict[str, int]
+    limits: dict[str, LimitDict]
+
+
 @dataclass(frozen=True, eq=False)
 class Recall:
     """Counts over all images: ``objects`` int64 [A], ``covered`` int64 [L, A, T], ``proposals`` int64 [L] used."""
@@ -51,26 +75,21 @@ class Recall:
         """Average recall: the mean over the thresholds."""
         return mean_of_defined(self.at(limit, area).tolist())
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able; NaN is None. ``limits`` maps each limit to proposals per image and recall per area range."""
+    def as_dict(self) -> RecallDict:
+        """JSON-able; NaN is None."""
         return {
             "convention": CONVENTION,
             "images": self.images,
             "thresholds": THRESHOLDS.tolist(),
             "objects": dict(zip(AREA_RANGES, self.objects.tolist(), strict=True)),
-            "limits": {str(limit): self._limit_as_dict(limit) for limit in self.limits},
+            "limits": {str(limit): {
+                "proposals_per_image": float(used / max(self.images, 1)),
+                "areas": {area: {
+                    "average_recall": or_none(self.average(limit, area)),
+                    "recall": [or_none(value) for value in self.at(limit, area).tolist()],
+                } for area in AREA_RANGES},
+            } for limit, used in zip(self.limits, self.proposals, strict=True)},
         }
-
-    def _limit_as_dict(self, limit: int) -> dict[str, Any]:
-        used = self.proposals[self.limits.index(limit)] / max(self.images, 1)
-        recalls = {
-            area: {
-                "average_recall": or_none(self.average(limit, area)),
-                "recall": [or_none(value) for value in self.at(limit, area).tolist()],
-            }
-            for area in AREA_RANGES
-        }
-        return {"proposals_per_image": float(used), "areas": recalls}
 
 
 def proposal_recall(images: Iterable[tuple[Boxes, Boxes]], limits: Sequence[int] = LIMITS) -> Recall:

@@ -2,9 +2,30 @@
 
 import math
 from collections.abc import Iterable
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+
+
+class ClassDict(TypedDict):
+    """A class's score in JSON; the counts are the VOC challenge's."""
+
+    ap: float | None
+    positives: NotRequired[int]
+    true_positives: NotRequired[int]
+    false_positives: NotRequired[int]
+    ignored: NotRequired[int]
+
+
+class ScoreDict(TypedDict):
+    """A score in JSON, with its convention in words; ``numbers`` are COCO's twelve."""
+
+    protocol: str
+    convention: str
+    map: float | None
+    numbers: NotRequired[dict[str, float | None]]
+    classes: dict[str, ClassDict]
 
 
 def mean_of_defined(values: Iterable[float]) -> float:

@@ -14,7 +14,7 @@ Letters: N objects, D detections.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,10 @@ from altopt.evaluation.average_precision import area_under_envelope, eleven_poin
 from altopt.evaluation.detections import Detections, check_images
 from altopt.evaluation.ground_truth import Annotated, counted
 from altopt.evaluation.iou import Boxes, box_iou
-from altopt.evaluation.undefined import mean_of_defined, or_none, ratio
+from altopt.evaluation.undefined import ScoreDict, mean_of_defined, or_none, ratio
 
 Floats = npt.NDArray[np.float64]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,6 @@ class ClassScore:
     precision: Floats
     recall: Floats
 
-    def as_dict(self, *, curves: bool) -> dict[str, Any]:
-        """JSON-able; NaN is None."""
-        names = ("positives", "true_positives", "false_positives", "ignored")
-        plain = {"ap": or_none(self.ap)} | {name: getattr(self, name) for name in names}
-        if not curves:
-            return plain
-        lists = {name: getattr(self, name).tolist() for name in ("scores", "precision", "recall")}
-        return plain | {name: [or_none(value) for value in values] for name, values in lists.items()}
-
 
 @dataclass(frozen=True, eq=False)
 class VocScore:
@@ -100,13 +92,16 @@ class VocScore:
         """Mean AP over the classes that have one; NaN when none has."""
         return mean_of_defined(self.ap.values())
 
-    def as_dict(self, *, curves: bool = False) -> dict[str, Any]:
+    def as_dict(self) -> ScoreDict:
         """JSON-able; NaN is None."""
         return {
             "protocol": self.rules.protocol,
             "convention": self.convention,
             "map": or_none(self.map),
-            "classes": {name: score.as_dict(curves=curves) for name, score in self.classes.items()},
+            "classes": {name: {
+                "ap": or_none(each.ap), "positives": each.positives, "true_positives": each.true_positives,
+                "false_positives": each.false_positives, "ignored": each.ignored,
+            } for name, each in self.classes.items()},
         }
 
 
@@ -217,12 +212,12 @@ def _inclusive(rules: VocRules) -> bool:
     return rules.plus_one or rules.devkit_rounding
 
 
-def _rounded(values: npt.NDArray[np.floating[Any]], decimals: int) -> Floats:
+def _rounded(values: npt.NDArray[np.floating], decimals: int) -> Floats:
     """Rounded as printing does it: np.round scales first and so rounds 0.15 up, which prints as 0.1."""
     printed = [float(f"{value:.{decimals}f}") for value in values.ravel().tolist()]
     return np.array(printed, dtype=np.float64).reshape(values.shape)
 
 
-def _joined(parts: list[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
+def _joined(parts: Sequence[npt.NDArray[np.generic]], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
     """All parts in one array, an empty one when there are none."""
     return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)

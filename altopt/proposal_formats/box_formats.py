@@ -3,7 +3,7 @@
 Letters: K boxes of one image.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ BOX_FORMATS: dict[BoxFormat, str] = {
 }
 
 
-def to_continuous(boxes: NDArray[Any], box_format: BoxFormat) -> NDArray[np.float32]:
+def to_continuous(boxes: NDArray[np.number], box_format: BoxFormat) -> NDArray[np.float32]:
     """Return boxes [K, 4] of any number type as continuous x1, y1, x2, y2 in float32.
 
     They are computed in double precision: in uint16, as the files of R-CNN have it, 0 - 1 would be 65535.

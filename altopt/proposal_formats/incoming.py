@@ -5,7 +5,6 @@ Letters: K boxes of one image.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from altopt.proposal_formats.box_formats import BoxFormat, to_continuous
 
 Boxes = NDArray[np.float32]
 Scores = NDArray[np.float32]
-RawProposals = tuple[str, Any, Any]  # image id, boxes in the file's format, scores or None
+RawProposals = tuple[str, object, object]  # image id, boxes in the file's format, scores or None
 
 
 class ProposalFileReader:
@@ -40,7 +39,7 @@ class ProposalFileReader:
             else:
                 yield image_id, *self._best_first(image_id, boxes, raw_scores)
 
-    def _best_first(self, image_id: str, boxes: Boxes, raw_scores: Any) -> tuple[Boxes, Scores]:
+    def _best_first(self, image_id: str, boxes: Boxes, raw_scores: object) -> tuple[Boxes, Scores]:
         scores = self._numbers(image_id, raw_scores, ()).astype(np.float32)
         if len(scores) != len(boxes):
             raise self._error(f"image {image_id} has {len(boxes)} boxes and {len(scores)} scores")
@@ -49,7 +48,7 @@ class ProposalFileReader:
             return boxes[order], scores[order]
         return boxes, scores
 
-    def _numbers(self, image_id: str, values: Any, row: tuple[int, ...]) -> NDArray[Any]:
+    def _numbers(self, image_id: str, values: object, row: tuple[int, ...]) -> NDArray[np.number]:
         """Return an array of rows of this shape; an empty one may have any."""
         try:
             array = np.asarray(values)

@@ -53,7 +53,7 @@ def _plain(path: Path, document: dict[str, Any]) -> ProposalFileReader:
         if name == "scores" and value is None:
             continue
         if not isinstance(value, list) or not isinstance(ids, list) or len(value) != len(ids):
-            raise ArtifactError(f"{path}: {name} is not a list with an entry for each of image_ids: export it again")
+            raise ArtifactError(f"{path}: {name} must be a list with an entry for each of image_ids: export it again")
     if box_format not in BOX_FORMATS:
         raise ArtifactError(f"{path}: the box_format {box_format!r} is none of "
                             f"{', '.join(BOX_FORMATS)}: write one of them")
@@ -61,8 +61,8 @@ def _plain(path: Path, document: dict[str, Any]) -> ProposalFileReader:
                     zip(map(str, ids), boxes, [None] * len(ids) if scores is None else scores, strict=True))
 
 
-def _coco_results(file: JsonFile, document: list[Any]) -> ProposalFileReader:
-    boxes: dict[str, list[Any]] = {}
+def _coco_results(file: JsonFile, document: list[object]) -> ProposalFileReader:
+    boxes: dict[str, list[object]] = {}
     scores: dict[str, list[float]] = {}
     for place, entry in file.entries(document, "results"):
         image_id = file.key(place, entry, "image_id")

@@ -45,7 +45,7 @@ def write_detectron2(file: IO[bytes], images: Iterable[tuple[str, Boxes, Scores]
                  "ids": [image_id for image_id, *_ in kept], "bbox_mode": 0})
 
 
-def _dump(file: IO[bytes], content: Any) -> None:
+def _dump(file: IO[bytes], content: object) -> None:
     """Pickle with the name that numpy's arrays go by before version 2, which later versions know too.
 
     The one place that uses pickle itself: it only writes what was made here, while reading, where a pickle could
@@ -56,7 +56,7 @@ def _dump(file: IO[bytes], content: Any) -> None:
     file.write(raw.replace(RECONSTRUCT % b"numpy._core", RECONSTRUCT % b"numpy.core", 1))
 
 
-def _detectron2(path: Path, content: dict[str, Any]) -> ProposalFileReader:
+def _detectron2(path: Path, content: dict[str, object]) -> ProposalFileReader:
     columns: list[Any] = [content.get(name) for name in ("ids", "boxes", "objectness_logits")]
     if columns[2] is None and isinstance(columns[1], list | np.ndarray):
         columns[2] = [None] * len(columns[1])
@@ -71,11 +71,11 @@ def _detectron2(path: Path, content: dict[str, Any]) -> ProposalFileReader:
                     zip(map(_id, ids), boxes, scores, strict=True))
 
 
-def _id(value: Any) -> str:
+def _id(value: object) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _listed(ids: Sequence[str], arrays: Sequence[Any]) -> Iterator[RawProposals]:
+def _listed(ids: Sequence[str], arrays: Sequence[object]) -> Iterator[RawProposals]:
     for image_id, values in zip(ids, arrays, strict=True):
         if isinstance(values, np.ndarray) and values.shape[1:] == (5,):
             yield image_id, values[:, :4], values[:, 4]

@@ -4,7 +4,6 @@ Letters: K boxes of one image.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +40,7 @@ class Plausibility:
         self.end: dict[int, int] = {}
         self.least_begin = np.inf
         self.whole_numbers = True
-        self._tried: list[tuple[NDArray[Any], Boxes]] = []
+        self._tried: list[tuple[Boxes, Boxes]] = []
 
     def usable(self, image_id: str, boxes: Boxes, scores: Scores, size: tuple[int, int]) -> NDArray[np.bool_]:
         """Count the boxes [K, 4] of an image of this (width, height); return bool [K], which of them can be used."""
@@ -60,7 +59,7 @@ class Plausibility:
         self.empty += int((end == start).any(1).sum())
         return np.asarray(usable)
 
-    def try_readings(self, objects: NDArray[Any], boxes: Boxes) -> None:
+    def try_readings(self, objects: Boxes, boxes: Boxes) -> None:
         """Keep the objects [N, 4] and proposals of the first images, to read their numbers in other ways."""
         if len(self._tried) < TRIED_IMAGES and len(objects):
             self._tried.append((objects, boxes))
@@ -91,7 +90,7 @@ class Plausibility:
             self.first_unusable = (f"({', '.join(f'{value:g}' for value in box)}{wrapped}) of image {image_id}, "
                                    f"{size[0]} x {size[1]} pixels")
 
-    def _count_edges(self, start: NDArray[Any], beyond: NDArray[Any]) -> None:
+    def _count_edges(self, start: Boxes, beyond: Boxes) -> None:
         """Count boxes that begin at -1 or 0 and that end -1, 0 or 1 pixel beyond the image's edge."""
         for place in (-1, 0):
             self.begin[place] = self.begin.get(place, 0) + int((start == place).any(1).sum())

@@ -25,15 +25,15 @@ REMEDY = "save it again as plain numpy arrays, lists and dicts, or as json or HD
 class _Dtype:
     """A type of numbers or texts; ``code`` is numpy's, "O" for any object, None for what is not plain."""
 
-    def __init__(self, code: Any, *_: Any) -> None:
+    def __init__(self, code: object, *_: object) -> None:
         text = _text(code)
         self.code = "O" if text in ("O", "O4", "O8") else text if PLAIN.fullmatch(text) else None
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: tuple[object, ...]) -> None:
         if self.code not in (None, "O"):
             self.code = _text(state[1]).replace("|", "") + str(self.code).lstrip("<>=|")
 
-    def read(self, raw: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    def read(self, raw: object, shape: tuple[int, ...]) -> NDArray[np.generic]:
         if self.code in (None, "O"):
             raise ValueError("an array of neither numbers nor texts")
         return np.frombuffer(_bytes(raw), np.dtype(self.code), count=math.prod(shape))
@@ -42,31 +42,32 @@ class _Dtype:
 class _Array:
     """An array whose state is remembered, not applied."""
 
-    def __init__(self, *_: Any) -> None:
-        self.state: tuple[Any, ...] = ()
+    def __init__(self, *_: object) -> None:
+        self.state: tuple[Any, ...] = ()  # as the pickle has it: numpy looks at it when all is read
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: tuple[object, ...]) -> None:
         self.state = state
 
-    def read(self) -> Any:
+    def read(self) -> NDArray[np.generic] | list[object]:
         """Return the array; one of objects as the flat list of what it holds."""
         _, shape, dtype, fortran, raw = self.state
         if dtype.code == "O":
             if not isinstance(raw, list):
                 raise ValueError("an array of objects made of bytes")
             return raw
-        return dtype.read(raw, shape).reshape(shape, order="F" if fortran else "C")
+        values: NDArray[np.generic] = dtype.read(raw, shape)
+        return values.reshape(shape, order="F" if fortran else "C")
 
 
 class _Scalar:
-    def __init__(self, dtype: _Dtype, raw: Any) -> None:
+    def __init__(self, dtype: _Dtype, raw: object) -> None:
         self.dtype, self.raw = dtype, raw
 
-    def read(self) -> Any:
+    def read(self) -> object:
         return self.dtype.read(self.raw, (1,))[0].item()
 
 
-def _from_buffer(raw: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
+def _from_buffer(raw: object, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
     """Stand for numpy's way of protocol 5."""
     array = _Array()
     array.state = (1, shape, dtype, _text(order) == "F", raw)
@@ -92,22 +93,22 @@ class _Named:
     """What the pickle gets for a name: it can be called, and has nothing that the pickle could change."""
 
     __slots__ = ("_function",)
-    _function: Callable[..., Any]
+    _function: Callable[..., object]
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         object.__setattr__(self, "_function", function)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise ValueError(f"an attribute {name} for a function")
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> object:
         return self._function(*arguments)
 
 
-NUMPY: dict[str, Callable[..., Any]] = {
+NUMPY: dict[str, Callable[..., object]] = {
     "multiarray _reconstruct": _Array, "multiarray scalar": _Scalar, "numeric _frombuffer": _from_buffer,
 }
-ADMITTED: dict[str, Callable[..., Any]] = {
+ADMITTED: dict[str, Callable[..., object]] = {
     **{f"{core}.{name}": stand_in for core in ("numpy.core", "numpy._core") for name, stand_in in NUMPY.items()},
     "numpy ndarray": _Array,
     "numpy dtype": _Dtype,
@@ -124,14 +125,14 @@ class _ForbiddenError(Exception):
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> _Named:
         """Return the stand-in for an admitted name."""
         if f"{module} {name}" not in ADMITTED:
             raise _ForbiddenError(f"{module}.{name}")
         return _Named(ADMITTED[f"{module} {name}"])
 
 
-def load_pickle(path: Path) -> Any:
+def load_pickle(path: Path) -> object:
     """Return what a pickle holds: arrays of numbers, numbers, texts and None in lists, tuples and dicts.
 
     Raises ArtifactError when it names anything else, cannot be read or is damaged.
@@ -151,7 +152,7 @@ def load_pickle(path: Path) -> Any:
         raise ArtifactError(f"{path} is not a pickle of arrays, or is damaged ({_line(error)}): {REMEDY}") from error
 
 
-def _plain(value: Any, depth: int, known: dict[int, Any]) -> Any:
+def _plain(value: object, depth: int, known: dict[int, object]) -> object:
     """Return the value with arrays and numbers in place of their stand-ins; what occurs twice is made once."""
     if depth == 0:
         raise ValueError(f"containers more than {DEPTH} deep")
@@ -162,7 +163,7 @@ def _plain(value: Any, depth: int, known: dict[int, Any]) -> Any:
     return known[id(value)]
 
 
-def _made(value: Any, depth: int, known: dict[int, Any]) -> Any:
+def _made(value: object, depth: int, known: dict[int, object]) -> object:
     if isinstance(value, _Array):
         read = value.read()
         return _plain(read, depth, known) if isinstance(read, list) else read
@@ -175,13 +176,15 @@ def _made(value: Any, depth: int, known: dict[int, Any]) -> Any:
     raise ValueError(f"a {type(value).__name__.strip('_').lower()} in place of numbers")
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: object) -> bytes:
     """Return raw bytes; Python 2 wrote them as its str, which arrives as latin1 text."""
-    return value.encode("latin1") if isinstance(value, str) else bytes(memoryview(value))
+    if not isinstance(value, str | bytes | bytearray | pickle.PickleBuffer):
+        raise ValueError(f"a {type(value).__name__} in place of bytes")
+    return value.encode("latin1") if isinstance(value, str) else bytes(value)
 
 
 def _line(error: Exception) -> str:

@@ -9,12 +9,16 @@ MATLAB's version 7.3 is HDF5 and read image by image; older ones need scipy, whi
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from altopt.errors import ArtifactError, UsageError
 from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals, in_order
+
+if TYPE_CHECKING:
+    import h5py
 
 ONE = "a selective-search .mat of one image"
 WHOLE = "a selective-search .mat of a whole split"
@@ -59,18 +63,18 @@ def _one_image(path: Path) -> RawProposals:
     return _raw(path, _version_5(path))
 
 
-def _raw(path: Path, content: dict[str, Any]) -> RawProposals:
+def _raw(path: Path, content: dict[str, NDArray[np.generic]]) -> RawProposals:
     return path.stem.removesuffix("_boxes"), content["boxes"], content.get("scores")
 
 
-def _version_5(path: Path) -> dict[str, Any]:
+def _version_5(path: Path) -> dict[str, NDArray[np.generic]]:
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError:
         raise UsageError(f"{path} needs scipy to be read: install it with pip install -e '.[proposals]', or save the "
                          "file with -v7.3 in MATLAB, which needs none") from None
     try:
-        content: dict[str, Any] = loadmat(path, variable_names=NAMES)
+        content: dict[str, NDArray[np.generic]] = loadmat(path, variable_names=NAMES)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror or error}): check the path") from error
     except MemoryError:
@@ -83,7 +87,7 @@ def _version_5(path: Path) -> dict[str, Any]:
     return {name: content[name] for name in NAMES if name in content}
 
 
-def _name(cell: Any) -> str:
+def _name(cell: object) -> str:
     """Return the text in a cell, however many cells it is wrapped in."""
     while isinstance(cell, np.ndarray) and cell.size:
         cell = cell.ravel()[0]
@@ -106,7 +110,7 @@ def _version_73(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
         return ProposalFileReader(path, WHOLE, "yxyx-inclusive-1", _cells_of_73(path, own))
 
 
-def _raw_of_73(path: Path, file: Any) -> RawProposals:
+def _raw_of_73(path: Path, file: "h5py.File") -> RawProposals:
     names = ["boxes", *({"scores"} & file.keys())]
     return _raw(path, {name: _matrix(path, _variable(path, file, name)) for name in names})
 
@@ -120,7 +124,7 @@ def _cells_of_73(path: Path, ids: tuple[str, ...]) -> Iterator[RawProposals]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator["h5py.File"]:
     import h5py
 
     try:
@@ -130,7 +134,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ArtifactError(f"{path} is damaged ({' '.join(str(error).split())}): {REMEDY}") from error
 
 
-def _variable(path: Path, file: Any, name: str) -> Any:
+def _variable(path: Path, file: "h5py.File", name: str) -> "h5py.Dataset":
     import h5py
 
     if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
@@ -138,25 +142,26 @@ def _variable(path: Path, file: Any, name: str) -> Any:
     return _plain(path, file[name])
 
 
-def _cells(path: Path, file: Any, name: str) -> Any:
+def _cells(path: Path, file: "h5py.File", name: str) -> "NDArray[np.object_]":
     """Return the references of a cell array in MATLAB's order, which is that of HDF5 with its axes the other way."""
-    return _variable(path, file, name)[()].ravel()
+    references: NDArray[np.object_] = _variable(path, file, name)[()].ravel()
+    return references
 
 
-def _plain(path: Path, dataset: Any) -> Any:
+def _plain(path: Path, dataset: "h5py.Dataset") -> "h5py.Dataset":
     """Refuse a data set whose values lie in other files."""
     if dataset.external or dataset.is_virtual:
         raise ArtifactError(f"{path}: {dataset.name} lies in another file: {REMEDY}")
     return dataset
 
 
-def _matrix(path: Path, dataset: Any) -> Any:
+def _matrix(path: Path, dataset: "h5py.Dataset") -> NDArray[np.generic]:
     """Return a matrix as MATLAB shows it; an empty one is stored as its extents."""
     values = _plain(path, dataset)[()]
     return np.empty((0, 4)) if "MATLAB_empty" in dataset.attrs else values.T
 
 
-def _characters(path: Path, dataset: Any) -> str:
+def _characters(path: Path, dataset: "h5py.Dataset") -> str:
     return "".join(map(chr, _plain(path, dataset)[()].ravel().tolist()))
 
 

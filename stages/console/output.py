@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from stages.shared.events import Note
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -36,7 +38,7 @@ def stderr() -> "Console":
 def note_if_nothing(made: "list[Step]", run: "Run", what: object) -> None:
     """Say on stderr that there was nothing to do, if nothing was made."""
     if not made:
-        run.runtime.report({"event": "note", "text": f"{what} is up to date: nothing to do"})
+        run.runtime.report(Note(f"{what} is up to date: nothing to do"))
 
 
 def print_result(value: T, as_json: bool, *parts: "Callable[[T], str | Table | list[Table]]") -> None:

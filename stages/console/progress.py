@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,9 +18,10 @@ from rich.progress import (
 )
 
 from stages.pipeline.plan import duration
+from stages.shared import events
+from stages.shared.events import Event
 
 PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
-LOSSES = ("rpn_cls", "rpn_box", "cls", "box")
 
 
 class Reporter:
@@ -35,33 +35,34 @@ class Reporter:
         logger = logging.getLogger("altopt")
         logger.handlers = [each for each in logger.handlers if not isinstance(each, _LogLines)] + [_LogLines(self)]
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Show one event."""
-        kind, artifact = event["event"], event.get("artifact", "")
-        if kind == "started":
-            made_of = f" from {', '.join(event['inputs'])}" if event["inputs"] else ""
-            self.line(f"{artifact}: {event['stage']}{made_of}")
-            self._start_bar(artifact)
-        elif kind == "progress":
-            losses = " ".join(f"{name} {value:.4f}" for name, value in event.items() if name in LOSSES)
-            text = (f"{losses}  lr {event['lr']:.2g}  {event['images_per_second']:.1f} images/s  "
-                    f"wait {event['wait_share']:.0%}")
-            self._advance(artifact, event["iteration"], event["iterations"], text, event["seconds"])
-        elif kind == "images":
-            self._advance(artifact, event["done"], event["total"], event.get("what", "images"), None)
-        elif kind == "finished":
-            self.close()
-            self.line(f"{artifact}: done in {duration(event['seconds'])}")
-        elif kind == "resumed":
-            self.line(f"{artifact}: goes on after iteration {event['iteration']}")
-        elif kind == "reason":
-            self.line(f"{artifact}: {event['text']}")
-        elif kind == "note":
-            self.line(event["text"])
-        elif kind == "weights" and event["drawn"]:
-            self.line(f"{artifact}: re-initialised: {', '.join(event['drawn'])}")
-        elif kind == "warning":
-            self.line(f"warning: {event['text']}")
+        match event:
+            case events.Started(stage, inputs, place, why):
+                place, why = f" ({place})" if place else "", f": {why}" if why else ""
+                made_of = f" from {', '.join(inputs)}" if inputs else ""
+                self.line(f"{event.artifact}{place} {stage}{made_of}{why}")
+                self._start_bar(event.artifact)
+            case events.TrainingProgress():
+                losses = " ".join(f"{name} {value:.4f}" for name, value in event.losses.items())
+                text = (f"{losses}  lr {event.lr:.2g}  {event.images_per_second:.1f} images/s  "
+                        f"data wait {event.wait_share:.0%}")
+                self._advance(event.artifact, event.iteration, event.iterations, text, event.seconds)
+            case events.ImagesDone(done, total, what):
+                self._advance(event.artifact, done, total, what, None)
+            case events.Finished():
+                self.close()
+                self.line(f"{event.artifact}: done in {duration(event.seconds)}")
+            case events.Resumed(iteration):
+                self.line(f"{event.artifact}: goes on after iteration {iteration}")
+            case events.Reason(text):
+                self.line(f"{event.artifact}: {text}")
+            case events.Note(text):
+                self.line(text)
+            case events.WeightsDrawn(drawn) if drawn:
+                self.line(f"{event.artifact}: re-initialised: {', '.join(drawn)}")
+            case events.Caution(text):
+                self.line(f"warning: {text}")
 
     def line(self, text: str) -> None:
         """Print one line, above the bar if there is one."""

@@ -22,7 +22,8 @@ from stages.pipeline.plan import duration
 from stages.pipeline.recipe import nearest, read_recipe
 from stages.pipeline.run import Run, with_recipe
 from stages.pipeline.variants import Variant, plain_variants
-from stages.shared.step import Runtime
+from stages.shared.events import Caution, Note
+from stages.shared.step import Kind, Runtime
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ SLIDES = {
     "exact-joint": Slides(),
 }
 
-# What an artifact's making counts as, by its first letter; M0 is counted apart.
-COSTS = {"M": "fine_tuning", "P": "proposals", "F": "features", "S": "classifiers", "R": "classifiers"}
+# What the making of an artifact counts as; M0 is counted apart.
+COSTS = {Kind.NETWORK: "fine_tuning", Kind.PROPOSALS: "proposals", Kind.FEATURES: "features",
+         Kind.SVMS: "classifiers", Kind.REGRESSORS: "classifiers"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Outcome:
     iterations: int
 
 
+Row = dict[str, Any]  # of the table: a variant's name and figures, and the slides'
 AVERAGED = ("map", "training", "fine_tuning", "features", "classifiers", "proposals", "pretraining", "test_seconds",
             "bytes", "iterations")
 
@@ -136,13 +139,13 @@ def outcomes(wanted: Comparison, runtime: Runtime,
     for seed in wanted.seeds:
         for variant in wanted.variants:
             run = wanted.open_run(variant, seed, runtime)
-            runtime.report({"event": "note", "text": f"{variant.name}, seed {seed}: {run.folder}"})
+            runtime.report(Note(f"{variant.name}, seed {seed}: {run.folder}"))
             with working_in(run):
                 _adopt(run, files)
                 try:
                     found = [outcome(run, variant, seed, runs)]
                 except DivergedError as error:
-                    runtime.report({"event": "warning", "text": f"{variant.name}, seed {seed} diverged: {error}"})
+                    runtime.report(Caution(f"{variant.name}, seed {seed} diverged: {error}"))
                     found = []
             yield from found
             runs.append(run)
@@ -153,28 +156,24 @@ def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -
     detection = detection_steps(run)[-1]
     steps = [*run.recipe.steps, *run.recipe.detections]
     for step in steps[: steps.index(detection)]:
-        if step.output.startswith("D") or run.verdict(step).valid:
+        if step.kind is Kind.DETECTIONS or run.verdict(step).valid:
             continue
         if not any(run.reuse(step, other) for other in others):
             run.bring_up_to_date([step])
     score = evaluate(run, detection, run.protocol)
-    return Outcome(variant.name, variant.scheme, seed, score["map"], test_seconds=score["seconds_per_image"],
-                   **_costs(run))
-
-
-def _costs(run: Run) -> dict[str, Any]:
-    """Return seconds by kind of work, bytes and iterations, as the records of a run have them."""
-    costs: dict[str, Any] = dict.fromkeys(["training", "pretraining", *COSTS.values(), "bytes", "iterations"], 0)
+    seconds = dict.fromkeys(["training", "pretraining", *COSTS.values()], 0.0)
+    size = iterations = 0
     for step in run.recipe.steps:
         record = run.record(step.output)
         assert record is not None
-        kind = "pretraining" if step is run.recipe.steps[0] else COSTS[step.output[0]]
-        costs[kind] += record.seconds
-        costs["bytes"] += record.size
+        seconds["pretraining" if step is run.recipe.steps[0] else COSTS[step.kind]] += record.seconds
+        size += record.size
         if step.inputs:
-            costs["training"] += record.seconds
-            costs["iterations"] += record.metrics.get("iterations", 0)
-    return costs
+            seconds["training"] += record.seconds
+            done = record.metrics.get("iterations", 0)
+            iterations += done if isinstance(done, int) else 0
+    return Outcome(variant.name, variant.scheme, seed, score["map"], test_seconds=score["seconds_per_image"],
+                   bytes=size, iterations=iterations, **seconds)
 
 
 def _adopt(run: Run, files: dict[str, Path]) -> None:
@@ -183,7 +182,7 @@ def _adopt(run: Run, files: dict[str, Path]) -> None:
         run.import_artifact(name, files[name], f"--from {name}={files[name]}")
 
 
-def rows(results: Sequence[Outcome]) -> list[dict[str, Any]]:
+def rows(results: Sequence[Outcome]) -> list[Row]:
     """Return a row for each variant: means over its seeds, the deviation of its mAP, and the slides' figures."""
     table = []
     for name in dict.fromkeys(each.name for each in results):
@@ -209,7 +208,7 @@ def write(folder: Path, results: Sequence[Outcome]) -> None:
     write_text_atomic(folder / "compare.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def _csv(table: Sequence[dict[str, Any]]) -> str:
+def _csv(table: Sequence[Row]) -> str:
     flat = [row | {f"slides_{name}": value for name, value in row["slides"].items()} for row in table]
     text = io.StringIO()
     names = [name for name in flat[0] if name != "slides"]
@@ -223,7 +222,7 @@ HEADINGS = ["scheme", "seeds", "mAP", "training", "fine-tuning", "features", "SV
             "disk", "iterations"]
 
 
-def printed(table: Sequence[dict[str, Any]]) -> list[list[str]]:
+def printed(table: Sequence[Row]) -> list[list[str]]:
     """Return the cells under ``HEADINGS`` of the rows of ``rows``, each followed by the slides' where there are any."""
     lines = []
     for row in table:
@@ -233,7 +232,7 @@ def printed(table: Sequence[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def _measured(row: dict[str, Any]) -> list[str]:
+def _measured(row: Row) -> list[str]:
     score = "-" if row["map"] is None else f"{row['map']:.3f}"
     spread = "" if row["map_sd"] is None else f" ± {row['map_sd']:.3f}"
     times = [duration(row[name]) if row[name] else "-"

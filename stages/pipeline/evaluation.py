@@ -1,30 +1,69 @@
 """Scores of a run: mAP of what its scheme evaluates, recall of the cached proposals."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.detections import read_detections
 from altopt.evaluation.ground_truth import counted
-from altopt.evaluation.recall import LIMITS, proposal_recall
-from altopt.evaluation.scoring import score
+from altopt.evaluation.recall import LIMITS, RecallDict, proposal_recall
+from altopt.evaluation.scoring import Protocol, score
+from altopt.evaluation.undefined import ScoreDict
 from cache.files import write_text_atomic
 from cache.proposals import ProposalFile
+from cache.records import renamed
 from stages.pipeline.run import Run
-from stages.shared.step import Step
+from stages.shared.step import Facts, Kind, Step
+
+# By call, because a name has a dot: what the record of detections says of them.
+DetectionFacts = TypedDict("DetectionFacts", {
+    "seconds_per_image": float, "recall_at_0.5": float | None, "average_recall": float | None})
+
+
+class Evaluation(ScoreDict, DetectionFacts):
+    """The score of a run's detections."""
+
+    name: str
+    images: int
+
+
+class ProposalRecall(RecallDict):
+    """The recall of a proposal file."""
+
+    proposals: str
+    split: str
+
+
+class StageTime(TypedDict):
+    """What made an output, in how many seconds, unless it was given."""
+
+    stage: str
+    seconds: float
+    given: str | None
+
+
+class Summary(TypedDict):
+    """What a whole run comes to; recalls and times by output."""
+
+    recipe: str
+    folder: str
+    scores: list[Evaluation]
+    recall: dict[str, ProposalRecall]
+    stages: dict[str, StageTime]
 
 
 def detection_steps(run: Run) -> list[Step]:
     """Return the steps of a run that end in detections."""
-    return [step for step in run.recipe.detections if step.output.startswith("D")]
+    return [step for step in run.recipe.detections if step.kind is Kind.DETECTIONS]
 
 
 def networks(step: Step) -> str:
     """Return what a detection step detects with: ``M1+M2``."""
-    return "+".join(name for name in step.inputs if name.startswith("M"))
+    return "+".join(name for name in step.inputs if Kind.of(name) is Kind.NETWORK)
 
 
 def name_of(run: Run, step: Step) -> str:
@@ -50,7 +89,7 @@ def possible(run: Run, step: Step) -> bool:
     return all(name in made or run.path(name).is_file() for name in step.inputs)
 
 
-def evaluate(run: Run, step: Step, protocol: str) -> dict[str, Any]:
+def evaluate(run: Run, step: Step, protocol: str) -> Evaluation:
     """Return the score of a network on the test split, detecting first if its detections are not up to date.
 
     Kept in metrics.json under the detections' hash, so asking again costs nothing.
@@ -63,17 +102,18 @@ def evaluate(run: Run, step: Step, protocol: str) -> dict[str, Any]:
     record = run.record(step.output)
     assert record is not None
     key = {"detections": record.sha256, "data": record.data, "protocol": protocol}
-    return _cached(run, f"{step.output} {protocol}", key, lambda: _score(run, step, protocol, record.metrics))
+    result = _cached(run, f"{step.output} {protocol}", key, lambda: _score(run, step, protocol, record.metrics))
+    return cast(Evaluation, result)
 
 
-def _score(run: Run, step: Step, protocol: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+def _score(run: Run, step: Step, protocol: str, metrics: Facts) -> dict[str, object]:
     dataset = open_dataset(run.recipe.data, "test", run.runtime.data_root)
     found = read_detections(run.path(step.output), dataset.ids, dataset.category_ids)
-    result = score(protocol, {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
+    result = score(cast(Protocol, protocol), {id: dataset.objects(id) for id in dataset.ids}, found, dataset.classes)
     return {"name": name_of(run, step), "images": len(dataset.ids), **result.as_dict(), **metrics}
 
 
-def beside_published(run: Run) -> list[dict[str, Any]]:
+def beside_published(run: Run) -> list[dict[str, str | float | None]]:
     """Return rows of AP in per cent: each of this run's detections beside the paper's and py-faster-rcnn's."""
     from altopt.evaluation.published import VOC07_VGG16, beside
 
@@ -90,10 +130,10 @@ def beside_published(run: Run) -> list[dict[str, Any]]:
 
 def proposal_steps(run: Run) -> dict[str, Step]:
     """Return {artifact: step} of the proposals that a run makes on the training split."""
-    return {step.output: step for step in run.recipe.steps if step.output.startswith("P")}
+    return {step.output: step for step in run.recipe.steps if step.kind is Kind.PROPOSALS}
 
 
-def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool = False) -> dict[str, Any]:
+def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool = False) -> ProposalRecall:
     """Return the recall of a proposal file on the training split, for each number of proposals.
 
     With ``keep``, which only the holder of the run folder may ask for, it is kept in metrics.json.
@@ -108,10 +148,10 @@ def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool =
     if not keep:
         return _recall(run, path, limits)
     key = {"proposals": run.memo.sha256(path), "data": run.data_digest(step), "limits": list(limits)}
-    return _cached(run, f"{artifact} recall", key, lambda: _recall(run, path, limits))
+    return cast(ProposalRecall, _cached(run, f"{artifact} recall", key, lambda: _recall(run, path, limits)))
 
 
-def _recall(run: Run, path: Path, limits: Sequence[int]) -> dict[str, Any]:
+def _recall(run: Run, path: Path, limits: Sequence[int]) -> ProposalRecall:
     dataset = open_dataset(run.recipe.data, "train", run.runtime.data_root)
     with ProposalFile(path) as file:
         pairs = ((objects.boxes[counted(objects)], file.get(id)[0])
@@ -120,29 +160,24 @@ def _recall(run: Run, path: Path, limits: Sequence[int]) -> dict[str, Any]:
     return {"proposals": path.name, "split": dataset.name, **result.as_dict()}
 
 
-def _cached(run: Run, name: str, key: dict[str, Any], compute: Any) -> dict[str, Any]:
+def _cached(run: Run, name: str, key: Facts, compute: Callable[[], object]) -> object:
+    """Return what metrics.json has under a name, computed if it is not there for this key."""
     path = run.folder / "metrics.json"
-    kept = _kept(path)
-    if kept.get(name, {}).get("key") != key:
+    kept: dict[str, dict[str, object]] = {}
+    with suppress(OSError, ValueError, AttributeError, TypeError):  # damage only costs computing again
+        read = renamed(json.loads(path.read_text(encoding="utf-8")))
+        kept = {each: entry for each, entry in read.items() if "key" in entry}
+    if name not in kept or kept[name]["key"] != key:
         kept[name] = {"key": key, "result": json.loads(json.dumps(compute()))}
         write_text_atomic(path, json.dumps(kept, indent=1))  # in its own order: of classes, of numbers of proposals
-    result: dict[str, Any] = kept[name]["result"]
-    return result
+    return kept[name]["result"]
 
 
-def _kept(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what metrics.json holds; damage only costs computing again."""
-    try:
-        return {name: entry for name, entry in json.loads(path.read_text(encoding="utf-8")).items() if "key" in entry}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def summary(run: Run, protocol: str) -> dict[str, Any]:
+def summary(run: Run, protocol: str) -> Summary:
     """Return what ``run-all`` ends with: scores of what can be evaluated, recalls, and the time of each stage."""
     scores = [evaluate(run, step, protocol) for step in detection_steps(run) if possible(run, step)]
     recalls = {name: recall(run, name, keep=True) for name in proposal_steps(run) if run.path(name).is_file()}
-    times = {}
+    times: dict[str, StageTime] = {}
     for step in run.recipe.steps:
         record = run.record(step.output)
         if record is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from altopt.errors import ArtifactError, UsageError
 from altopt.proposal_formats.incoming import Boxes, Scores
@@ -21,7 +21,7 @@ WRITERS: dict[str, Callable[[IO[bytes], Iterator[tuple[str, Boxes, Scores]]], No
 }
 
 
-def export_proposals(run: Run, artifact: str, target: Path, form: str | None = None) -> dict[str, Any]:
+def export_proposals(run: Run, artifact: str, target: Path, form: str | None = None) -> dict[str, str | int]:
     """Write a run's proposals to ``target``; the format is told by the suffix unless it is named.
 
     A list for py-faster-rcnn has no image ids and goes by the data set's order, so the data set must be there.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from altopt.datasets.dataset import IMAGE_SUFFIXES, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.ground_truth import counted
-from altopt.evaluation.recall import LIMITS, Recall, proposal_recall
+from altopt.evaluation.recall import LIMITS, proposal_recall
 from altopt.proposal_formats.box_formats import BOX_FORMATS, BoxFormat
 from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals
 from altopt.proposal_formats.json_files import read_json
@@ -20,12 +20,28 @@ from altopt.proposal_formats.plausibility import Plausibility
 from altopt.proposal_formats.selective_search_mat import read_mat
 from cache.files import digest_files, sha256_file
 from cache.proposals import ProposalFile, ProposalWriter
+from stages.pipeline.evaluation import ProposalRecall
 from stages.pipeline.run import Run
+from stages.shared.events import Caution, Note
 from stages.shared.step import split_of
 
 Reader = Callable[[Path, tuple[str, ...]], ProposalFileReader]
 NAMED = 3  # images that a message names
 SHOWN = (0, 2, 4, 6, 8)  # of the thresholds: IoU 0.5, 0.6, ... 0.9
+
+
+class Imported(ProposalRecall):
+    """What was found in a file of proposals: images that the data set does not have, or the file does not, and more."""
+
+    artifact: str
+    file: str
+    format: str
+    box_format: str
+    boxes: int
+    boxes_left_out: int
+    images_foreign: int
+    images_missing: int
+    images_without_scores: int
 
 
 def read_hdf5(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
@@ -64,7 +80,7 @@ def read_proposals(path: Path, ids: tuple[str, ...], box_format: BoxFormat | Non
 
 
 def import_proposals(run: Run, source: Path, artifact: str, *, box_format: BoxFormat | None = None,
-                     allow_missing: bool = False, invalid: Literal["error", "leave-out"] = "error") -> dict[str, Any]:
+                     allow_missing: bool = False, invalid: Literal["error", "leave-out"] = "error") -> Imported:
     """Make the proposals of ``source`` the run's artifact, given from outside; return what was found.
 
     The recall and what looks wrong are reported before anything is written. Raises ArtifactError for images without
@@ -78,17 +94,21 @@ def import_proposals(run: Run, source: Path, artifact: str, *, box_format: BoxFo
     if source.is_file():
         attributes["source_sha256"] = sha256_file(source)
     with ProposalWriter(run.path(artifact), attributes) as writer:
-        entrance = ProposalImporter(dataset, incoming, writer, allow_missing)
-        recall = proposal_recall(entrance.images(), LIMITS)
-        for text in (recall_line(dataset, recall), *entrance.remarks()):
-            run.runtime.report(text)
-        if invalid == "error" and (problem := entrance.plausibility.problem()):
+        importer = ProposalImporter(dataset, incoming, writer, allow_missing)
+        recall = proposal_recall(importer.images(), LIMITS)
+        shares = "  ".join(f"{0.5 + 0.05 * index:.1f}: {recall.at(max(LIMITS))[index]:.3f}" for index in SHOWN)
+        run.runtime.report(Note(f"recall on {dataset.name} at IoU {shares} (up to {max(LIMITS)} proposals)"))
+        for text in importer.remarks():
+            run.runtime.report(Caution(text))
+        if invalid == "error" and (problem := importer.plausibility.problem()):
             raise ArtifactError(f"{source} is not imported: {problem}: say how its boxes count with --box-format "
                                 f"({', '.join(BOX_FORMATS)}), or do without such boxes with --invalid leave-out")
     run.import_artifact(artifact, None, f"imported from {source.name}, {incoming.form}, read as {incoming.box_format}")
     return {"artifact": artifact, "file": str(run.path(artifact)), "format": incoming.form,
             "box_format": incoming.box_format, "proposals": run.path(artifact).name, "split": dataset.name,
-            **entrance.facts(), **recall.as_dict()}
+            "boxes": importer.kept, "boxes_left_out": importer.left_out,
+            "images_foreign": len(importer.foreign),
+            "images_missing": len(importer.missing), "images_without_scores": incoming.unscored, **recall.as_dict()}
 
 
 class ProposalImporter:
@@ -102,13 +122,17 @@ class ProposalImporter:
         self.missing: list[str] = []
         self.left_out = 0
         self.kept = 0
-        self._names = _spellings(dataset)
 
-    def images(self) -> Iterator[tuple[NDArray[Any], NDArray[np.float32]]]:
+    def images(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Write image by image, and give the objects to be found and the proposals of each."""
+        # A file names an image by the data set's id or by the one that it bears in COCO json.
+        names = {str(self.dataset.coco_image_id(id)): id for id in self.dataset.ids}
+        names |= {id: id for id in self.dataset.ids}
         seen: set[str] = set()
         for name, boxes, scores in self.incoming:
-            image_id = self._match(name)
+            path = PurePosixPath(name)  # or by its file, with folder and suffix
+            short = path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+            image_id = names.get(name) or names.get(short)
             if image_id is None:
                 self.foreign.append(name)
                 continue
@@ -118,13 +142,28 @@ class ProposalImporter:
             usable = self.plausibility.usable(image_id, boxes, scores, self.dataset.size(image_id))
             objects = self._objects(image_id)
             self.plausibility.try_readings(objects, boxes)
-            yield objects, self._write(image_id, boxes[usable], scores[usable])
+            self.writer.append(image_id, boxes[usable], scores[usable])
+            self.kept += int(usable.sum())
             self.left_out += int((~usable).sum())
+            yield objects, boxes[usable]
         self.missing = [image_id for image_id in self.dataset.ids if image_id not in seen]
-        yield from self._without_proposals()
+        if self.missing and not self.allow_missing:
+            foreign = f" (it names {_some(self.foreign)}, which are not)" if self.foreign else ""
+            share = f"{len(self.missing)} of {len(self.dataset.ids)} images"
+            raise ArtifactError(f"{self.incoming.path} has no entry for {share} of {self.dataset.name}, such as "
+                                f"{_some(self.missing)}{foreign}: bring a file of this split, or give them no "
+                                "proposals with --allow-missing")
+        none = np.empty((0, 4), np.float32)
+        for image_id in self.missing:
+            self.writer.append(image_id, none, none[:, 0])
+            yield self._objects(image_id), none
 
-    def remarks(self) -> list[dict[str, Any]]:
-        """Return what is worth saying of the file, as events to report."""
+    def _objects(self, image_id: str) -> NDArray[np.float32]:
+        objects = self.dataset.objects(image_id)
+        return objects.boxes[counted(objects)]
+
+    def remarks(self) -> list[str]:
+        """Return what looks wrong with the file, a sentence each."""
         texts = self.plausibility.warnings()
         if self.foreign:
             texts.append(f"{len(self.foreign)} images of the file are not in {self.dataset.name} and are left out: "
@@ -133,48 +172,7 @@ class ProposalImporter:
             texts.append(f"{len(self.missing)} images get no proposals: {_some(self.missing)}")
         if self.incoming.unscored:
             texts.append(f"{self.incoming.unscored} images have no scores: the order of their boxes stands for them")
-        return [{"event": "warning", "text": text} for text in texts]
-
-    def facts(self) -> dict[str, Any]:
-        """Return the counts, JSON-able."""
-        return {"boxes": self.kept, "boxes_left_out": self.left_out, "images_foreign": len(self.foreign),
-                "images_missing": len(self.missing), "images_without_scores": self.incoming.unscored}
-
-    def _match(self, name: str) -> str | None:
-        """Return the data set's id for a file's: as it is, or without the folder and suffix of an image."""
-        path = PurePosixPath(name)
-        short = path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
-        return self._names.get(name) or self._names.get(short)
-
-    def _objects(self, image_id: str) -> NDArray[Any]:
-        objects = self.dataset.objects(image_id)
-        return objects.boxes[counted(objects)]
-
-    def _write(self, image_id: str, boxes: NDArray[np.float32], scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        self.writer.append(image_id, boxes, scores)
-        self.kept += len(boxes)
-        return boxes
-
-    def _without_proposals(self) -> Iterator[tuple[NDArray[Any], NDArray[np.float32]]]:
-        if self.missing and not self.allow_missing:
-            foreign = f" (it names {_some(self.foreign)}, which are not)" if self.foreign else ""
-            share = f"{len(self.missing)} of {len(self.dataset.ids)} images"
-            raise ArtifactError(f"{self.incoming.path} has no entry for {share} of {self.dataset.name}, such as "
-                                f"{_some(self.missing)}{foreign}: bring a file of this split, or give them no "
-                                "proposals with --allow-missing")
-        for image_id in self.missing:
-            yield self._objects(image_id), self._write(image_id, np.empty((0, 4), np.float32), np.empty(0, np.float32))
-
-
-def recall_line(dataset: Dataset, recall: Recall) -> dict[str, Any]:
-    """Return the recall of all proposals at IoU 0.5 to 0.9 as an event to report."""
-    shares = "  ".join(f"{0.5 + 0.05 * index:.1f}: {recall.at(max(LIMITS))[index]:.3f}" for index in SHOWN)
-    return {"event": "note", "text": f"recall on {dataset.name} at IoU {shares} (up to {max(LIMITS)} proposals)"}
-
-
-def _spellings(dataset: Dataset) -> dict[str, str]:
-    """Return {spelling: id}: an image's id, and the one that it bears in COCO json."""
-    return {str(dataset.coco_image_id(image_id)): image_id for image_id in dataset.ids} | {id: id for id in dataset.ids}
+        return texts
 
 
 def _some(names: list[str]) -> str:

@@ -2,14 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 from altopt.errors import ArtifactError, UsageError
 from stages.pipeline.run import Run, find_step
-from stages.steps.joint import PARTS, TrainExactJoint, joint_training
+from stages.shared.step import Kind, Step
+from stages.steps.joint import PARTS, TrainExactJoint, joint_training, train_exact_joint
 
 
-def probe(run: Run, word: str | None, images: int) -> dict[str, Any]:
+class Probe(TypedDict):
+    """Gradients with and without the coordinate path: a row for each group of losses and each block of layers."""
+
+    network: str
+    images: list[str]
+    rows: list[dict[str, Any]]
+
+
+def probe(run: Run, word: str | None, images: int) -> Probe:
     """Return the gradients of a network's conv layers with the coordinate path beside those without.
 
     ``word`` names a network with all four parts (by default the last one of the run), ``images`` is how many of the
@@ -24,8 +33,8 @@ def probe(run: Run, word: str | None, images: int) -> dict[str, Any]:
     path = run.path(artifact)
     if not path.is_file():
         raise ArtifactError(f"{artifact} is not in {run.folder}: make it with altopt stage {artifact}, or run-all")
+    run.check_data(Step(artifact, train_exact_joint))
     config = run.recipe.build(TrainExactJoint, "train_exact_joint")
-    run.check_data(config)
     inference = Inference([(path, PARTS)], config, run.runtime, split="train")
     network = inference.networks[0]
     network.samples_per_bin = config.samples_per_bin
@@ -49,8 +58,8 @@ def _some(ids: Sequence[str], count: int, seed: int) -> list[str]:
 
 def network_name(run: Run, word: str | None) -> str:
     """Return the output that the word names, or the run's last one; ``UsageError`` unless it is a network."""
-    steps = [step for step in run.recipe.steps if step.output.startswith("M")]
-    output = find_step(run.recipe.steps, word).output if word else steps[-1].output
-    if not output.startswith("M"):
-        raise UsageError(f"{output} is not a network: choose among {', '.join(step.output for step in steps)}")
+    networks = [step.output for step in run.recipe.steps if step.kind is Kind.NETWORK]
+    output = find_step(run.recipe.steps, word).output if word else networks[-1]
+    if output not in networks:
+        raise UsageError(f"{output} is not a network: choose among {', '.join(networks)}")
     return output

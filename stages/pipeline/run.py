@@ -4,23 +4,25 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from altopt.datasets.opening import open_dataset
-from altopt.errors import ArtifactError, DataError
+from altopt.errors import ArtifactError, DataError, UsageError
 from altopt.machine.allocation import keep_freed_memory
 from altopt.machine.determinism import fixed_order
 from altopt.machine.distributed import SingleProcess
-from cache.files import Memo, digest_files, link_or_copy, sha256_file, write_text_atomic
-from cache.records import Record, differences, plain, read_record, write_record
-from stages.pipeline.recipe import Recipe, choose_recipe
+from cache.files import Memo, atomic_path, digest_files, link_or_copy, sha256_file, write_text_atomic
+from cache.records import JSON, Record, differences, plain, read_record, write_record
+from stages.pipeline.recipe import Recipe, choose_recipe, nearest
+from stages.shared.events import Caution, Event, Finished, ImagesDone, Reason, Started, ignore_event
 from stages.shared.feature_plan import remember_sizes
-from stages.shared.stage_config import ReadsData, StageConfig
-from stages.shared.step import Runtime, Step, file_name, ignore_event
+from stages.shared.stage_config import Split
+from stages.shared.step import Kind, Runtime, Step, file_name
+from stages.steps.pretrained import import_weights
 
 State = Literal["done", "given", "missing", "stale", "waits", "not needed"]
 PACKAGES = ("altopt", "torch", "torchvision", "numpy", "h5py", "pillow", "safetensors")
@@ -46,8 +48,13 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, runtime: Runtime) -> None:
         self.folder, self.recipe, self.runtime = folder, recipe, runtime
         self.memo = Memo(folder / ".hashes.json")
-        self._data: dict[str, str | None] = {}
-        self._checked: set[str] = set()
+        self._data: dict[Split, str | None] = {}
+        self._checked: set[Split] = set()
+
+    @property
+    def protocol(self) -> str:
+        """How the recipe wants detections scored."""
+        return str(self.recipe.header.get("protocol", "voc07"))
 
     def path(self, artifact: str) -> Path:
         """Return where an artifact lies."""
@@ -55,21 +62,16 @@ class Run:
 
     def record(self, artifact: str) -> Record | None:
         """Return the record beside an artifact."""
-        return read_record(self._record_path(artifact))
-
-    def _record_path(self, artifact: str) -> Path:
-        return self.folder / f"{artifact}.json"
+        return read_record(self.folder / f"{artifact}.json")
 
     def survey(self, steps: Sequence[Step], demand: bool = True) -> list[Verdict]:
         """Return a verdict on every step, in order; with ``demand``, none is needed beyond a given artifact."""
         needed = self._needed(steps) if demand else {step.output for step in steps}
         verdicts: list[Verdict] = []
         for step in steps:
-            pending = {each.step.output for each in verdicts if not each.valid}
-            if step.output not in needed:
-                verdicts.append(Verdict(step, "not needed", ("what follows is given",)))
-            else:
-                verdicts.append(self.verdict(step, pending))
+            pending = [each.step.output for each in verdicts if not each.valid]
+            verdicts.append(self.verdict(step, pending) if step.output in needed
+                            else Verdict(step, "not needed", ("what follows is given",)))
         self.memo.save()
         return verdicts
 
@@ -95,28 +97,34 @@ class Run:
             return Verdict(step, "stale", (f"{path.name} was changed after it was made",))
         if record.given is not None:
             return Verdict(step, "given", (f"given: {record.given}",))
-        inputs = step.inputs_for(self.recipe.config(step))
-        waiting = [name for name in inputs if name in set(pending)]
-        reasons = self._reasons(step, record, [name for name in inputs if name not in waiting])
-        if reasons:
+        waiting = [name for name in step.inputs_for(self.recipe.config(step)) if name in pending]
+        if reasons := self._reasons(step, record, waiting):
             return Verdict(step, "stale", tuple(reasons))
         if waiting:
-            return Verdict(step, "waits", (f"is checked again after {' and '.join(waiting)}",))
+            return Verdict(step, "waits", (f"depends on {' and '.join(waiting)}, which will be made again",))
         return Verdict(step, "done")
 
-    def _reasons(self, step: Step, record: Record, inputs: Sequence[str]) -> list[str]:
+    def _reasons(self, step: Step, record: Record, waiting: Sequence[str]) -> list[str]:
+        """Return what has changed since the record was written, inputs that are ``waiting`` left aside."""
         reasons = []
         if record.stage != step.name:
             reasons.append(f"it was made by {record.stage}, and is now made by {step.name}")
-        elif record.version != step.config_class.version:
+        elif record.version != step.version:
             reasons.append(f"{step.name} computes differently since version {record.version}")
+        inputs, config = step.inputs_for(self.recipe.config(step)), self.fingerprint(step)
         for name in inputs:
+            if name in waiting:
+                continue
             if not self.path(name).is_file():
                 reasons.append(f"its input {name} is missing")
-            elif record.inputs.get(name) != (here := self.memo.sha256(self.path(name))):
-                recorded = record.inputs.get(name, "none")
-                reasons.append(f"{name} is another one (sha256 {here[:8]} here, {recorded[:8]} recorded)")
-        reasons += differences(record.config, key_of(step, self.recipe.config(step)))
+            elif name in record.inputs and record.inputs[name] != (here := self.memo.sha256(self.path(name))):
+                reasons.append(f"{name} has changed since (sha256 {here[:8]} here, {record.inputs[name][:8]} recorded)")
+        if new := [name for name in inputs if name not in record.inputs]:
+            old = [name for name in record.inputs if name not in inputs]
+            because = " (init)" if record.config.get("init") != config.get("init") else ""
+            reasons.append(f"starts from {' and '.join(new)} instead of {' and '.join(old) or 'nothing'}{because}")
+            config |= {name: record.config[name] for name in ("init",) if name in record.config}  # it has been said
+        reasons += differences(record.config, config)
         data = self.data_digest(step)
         if data is not None and record.data is not None and data != record.data:
             reasons.append(f"the images or annotations changed (sha256 {data[:8]} here, {record.data[:8]} recorded)")
@@ -124,71 +132,34 @@ class Run:
 
     def data_digest(self, step: Step) -> str | None:
         """Return the digest of the split that a step reads; None if it reads none, or if it is not there."""
-        config = self.recipe.config(step)
-        if not isinstance(config, ReadsData):
-            return None
-        split = config.split
-        if split not in self._data:
+        split = step.split
+        if split is not None and split not in self._data:
             try:
-                dataset = open_dataset(config.data, split, self.runtime.data_root)
+                dataset = open_dataset(self.recipe.data, split, self.runtime.data_root)
                 self._data[split] = digest_files(dataset.files(), dataset.description(), self.memo,
                                                  self.runtime.data_root)
             except DataError:
                 self._data[split] = None
-        return self._data[split]
+        return None if split is None else self._data[split]
 
-    def make(self, step: Step) -> Record:
-        """Run one step and write its record; its inputs must be there."""
-        config = self.recipe.config(step)
-        inputs = step.inputs_for(config)
-        for name in inputs:
-            if not self.path(name).is_file():
-                raise ArtifactError(f"{step.name} needs {file_name(name)}, which is not in {self.folder}: make it with "
-                                    f"altopt stage {name}, or bring one with --from {name}=FILE")
-        self.check_data(config)
-        hashes = {name: self.memo.sha256(self.path(name)) for name in inputs}
-        data = self.data_digest(step)
-        runtime = dataclasses.replace(
-            self.runtime, inputs_key=json.dumps([hashes, data]), data_digest=data or "",
-            report=lambda event: self.report(step, event),
-            ranks=self.runtime.ranks if step.divided else SingleProcess())
-        self.report(step, {"event": "started", "stage": step.name, "inputs": list(inputs)})
-        started = time.perf_counter()
-        stage = partial(step.stage, *(self.path(name) for name in inputs), out=self.path(step.output), config=config)
-        runtime.ranks.announce((stage, dataclasses.replace(runtime, report=ignore_event, ranks=SingleProcess())))
-        facts = _carried_out(stage, runtime)
-        seconds = facts.get("train_seconds", 0.0) or time.perf_counter() - started
-        record = self._write_record(step.output, step.name, step.config_class.version,
-                                    inputs=hashes, data=data, config=key_of(step, config), seconds=round(seconds, 2),
-                                    metrics=facts)
-        self.report(step, {"event": "finished", **facts, "seconds": record.seconds})
-        return record
+    def fingerprint(self, step: Step) -> dict[str, JSON]:
+        """Return what of a config decides whether an output is stale: all but the split that the step does not read."""
+        fingerprint: dict[str, JSON] = plain(dataclasses.asdict(self.recipe.config(step)))
+        if isinstance(data := fingerprint.get("data"), dict):
+            data.pop("test" if step.split == "train" else "train")
+        return fingerprint
 
-    def _write_record(self, artifact: str, stage: str, version_number: int, **values: Any) -> Record:
-        path = self.path(artifact)
-        defaults: dict[str, Any] = {"inputs": {}, "config": {}, "seconds": 0.0}
-        record = Record(artifact=artifact, stage=stage, version=version_number, sha256=sha256_file(path),
-                        size=path.stat().st_size, versions=_versions(), **(defaults | values))
-        write_record(self._record_path(artifact), record)
-        self.memo.save()
-        return record
-
-    def check_data(self, config: StageConfig) -> None:
-        """Look at every image and object of the split before time is spent on it; warnings are reported once."""
-        if not isinstance(config, ReadsData) or config.split in self._checked:
+    def check_data(self, step: Step) -> None:
+        """Look at every image and object of the step's split before time is spent on it; warnings are reported once."""
+        split = step.split
+        if split is None or split in self._checked:
             return
-        split = config.split
         self._checked.add(split)
-        dataset = open_dataset(config.data, split, self.runtime.data_root)
+        dataset = open_dataset(self.recipe.data, split, self.runtime.data_root)
         for warning in dataset.check():
-            self.runtime.report({"event": "warning", "text": warning})
+            self.runtime.report(Caution(warning))
         if split == "train":
-            remember_sizes(self.folder, config.data, dataset, self.runtime.data_root)
-
-    @property
-    def protocol(self) -> str:
-        """How the recipe wants detections scored."""
-        return str(self.recipe.header.get("protocol", "voc07"))
+            remember_sizes(self.folder, self.recipe.data, dataset, self.runtime.data_root)
 
     def bring_up_to_date(self, steps: Sequence[Step], force: bool = False) -> list[Step]:
         """Make what is missing or stale, in order, up to the last step (that one anyway, with ``force``)."""
@@ -196,56 +167,104 @@ class Run:
         needed = self._needed(steps)
         for step in steps:
             verdict = self.verdict(step)
-            forced = force and step is steps[-1]
-            if step.output in needed and (forced or not verdict.valid):
-                why = "asked for with --force" if verdict.valid else "; ".join(verdict.reasons)
-                self.runtime.report({"event": "reason", "artifact": step.output, "text": why})
-                self.make(step)
+            if step.output in needed and (not verdict.valid or (force and step is steps[-1])):
+                self.make(step, "; ".join(verdict.reasons) if not verdict.valid else "asked for with --force")
                 made.append(step)
         return made
+
+    def make(self, step: Step, why: str = "") -> Record:
+        """Run one step and write its record; its inputs must be there. ``why`` is for those who watch."""
+        config = self.recipe.config(step)
+        inputs = step.inputs_for(config)
+        for name in inputs:
+            if not self.path(name).is_file():
+                raise ArtifactError(f"{step.name} needs {file_name(name)}, which is not in {self.folder}: make it with "
+                                    f"altopt stage {name}, or bring one with --from {name}=FILE")
+        self.check_data(step)
+        hashes = {name: self.memo.sha256(self.path(name)) for name in inputs}
+        data = self.data_digest(step)
+        runtime = dataclasses.replace(
+            self.runtime, inputs_key=json.dumps([hashes, data]), data_digest=data or "",
+            report=lambda event: self.report(step, event),
+            ranks=self.runtime.ranks if step.divided else SingleProcess())
+        steps = self.recipe.steps
+        place = f"{steps.index(step) + 1} of {len(steps)}" if step in steps else ""
+        self.report(step, Started(step.name, inputs, place, why))
+        started = time.perf_counter()
+        stage = partial(step.stage, *(self.path(name) for name in inputs), out=self.path(step.output), config=config)
+        # What the other ranks are told is pickled: they have no one to report to, and ranks of their own.
+        runtime.ranks.announce((stage, dataclasses.replace(runtime, report=ignore_event, ranks=SingleProcess())))
+        keep_freed_memory()
+        with fixed_order(runtime.deterministic):
+            facts = stage(runtime=runtime)
+        # A resumed stage has trained longer than this process knows of.
+        trained = facts.get("train_seconds")
+        seconds = trained if isinstance(trained, float) and trained else time.perf_counter() - started
+        path = self.path(step.output)
+        record = self._keep(Record(
+            artifact=step.output, stage=step.name, version=step.version, inputs=hashes, data=data,
+            config=self.fingerprint(step), seconds=round(seconds, 2), metrics=facts,
+            sha256=sha256_file(path), size=path.stat().st_size, versions=versions()))
+        self.report(step, Finished(facts, record.seconds))
+        return record
+
+    def _keep(self, record: Record) -> Record:
+        write_record(self.folder / f"{record.artifact}.json", record)
+        self.memo.save()
+        return record
 
     def reuse(self, step: Step, other: "Run") -> bool:
         """Take a step's output from another run if that made it from equal inputs in the same way; say whether."""
         record = other.record(step.output)
         if record is None or record.given is not None or not other.path(step.output).is_file():
             return False
-        config = self.recipe.config(step)
-        inputs = step.inputs_for(config)
+        inputs = step.inputs_for(self.recipe.config(step))
         alike = (
-            (record.stage, record.version) == (step.name, step.config_class.version)
+            (record.stage, record.version) == (step.name, step.version)
             and all(self.path(name).is_file() for name in inputs)
             and record.inputs == {name: self.memo.sha256(self.path(name)) for name in inputs}
-            and record.config == key_of(step, config)
+            and record.config == self.fingerprint(step)
             and record.data == self.data_digest(step)
             and record.sha256 == other.memo.sha256(other.path(step.output))
         )
         if alike:
             link_or_copy(other.path(step.output), self.path(step.output))
-            write_record(self._record_path(step.output), record)
-            self.memo.save()
-            self.report(step, {"event": "reason", "text": f"taken over from {other.folder}"})
+            self._keep(record)
+            self.report(step, Reason(f"taken over from {other.folder}"))
         return alike
 
     def import_artifact(self, artifact: str, source: Path | None, why: str) -> None:
-        """Take an artifact as given: the one in the folder, or ``source``, which is copied in after a look at it."""
-        if source is not None:
-            _import_file(artifact, source, self.path(artifact), self.recipe)
-        elif not self.path(artifact).is_file():
-            raise ArtifactError(f"{file_name(artifact)} is not in {self.folder}: give a file with "
-                                f"--from {artifact}=FILE, or make it with altopt stage {artifact}")
-        else:
-            _look_at(artifact, self.path(artifact), self.recipe)
-        previous = self.record(artifact)
-        kept = {"inputs": previous.inputs, "config": previous.config} if previous else {}
-        self._write_record(artifact, previous.stage if previous else "given", 0, given=why, **kept)
+        """Take an artifact as given: the one in the folder, or ``source``, which is copied in after a look at it.
 
-    def report(self, step: Step, event: dict[str, Any]) -> None:
-        """Pass a stage's report on with its name, and keep it in log.jsonl (progress inside a split is not kept)."""
-        event = {"artifact": step.output, **event}
+        Weights of other programs become a network on the way in. Raises ``ArtifactError`` for what it cannot be.
+        """
+        kind, path, network = Kind.of(artifact), self.path(artifact), self.recipe.network
+        if source is None:
+            if not path.is_file():
+                raise ArtifactError(f"{path.name} is not in {self.folder}: give a file with --from {artifact}=FILE, or "
+                                    f"make it with altopt stage {artifact}")
+            kind.check(path, network.name)
+        elif not source.is_file():
+            raise ArtifactError(f"{source}, given for {artifact}, is not a file: check the path")
+        elif kind is Kind.NETWORK:
+            import_weights(source, path, network)
+        else:
+            kind.check(source, network.name)
+            with atomic_path(path) as temporary:  # a copy: a link would change with the file that it was taken from
+                shutil.copyfile(source, temporary)
+        made = self.record(artifact)
+        self._keep(Record(
+            artifact=artifact, stage=made.stage if made else "given", version=0, given=why, seconds=0.0,
+            inputs=made.inputs if made else {}, config=made.config if made else {},
+            sha256=sha256_file(path), size=path.stat().st_size, versions=versions()))
+
+    def report(self, step: Step, event: Event) -> None:
+        """Pass a stage's report on with its output, and keep it in log.jsonl (progress inside a split is not kept)."""
+        event = dataclasses.replace(event, artifact=step.output)
         self.runtime.report(event)
-        if event["event"] != "images":
+        if not isinstance(event, ImagesDone):
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"time": round(time.time(), 3), **plain(event)}) + "\n")
+                log.write(json.dumps({"time": round(time.time(), 3), **plain(event.as_dict())}) + "\n")
 
     def keep_recipe(self) -> None:
         """Write the resolved recipe into the folder, where later commands find it."""
@@ -259,79 +278,27 @@ def help_rank_0(ranks: SingleProcess) -> None:
     """Take part in every stage that rank 0 announces, until it has no more."""
     while (task := ranks.broadcast(None)) is not None:
         stage, runtime = task
-        _carried_out(stage, dataclasses.replace(runtime, ranks=ranks))
+        keep_freed_memory()
+        with fixed_order(runtime.deterministic):
+            stage(runtime=dataclasses.replace(runtime, ranks=ranks))
 
 
-def _carried_out(stage: Callable[..., dict[str, Any]], runtime: Runtime) -> dict[str, Any]:
-    keep_freed_memory()
-    with fixed_order(runtime.deterministic):
-        return stage(runtime=runtime)
-
-
-def key_of(step: Step, config: StageConfig) -> dict[str, Any]:
-    """Return what of a config decides whether an output is stale: all but the split that the step does not read."""
-    key: dict[str, Any] = plain(asdict(config))
-    if "data" in key:
-        key["data"].pop("test" if config.split == "train" else "train")
-    return key
-
-
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return what is installed of the packages that results depend on."""
     import platform
     from importlib.metadata import version
 
-    versions = {"python": platform.python_version()}
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except ModuleNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def _import_file(artifact: str, source: Path, path: Path, recipe: Recipe) -> None:
-    from cache.files import atomic_path
-    from stages.steps.pretrained import import_weights
-
-    if not source.is_file():
-        raise ArtifactError(f"{source}, given for {artifact}, is not a file: check the path")
-    if artifact.startswith("M"):
-        import_weights(source, path, recipe.network)
-        return
-    _look_at(artifact, source, recipe)
-    with atomic_path(path) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-def _look_at(artifact: str, path: Path, recipe: Recipe) -> None:
-    """Raise ``ArtifactError`` unless the file can be what its name says."""
-    if artifact.startswith(("P", "T")):
-        from cache.proposals import ProposalFile
-
-        ProposalFile(path).close()
-    elif artifact.startswith("F"):
-        from cache.preallocated import PreallocatedFile
-
-        PreallocatedFile(path, {}).close()
-    elif artifact.startswith(("M", "S", "R")):
-        from cache.checkpoints import read_description
-
-        description = read_description(path)
-        if not artifact.startswith("M") and "model" not in description:
-            raise ArtifactError(f"{path.name} holds no SVMs or box regressors, as {artifact} does: give a file that "
-                                "train_svms or train_regressors made")
-        held = description.get("network", {}).get("name")
-        wanted = recipe.network.name
-        if held != wanted:
-            raise ArtifactError(f"{path.name} holds {held or 'no network known to altopt'}, and the recipe speaks of "
-                                f"{wanted}: choose the recipe that it was made with")
+            found[package] = "not installed"
+    return found
 
 
 def find_step(steps: Sequence[Step], word: str) -> Step:
     """Return the step named by its number (0 is M0), its output or its function. Raises ``UsageError``."""
-    from altopt.errors import UsageError
-    from stages.pipeline.recipe import nearest
-
     for number, step in enumerate(steps):
         if word.lower() in (str(number), step.output.lower(), step.name, step.name.replace("_", "-")):
             return step
@@ -341,57 +308,60 @@ def find_step(steps: Sequence[Step], word: str) -> Step:
 
 
 def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
-    """Adopt the artifact of each ``--from M1`` or ``--from M1=FILE``; return the steps after the latest, to the target.
+    """Import the artifact of each ``--from M1`` or ``--from M1=FILE``; return the steps from the latest to the target.
 
-    Inputs of those steps that come before it count as given too if they are there; M0 is made if it is not.
+    Inputs of those steps that come before it count as given too if they are there; M0 is made if it is not. Raises
+    ``UsageError``, before anything is imported, for an artifact that comes too late or is named twice.
     """
     last = steps.index(target)
-    given = _named_before(steps, last, words)
+    given: dict[int, str] = {}
+    for word in words:
+        place = steps.index(find_step(steps, word.partition("=")[0]))
+        if place >= last:
+            raise UsageError(f"--from {steps[place].output} comes after what is asked for ({target.output}): name an "
+                             "earlier one")
+        if place in given:
+            raise UsageError(f"--from {given[place]} and --from {word} are one artifact: name it once")
+        given[place] = word
     for place, word in given.items():
         _, equals, file = word.partition("=")
-        _import_unless_done(run, steps[place], Path(file) if equals else None, f"--from {word}")
+        if equals:
+            run.import_artifact(steps[place].output, Path(file), f"--from {word}")
+        else:
+            _import_unless_valid(run, steps[place], f"--from {word}")
     first, word = max(given.items())
+    before = {step.output: step for step in steps[:first]}
     between = list(steps[first + 1 : last + 1])
-    for step in between:
-        for needed in step.inputs_for(run.recipe.config(step)):
-            before = next((each for each in steps[:first] if each.output == needed), None)
-            if before is None:
-                continue
-            if before is steps[0] and not run.path(needed).is_file():
-                run.make(before)
-            else:
-                _import_unless_done(run, before, None, f"--from {word}, which needs it")
+    for needed in dict.fromkeys(name for step in between for name in step.inputs_for(run.recipe.config(step))):
+        if needed == steps[0].output and needed in before and not run.path(needed).is_file():
+            run.make(steps[0])
+        elif needed in before:
+            _import_unless_valid(run, before[needed], f"--from {word}, which needs it")
     return between
 
 
-def _named_before(steps: Sequence[Step], last: int, words: Sequence[str]) -> dict[int, str]:
-    """Return {place in the list: word} of what ``--from`` names. Raises ``UsageError`` for one that cannot be taken."""
-    from altopt.errors import UsageError
-
-    places: dict[int, str] = {}
-    for word in words:
-        step = find_step(steps, word.partition("=")[0])
-        place = steps.index(step)
-        if place >= last:
-            raise UsageError(f"--from {step.output} comes after what is asked for ({steps[last].output}): name an "
-                             "earlier one")
-        if place in places:
-            raise UsageError(f"--from {places[place]} and --from {word} are one artifact: name it once")
-        places[place] = word
-    return places
+def _import_unless_valid(run: Run, step: Step, why: str) -> None:
+    """Take what lies in the folder as given, unless that is so already, or it was made here as the recipe has it."""
+    if not (run.path(step.output).is_file() and run.verdict(step).state in ("given", "done")):
+        run.import_artifact(step.output, None, why)
 
 
 def run_one(run: Run, step: Step, force: bool) -> list[Step]:
     """Run one stage on its inputs as they are, if its output is not up to date; its inputs must be valid."""
-    if run.verdict(step).state == "given" and not force:
+    verdict = run.verdict(step)
+    if verdict.state == "given" and not force:
         return []
-    for verdict in run.survey(run.recipe.steps, demand=False)[: run.recipe.steps.index(step)]:
-        name = verdict.step.output
-        if name in step.inputs_for(run.recipe.config(step)) and not verdict.valid:
-            raise ArtifactError(f"{step.output} needs {name}, and {name} is {verdict.state} "
-                                f"({'; '.join(verdict.reasons)}): make it with altopt stage {name}, or take it as it "
-                                f"is with --from {name}")
-    return run.bring_up_to_date([step], force)
+    inputs = step.inputs_for(run.recipe.config(step))
+    steps = run.recipe.steps
+    for each in run.survey(steps, demand=False)[: steps.index(step)]:
+        name = each.step.output
+        if name in inputs and not each.valid:
+            raise ArtifactError(f"{step.output} needs {name}, and {name} is {each.state} ({'; '.join(each.reasons)}): "
+                                f"make it with altopt stage {name}, or take it as it is with --from {name}")
+    if verdict.valid and not force:
+        return []
+    run.make(step, "asked for with --force" if verdict.valid else "; ".join(verdict.reasons))
+    return [step]
 
 
 def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_root: Path | None, runtime: Runtime,
@@ -407,12 +377,3 @@ def with_recipe(folder: Path, chosen: Recipe, data_root: Path | None, runtime: R
         chosen.header["data_root"] = str(data_root)
     runtime.data_root = Path(chosen.header.get("data_root", "data"))
     return Run(folder, chosen, runtime)
-
-
-def _import_unless_done(run: Run, step: Step, source: Path | None, why: str) -> None:
-    if source is None and run.path(step.output).is_file() and run.verdict(step).state == "given":
-        return
-    record = run.record(step.output)
-    made_here = record is not None and run.path(step.output).is_file() and run.verdict(step).state == "done"
-    if source is not None or not made_here:
-        run.import_artifact(step.output, source, why)

@@ -13,6 +13,7 @@ from altopt.datasets.dataset import Dataset
 from altopt.extents import map_shape
 from altopt.models.trunk import image_maps
 from cache.features import FeatureMapWriter, MapKey, Precision
+from stages.shared.events import ImagesDone
 from stages.shared.step import Runtime
 
 Shapes = Mapping[MapKey, tuple[int, int, int]]
@@ -51,5 +52,5 @@ def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequent
         for done, (features, key) in enumerate(zip(made, missing, strict=False), found + 1):
             assert writer is not None
             writer.write(key, features)
-            runtime.report({"event": "images", "done": done, "total": len(shapes), "what": "maps"})
+            runtime.report(ImagesDone(done, len(shapes), "maps"))
     return found

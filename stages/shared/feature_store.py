@@ -33,6 +33,7 @@ from cache.checkpoints import digest
 from cache.features import FeatureMapFile, FeatureMapWriter, MapKey, Precision
 from cache.files import canonical_json, sha256_text
 from cache.preallocated import growing_path
+from stages.shared.events import Note
 from stages.shared.feature_maps import map_shapes, write_maps
 from stages.shared.feature_plan import FOLDER, Decision, decide, extent, gigabytes, reserved_bytes, sizes_of
 from stages.shared.step import Runtime
@@ -186,7 +187,7 @@ class FeatureStore:
         try:
             maps = FeatureMapFile(path)
         except ArtifactError as error:
-            self.runtime.report({"event": "note", "text": f"{error} (it is only a cache)"})
+            self.runtime.report(Note(f"{error} (it is only a cache)"))
             return None
         wanted = self._attributes(layers, flips)
         held = {**maps.attributes, "settings": maps.settings}
@@ -233,11 +234,11 @@ class FeatureStore:
             with contextlib.suppress(OSError):
                 path.unlink()
                 text = f"{FOLDER}/{path.name} is removed: other conv layers made it"
-                self.runtime.report({"event": "note", "text": text})
+                self.runtime.report(Note(text))
 
     def _say(self, text: str) -> None:
         self.facts["feature_store"] = text
-        self.runtime.report({"event": "note", "text": f"feature store: {text}"})
+        self.runtime.report(Note(f"feature store: {text}"))
 
 
 def _covering(flips: bool) -> tuple[bool, ...]:

@@ -1,99 +1,177 @@
-"""What stages share that run networks over a whole split: weights on a device, and batches of equal size."""
+"""What stages share that run networks over a whole split: weights on a device, one loop over images, detections."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from altopt.batches.reading import Prefetcher
-from altopt.batches.samples import Batch, Sample, make_batch, read_sample
-from altopt.datasets.dataset import Dataset
+from altopt.config import NetworkConfig
+from altopt.datasets.dataset import DataConfig, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError
+from altopt.evaluation.detections import Detections, to_coco_results
+from altopt.evaluation.ground_truth import counted
+from altopt.evaluation.recall import proposal_recall
 from altopt.machine.distributed import SingleProcess
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN
+from altopt.models.network_parts import NetworkOfParts
 from cache.checkpoints import load_checkpoint
-from stages.shared.feature_store import FeatureStore
-from stages.shared.step import Runtime
+from cache.files import write_json_atomic
+from stages.shared.events import ImagesDone
+from stages.shared.stage_config import Split
+from stages.shared.step import Facts, Runtime
 from stages.shared.training import device_of, require_network, require_same_frame
 
+Read = TypeVar("Read")
 Made = TypeVar("Made")
+Writer = TypeVar("Writer")
+
+
+class InferenceConfig(Protocol):
+    """What any config says that networks are run by."""
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The network, and the scale at which it sees images."""
+
+    @property
+    def data(self) -> DataConfig:
+        """The data set."""
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """What the network computes in."""
 
 
 class Inference:
-    """Networks in evaluation mode, and a split of the data set to run them on."""
+    """Networks in evaluation mode on a device, and a split of the data set to run them on.
 
-    def __init__(self, checkpoints: Sequence[tuple[Path, Sequence[str]]], config: Any, runtime: Runtime,
-                 split: Any) -> None:
-        self.config, self.runtime = config, runtime
+    ``checkpoints`` are files with the parts that are used of each. Raises ``ArtifactError`` where one lacks a part, or
+    was made for another network or data set.
+    """
+
+    def __init__(self, checkpoints: Sequence[tuple[Path, Sequence[str]]], config: InferenceConfig, runtime: Runtime,
+                 split: Split) -> None:
+        self.network_config, self.precision, self.runtime = config.network, config.precision, runtime
         self.device = device_of(runtime)
         self.dataset: Dataset = open_dataset(config.data, split, runtime.data_root)
         self.networks = [self._load(path, parts) for path, parts in checkpoints]
 
     def _load(self, path: Path, parts: Sequence[str]) -> FasterRCNN:
         tensors, description = load_checkpoint(path)
-        require_network(path, description, self.config.network)
+        require_network(path, description, self.network_config)
         if "rpn" in parts:
-            require_same_frame(path, description, self.config.network)
-        classes: Sequence[str] = self.dataset.classes
-        if "head" in parts and list(classes) != description.get("classes"):
-            raise ArtifactError(f"{path.name} knows the classes {', '.join(description.get('classes', []))} and the "
-                                f"data set has {', '.join(classes)}: evaluate it on the data set it was trained for")
-        network = FasterRCNN(self.config.network, len(classes))
+            require_same_frame(path, description, self.network_config)
+        if "head" in parts:
+            require_classes(path, description, self.dataset)
+        network = FasterRCNN(self.network_config, len(self.dataset.classes))
         drawn = network.fill(tensors, generator("unused"))
         if missing := set(drawn) & set(parts):
             raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
         network.samples_per_bin = description.get("samples_per_bin", 0)
-        network.to(self.device).to(memory_format=torch.channels_last)
-        if self.config.precision == "bfloat16":
+        self.prepare(network)
+        return network
+
+    def prepare(self, network: NetworkOfParts) -> None:
+        """Bring a network to the device, to be run and not trained."""
+        network.to(self.device).to(memory_format=torch.channels_last).eval()
+        if self.precision == "bfloat16":
             network.round_fc()
-        return network.eval()
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks compute with the config's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def results(self, size: int, compute: Callable[[Batch], Made], store: FeatureStore | None = None) -> Iterator[Made]:
-        """Yield what ``compute`` makes of the split, up to ``size`` neighbours of equal size at a time, in its order.
+    def groups(self, size: int) -> list[list[str]]:
+        """Return the split's image ids in its order, up to ``size`` neighbours of equal extent in each group."""
+        groups: list[list[str]] = []
+        last = None
+        for id in self.dataset.ids:
+            extent = self.dataset.size(id)
+            if extent != last or len(groups[-1]) == size:
+                groups.append([])
+            groups[-1].append(id)
+            last = extent
+        return groups
 
-        Reports progress. Several ranks divide the work; the results all come to rank 0, and to no other. Where a store
-        has maps, they take the place of the images.
+    def results(self, groups: Sequence[list[str]], read: Callable[[list[str]], Read],
+                compute: Callable[[list[str], Read], Made]) -> Iterator[Made]:
+        """Yield ``compute(group, read(group))`` of each group of image ids, in order; groups are read ahead by threads.
+
+        Reports progress; images of the split that are in no group count as done. Several ranks divide the work; the
+        results all come to rank 0, and to no other.
         """
-        groups = _runs_of_equal_size(self.dataset, size)
-
-        def read(ids: list[str]) -> list[Sample]:
-            if store is None:
-                return [read_sample(self.dataset, id, self.config.network) for id in ids]
-            return [store.sample(id) for id in ids]
-
         def work(own: Sequence[list[str]]) -> Iterator[Made]:
             with Prefetcher(read, own, self.runtime.readers) as ahead:
-                for samples in ahead:
-                    yield compute(make_batch(samples, self.device))
+                for group, prepared in zip(own, ahead, strict=True):
+                    yield compute(group, prepared)
 
-        done = 0
+        total = len(self.dataset.ids)
+        done = total - sum(map(len, groups))
+        # Not strict: a rank that gets no results has to ask for the first one all the same, to do its part.
         for made, group in zip(self.runtime.ranks.map_images(groups, work), groups, strict=False):
             yield made
             done += len(group)
-            self.runtime.report({"event": "images", "done": done, "total": len(self.dataset.ids)})
+            self.runtime.report(ImagesDone(done, total))
+
+
+def require_classes(path: Path, description: dict[str, object], dataset: Dataset) -> None:
+    """Raise ``ArtifactError`` unless an artifact is about the data set's classes."""
+    held = description.get("classes", ())
+    if list(dataset.classes) != held:
+        names = ", ".join(map(str, held)) if isinstance(held, list) else ""
+        raise ArtifactError(f"{path.name} knows the classes {names} and the data set has "
+                            f"{', '.join(dataset.classes)}: use the data set it was made for")
 
 
 def written_by_first(ranks: SingleProcess,
-                     writer: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+                     writer: Callable[[], AbstractContextManager[Writer]]) -> AbstractContextManager[Writer | None]:
     """Return what writes a file on rank 0; the others, to which no results come, have nothing to write."""
     return writer() if ranks.first else nullcontext()
 
 
-def _runs_of_equal_size(dataset: Dataset, size: int) -> list[list[str]]:
-    groups: list[list[str]] = []
-    last = None
-    for id in dataset.ids:
-        extent = dataset.size(id)
-        if extent != last or len(groups[-1]) == size:
-            groups.append([])
-        groups[-1].append(id)
-        last = extent
-    return groups
+class Detected(NamedTuple):
+    """What was found in an image, and the proposals it was found in, float32 [K, 4] xyxy in the original frame."""
+
+    id: str
+    detections: Detections
+    proposals: NDArray[np.float32]
+
+
+def write_detections(inference: Inference, groups: Sequence[list[str]], read: Callable[[list[str]], Read],
+                     detect: Callable[[list[str], Read], list[Detected]], out: Path, proposals: int) -> Facts:
+    """Detect on every group of images, write COCO results to ``out``, and return facts for the record.
+
+    The facts: seconds for an image, from what ``read`` prepared to detections on the CPU; and the recall of its
+    ``proposals`` best proposals.
+    """
+    dataset = inference.dataset
+    found: dict[str, Detections] = {}
+    covered = []
+    seconds = 0.0
+
+    def compute(group: list[str], prepared: Read) -> tuple[list[Detected], float]:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            made = detect(group, prepared)
+        return made, time.perf_counter() - started
+
+    for made, took in inference.results(groups, read, compute):
+        for each in made:
+            found[each.id] = each.detections
+            objects = dataset.objects(each.id)
+            covered.append((objects.boxes[counted(objects)], each.proposals))
+        seconds += took
+    if not inference.runtime.ranks.first:
+        return {}
+    write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
+    recall = proposal_recall(covered, (proposals,))
+    return {"seconds_per_image": round(seconds / max(len(found), 1), 5),
+            "recall_at_0.5": float(recall.at(proposals)[0]), "average_recall": recall.average(proposals)}

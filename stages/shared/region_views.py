@@ -11,7 +11,7 @@ from altopt.extents import original_frame, scale_of
 from altopt.ops.pyramid import pool_at_nearest_scale
 from altopt.ops.warped_crops import warp
 from cache.features import FeatureMapFile, MapKey
-from stages.shared.regions import RegionNetwork
+from stages.shared.regions import Pool, RegionNetwork
 
 Maps = list[Tensor]
 
@@ -28,13 +28,10 @@ class WarpedRegions:
         dataset = self.network.dataset
         return read_sample(dataset, id, original_frame(self.network.config.network, dataset.size(id)))
 
-    def open(self, prepared: Sample) -> Tensor:
-        """Return the image, normalised: ``Tensor[3, H, W]``."""
-        return make_batch([prepared], self.network.device).images[0]
-
-    def pool(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """Return what fc6 sees of the warped boxes."""
-        return self.network.classifier.pool_crops(warp(image, boxes, self.side))
+    def open(self, prepared: Sample) -> Pool:
+        """Return what crops boxes out of the image, warps them, and runs the conv layers on each."""
+        image = make_batch([prepared], self.network.device).images[0]  # (3, H, W)
+        return lambda boxes: self.network.classifier.pool_crops(warp(image, boxes, self.side))
 
 
 class PyramidRegions:
@@ -43,38 +40,37 @@ class PyramidRegions:
     Fast R-CNN's RoI pooling is such a pyramid, of one level.
     """
 
-    def __init__(self, network: RegionNetwork, frames: Sequence[NetworkConfig]) -> None:
-        self.network, self.frames = network, frames
-        self.area: int = network.config.region_area
+    def __init__(self, network: RegionNetwork, frames: Sequence[NetworkConfig], area: int) -> None:
+        self.network, self.frames, self.area = network, frames, area
 
     def scales(self, id: str) -> list[float]:
         """Return input pixels for one original pixel, in each frame."""
         size = self.network.dataset.size(id)
         return [scale_of(size, frame.short_side, frame.max_side) for frame in self.frames]
 
-    def pool(self, image: tuple[Maps, list[float]], boxes: Tensor) -> Tensor:
-        """Return what fc6 sees of the boxes; ``image`` is a map ``Tensor[1, C, H, W]`` and a scale for each frame."""
-        maps, scales = image
+    def pool(self, maps: Maps, scales: list[float]) -> Pool:
+        """Return what pools boxes from a map ``Tensor[1, C, H, W]`` and a scale for each frame."""
         classifier, levels = self.network.classifier, self.network.levels
-        return pool_at_nearest_scale(
+        return lambda boxes: pool_at_nearest_scale(
             boxes, scales, self.area, lambda scale, here: classifier.pool_pyramids(maps[scale], [here], levels))
 
 
 class StoredPyramids(PyramidRegions):
     """Pyramids from stored maps."""
 
-    def __init__(self, network: RegionNetwork, frames: Sequence[NetworkConfig], stored: FeatureMapFile) -> None:
-        super().__init__(network, frames)
+    def __init__(self, network: RegionNetwork, frames: Sequence[NetworkConfig], area: int,
+                 stored: FeatureMapFile) -> None:
+        super().__init__(network, frames, area)
         self.stored = stored
 
     def read(self, id: str) -> tuple[Maps, list[float]]:
         """Return the image's maps and their scales."""
         return [self.stored.get(MapKey(id, False, s)) for s in range(len(self.frames))], self.scales(id)
 
-    def open(self, prepared: tuple[Maps, list[float]]) -> tuple[Maps, list[float]]:
-        """Return the maps on the device."""
+    def open(self, prepared: tuple[Maps, list[float]]) -> Pool:
+        """Return what pools from the maps, once they are on the device."""
         maps, scales = prepared
-        return [each.to(self.network.device).float()[None] for each in maps], scales
+        return self.pool([each.to(self.network.device).float()[None] for each in maps], scales)
 
 
 class FreshPyramids(PyramidRegions):
@@ -84,9 +80,9 @@ class FreshPyramids(PyramidRegions):
         """Return the image in every frame, and the scales."""
         return [read_sample(self.network.dataset, id, frame) for frame in self.frames], self.scales(id)
 
-    def open(self, prepared: tuple[list[Sample], list[float]]) -> tuple[Maps, list[float]]:
-        """Return what the conv layers make of the image in every frame."""
+    def open(self, prepared: tuple[list[Sample], list[float]]) -> Pool:
+        """Return what pools from what the conv layers make of the image in every frame."""
         samples, scales = prepared
         device, conv = self.network.device, self.network.classifier.conv
         with torch.inference_mode(), self.network.autocast():
-            return [conv(make_batch([sample], device).images) for sample in samples], scales
+            return self.pool([conv(make_batch([sample], device).images) for sample in samples], scales)

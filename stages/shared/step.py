@@ -1,37 +1,85 @@
 """One step of a scheme: a stage function, the artifact it makes, and the artifacts it makes it from.
 
 A stage is an ordinary function ``stage(input, ..., *, out, config, runtime)`` that writes one file and returns a dict
-of facts for its record. The class of its ``config`` stands in its signature; its fields are the staleness key.
+of facts for its record. The class of its ``config`` stands in its signature; its fields are the fingerprint.
 Stage functions import torch when they run, not when they are imported, so that ``altopt plan`` answers at once.
 """
 
 import os
 import re
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from altopt.errors import UsageError
+from altopt.errors import ArtifactError, UsageError
 from altopt.machine.distributed import SingleProcess
+from cache.records import JSON
+from stages.shared.events import Report, ignore_event
 from stages.shared.stage_config import Split, StageConfig
 
-SUFFIXES = {
-    "M": ".safetensors", "P": ".h5", "D": ".json",
-    "F": ".h5",  # features, of images or of regions
-    "S": ".safetensors", "R": ".safetensors",  # SVMs and box regressors
-    "T": ".h5",  # proposals of the test split
-}
+Facts = Mapping[str, JSON]  # what a stage says of its output, for its record
+
+
+class Kind(Enum):
+    """What an artifact is: the letter that its name begins with, and how the name of its file ends."""
+
+    NETWORK = "M", ".safetensors"
+    PROPOSALS = "P", ".h5"  # of the training split
+    TEST_PROPOSALS = "T", ".h5"
+    FEATURES = "F", ".h5"  # of images or of regions
+    SVMS = "S", ".safetensors"
+    REGRESSORS = "R", ".safetensors"
+    DETECTIONS = "D", ".detections.json"
+
+    def __init__(self, letter: str, suffix: str) -> None:
+        self.letter, self.suffix = letter, suffix
+
+    @classmethod
+    def of(cls, artifact: str) -> "Kind":
+        """Return the kind of M1, P0, D5, ... Raises ``UsageError`` for what is not the name of an artifact."""
+        for kind in cls:
+            if re.fullmatch(rf"{kind.letter}\d+", artifact):
+                return kind
+        raise UsageError(f"{artifact!r} must be a letter and a number, such as M1 or P0: letters are "
+                         f"{', '.join(kind.letter for kind in cls)}")
+
+    def check(self, path: Path, network: str) -> None:
+        """Raise ``ArtifactError`` unless a file can be of this kind, and of the network of this name."""
+        if self in (Kind.PROPOSALS, Kind.TEST_PROPOSALS):
+            from cache.proposals import ProposalFile
+
+            ProposalFile(path).close()
+        elif self is Kind.FEATURES:
+            from cache.preallocated import PreallocatedFile
+
+            PreallocatedFile(path, {}).close()
+        elif self is not Kind.DETECTIONS:
+            from cache.checkpoints import read_description
+
+            description = read_description(path)
+            if self is not Kind.NETWORK and "model" not in description:
+                raise ArtifactError(f"{path.name} does not hold SVMs or box regressors: give a file that train_svms or "
+                                    "train_regressors made")
+            held = description.get("network", {}).get("name")
+            if held != network:
+                raise ArtifactError(f"{path.name} holds {held or 'no network known to altopt'}, and the recipe speaks "
+                                    f"of {network}: choose the recipe that it was made with")
 
 
 class Step:
     """``Step("M2", train_fast_rcnn, "M0", "P1")``: M2 is made by train_fast_rcnn from M0 and P1."""
 
-    def __init__(self, output: str, stage: Callable[..., dict[str, Any]], *inputs: str, label: str = "") -> None:
+    def __init__(self, output: str, stage: Callable[..., Facts], *inputs: str, label: str = "") -> None:
         self.output, self.stage, self.inputs = output, stage, inputs
         self.label = label  # what sets detections apart from others of the same run
+
+    @property
+    def kind(self) -> Kind:
+        """What the output is."""
+        return Kind.of(self.output)
 
     @property
     def name(self) -> str:
@@ -46,7 +94,17 @@ class Step:
     @cached_property
     def config_class(self) -> type[StageConfig]:
         """The dataclass of the stage's config."""
-        return typing.cast(type[StageConfig], typing.get_type_hints(self.stage)["config"])
+        return cast(type, self.stage.__annotations__["config"])
+
+    @property
+    def version(self) -> int:
+        """The version of the stage's code: what an earlier one made is stale."""
+        return self.config_class.version
+
+    @property
+    def split(self) -> Split | None:
+        """The split of the data set that the stage reads, if it reads one."""
+        return self.config_class.split
 
     @property
     def divided(self) -> bool:
@@ -65,20 +123,17 @@ class Step:
 
 def file_name(artifact: str) -> str:
     """Return the name of an artifact's file in a run folder: M1.safetensors, P1.h5, D5.detections.json."""
-    kind = SUFFIXES[artifact[0]]
-    return f"{artifact}.detections{kind}" if artifact[0] == "D" else f"{artifact}{kind}"
+    return f"{artifact}{Kind.of(artifact).suffix}"
 
 
 def split_of(artifact: str) -> Split:
-    """Return the split that an artifact is about: P0, P1, ... train, T0 test. Raises ``UsageError``."""
-    if not re.fullmatch(r"[PT]\d", artifact):
-        raise UsageError(f"{artifact!r} is no name for proposals: P0, P1, ... are those of the training split, T0 of "
-                         "the test split")
-    return "train" if artifact.startswith("P") else "test"
-
-
-def ignore_event(event: dict[str, Any]) -> None:
-    """Take a report that nobody wants to see."""
+    """Return the split that proposals are of: P0, P1, ... train, T0 test. Raises ``UsageError`` for others."""
+    splits: dict[Kind, Split] = {Kind.PROPOSALS: "train", Kind.TEST_PROPOSALS: "test"}
+    for kind, split in splits.items():
+        if re.fullmatch(rf"{kind.letter}\d", artifact):
+            return split
+    raise UsageError(f"{artifact!r} is not a name for proposals: P0, P1, ... are those of the training split, T0 of "
+                     "the test split")
 
 
 @dataclass(kw_only=True)
@@ -94,7 +149,7 @@ class Runtime:
     deterministic: bool = False  # sums in a fixed order on CUDA too (altopt/machine/determinism.py)
     inputs_key: str = ""  # hashes of the inputs: a snapshot made from others is not resumed
     data_digest: str = ""  # of the split that the stage reads, for what it writes down
-    report: Callable[[dict[str, Any]], None] = ignore_event
+    report: Report = ignore_event
     ranks: SingleProcess = field(default_factory=SingleProcess)
 
     @property

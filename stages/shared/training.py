@@ -30,6 +30,7 @@ from altopt.training.loop import LoopRuntime, Progress, freeze, layers_named, tr
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.proposals import ProposalFile
 from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
+from stages.shared.events import Resumed, TrainingProgress, WeightsDrawn
 from stages.shared.feature_store import FeatureStore
 from stages.shared.stage_config import Trains
 from stages.shared.step import Runtime
@@ -96,14 +97,14 @@ class Training:
                                 f"{num_classes}: train the head anew, or give weights for these classes")
         network = FasterRCNN(self.config.network, num_classes)
         drawn = network.fill(self.tensors, generator(*self.seed, "weights"), fresh)
-        self.runtime.report({"event": "weights", "drawn": [part for part in drawn if part in parts]})
+        self.runtime.report(WeightsDrawn(tuple(part for part in drawn if part in parts)))
         return network
 
     def classifier(self, levels: Sequence[int] = ()) -> RegionClassifier:
         """Return a region classifier with the initial weights; its head, and what does not fit, is re-initialised."""
         classifier = RegionClassifier(self.config.network, len(self.dataset.classes), levels)
         drawn = classifier.fill(self.tensors, generator(*self.seed, "weights"), fresh=("head",))
-        self.runtime.report({"event": "weights", "drawn": drawn})
+        self.runtime.report(WeightsDrawn(tuple(drawn)))
         return classifier
 
     def freeze(self, network: NetworkOfParts, others: Sequence[str] = ()) -> None:
@@ -186,11 +187,9 @@ def run_loop(module: LossModule, read: Callable[[int], list[Sample]], config: Tr
     text = json.dumps([runtime.inputs_key, asdict(config) | exact], sort_keys=True)
 
     def report(progress: Progress) -> None:
-        runtime.report({
-            "event": "progress", "iterations": progress.iterations, "iteration": progress.iteration, "lr": progress.lr,
-            "images_per_second": round(progress.images_per_second, 3), "wait_share": round(progress.wait_share, 4),
-            "seconds": round(progress.seconds, 3), **progress.losses,
-        })
+        runtime.report(TrainingProgress(
+            progress.iteration, progress.iterations, progress.lr, progress.losses,
+            round(progress.images_per_second, 3), round(progress.wait_share, 4), round(progress.seconds, 3)))
 
     def keep_batch(batch: Batch, iteration: int) -> str:
         path = out.with_name(f"{out.stem}.diverged.safetensors")
@@ -246,7 +245,7 @@ class FileSnapshots:
             raise ArtifactError(f"{self.path.name} is not the same for all processes: let them share the run folder")
         if found is None:
             return None
-        self.runtime.report({"event": "resumed", "iteration": found.iteration})
+        self.runtime.report(Resumed(found.iteration))
         return found.iteration, found.tensors, found.seconds
 
     def due(self) -> bool:

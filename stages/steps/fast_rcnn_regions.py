@@ -5,12 +5,12 @@ SVMs: Fast R-CNN, section 5.4. Several scales: section 5.2; each region is poole
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from altopt.config import setting
 from stages.shared.detection import Detect, detect_split
 from stages.shared.stage_config import CachesRegions, DetectsRegions
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,22 +29,17 @@ class DetectOnProposals(Detect):
 
 
 def detect_on_proposals(detector: Path, proposals: Path, *, out: Path, config: DetectOnProposals,
-                        runtime: Runtime) -> dict[str, Any]:
+                        runtime: Runtime) -> Facts:
     """Detect on the test split with a Fast R-CNN on proposals of other origin, the best of each image."""
-    if config.scales:
-        return _detect_at_scales(detector, proposals, out, config, runtime)
-    return detect_split([(detector, ("conv", "fc", "head"))], out, config, runtime, proposals)
-
-
-def _detect_at_scales(detector: Path, proposals: Path, out: Path, config: DetectOnProposals,
-                     runtime: Runtime) -> dict[str, Any]:
-    """Write detections on the test split, each region pooled at one of several scales; return facts for the record."""
+    if not config.scales:
+        return detect_split([(detector, ("conv", "fc", "head"))], out, config, runtime, proposals)
     from stages.shared.region_views import FreshPyramids
-    from stages.shared.regions import FAST_RCNN, RegionNetwork, SoftmaxAndBoxes, detect_regions
+    from stages.shared.regions import FAST_RCNN, RegionNetwork, detect_regions, softmax_and_boxes
 
     network = RegionNetwork(detector, FAST_RCNN, config, runtime, "test")
     frames = config.network.at_scales(config.scales, config.max_side)
-    return detect_regions(network, FreshPyramids(network, frames), SoftmaxAndBoxes(network), proposals, out)
+    regions = FreshPyramids(network, frames, config.region_area)
+    return detect_regions(network, regions, softmax_and_boxes(network), proposals, out, config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +53,22 @@ class DetectWithSVMs(DetectsRegions):
 
 
 def cache_pooled_features(network: Path, proposals: Path, *, out: Path, config: CachePooledFeatures,
-                          runtime: Runtime) -> dict[str, Any]:
+                          runtime: Runtime) -> Facts:
     """Cache fc7 of every region of the training split, pooled from the map of its whole image."""
     from stages.shared.region_views import FreshPyramids
     from stages.shared.regions import FAST_RCNN, RegionNetwork, cache_regions
 
     trained = RegionNetwork(network, FAST_RCNN, config, runtime, "train")
-    regions = FreshPyramids(trained, [config.network])
-    return cache_regions(trained, regions, proposals, out, FAST_RCNN, {"scales": [config.network.short_side]})
+    regions = FreshPyramids(trained, [config.network], config.region_area)
+    return cache_regions(trained, regions, proposals, out, config, {"scales": [config.network.short_side]})
 
 
 def detect_with_svms(network: Path, svms: Path, proposals: Path, *, out: Path, config: DetectWithSVMs,
-                     runtime: Runtime) -> dict[str, Any]:
+                     runtime: Runtime) -> Facts:
     """Detect on the test split with a Fast R-CNN whose regions are scored by SVMs."""
     from stages.shared.region_views import FreshPyramids
-    from stages.shared.regions import FAST_RCNN, RegionNetwork, SVMsAndBoxes, detect_regions
+    from stages.shared.regions import FAST_RCNN, RegionNetwork, detect_regions, svms_and_boxes
 
     trained = RegionNetwork(network, FAST_RCNN, config, runtime, "test")
-    regions = FreshPyramids(trained, [config.network])
-    return detect_regions(trained, regions, SVMsAndBoxes(svms, trained), proposals, out)
+    regions = FreshPyramids(trained, [config.network], config.region_area)
+    return detect_regions(trained, regions, svms_and_boxes(svms, trained), proposals, out, config)

@@ -2,18 +2,21 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import Precision, ProposalSettings, setting
 from altopt.datasets.dataset import Dataset
 from stages.shared.stage_config import OnTrainSplit
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
     from altopt.batches.samples import Batch
     from altopt.models.detector import FasterRCNN
+
+    Proposed = tuple[str, NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,48 +27,51 @@ class GenerateProposals(ProposalSettings, Precision, OnTrainSplit):
     images_per_batch: int = setting(1, "py-faster-rcnn rpn_generate: one image at a time", at_least=1)
 
 
-def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> dict[str, Any]:
+def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> Facts:
     """Cache the RPN's proposals for every training image, upright only.
 
     Training has left a store of what the frozen ones of the conv layers make of the images, unless it did without.
     """
+    from altopt.batches.samples import Sample, make_batch
     from cache.files import sha256_file
     from cache.proposals import ProposalWriter
     from stages.shared.feature_store import FeatureStore
     from stages.shared.inference import Inference, written_by_first
 
     inference = Inference([(rpn, ("conv", "rpn"))], config, runtime, split="train")
-    network = inference.networks[0]
-    count = 0
+    network, dataset = inference.networks[0], inference.dataset
     settings = {field.name: asdict(config)[field.name] for field in fields(ProposalSettings)}
     settings |= {"network": asdict(config.network), "precision": config.precision}
     attributes = {"dataset": runtime.data_digest, "model": sha256_file(rpn), "settings": settings}
-    store = FeatureStore(out, network.conv, config.network, inference.dataset, runtime, precision=config.precision,
+    store = FeatureStore(out, network.conv, config.network, dataset, runtime, precision=config.precision,
                          device=inference.device)
 
-    def compute(batch: Any) -> list[Any]:
-        with inference.autocast():
-            return proposed(network, batch, inference.dataset, config)
+    def read(ids: list[str]) -> list[Sample]:
+        return [store.sample(id) for id in ids]
 
+    def compute(_: list[str], samples: list[Sample]) -> "list[Proposed]":
+        with inference.autocast():
+            return proposed(network, make_batch(samples, inference.device), dataset, config)
+
+    count = 0
     with store, written_by_first(runtime.ranks, lambda: ProposalWriter(out, attributes)) as writer:
         store.find(flips=(True, False))
-        for found in inference.results(config.images_per_batch, compute, store):
+        for found in inference.results(inference.groups(config.images_per_batch), read, compute):
+            assert writer is not None  # results come to rank 0 alone
             for id, boxes, scores in found:
                 writer.append(id, boxes, scores)
                 count += len(scores)
-    images = len(inference.dataset.ids)
-    return {"images": images, "proposals": count, "per_image": round(count / max(images, 1), 1),
-            **store.facts}
+    images = len(dataset.ids)
+    return {"images": images, "proposals": count, "per_image": round(count / max(images, 1), 1), **store.facts}
 
 
-def proposed(network: "FasterRCNN", batch: "Batch", dataset: Dataset,
-             rule: ProposalSettings) -> "list[tuple[str, np.ndarray, np.ndarray]]":
+def proposed(network: "FasterRCNN", batch: "Batch", dataset: Dataset, settings: ProposalSettings) -> "list[Proposed]":
     """Return each image's id, proposals float32 [K, 4] in the original frame, and scores float32 [K]."""
     from altopt.batches.samples import to_original
     from altopt.models.detector import propose
     from altopt.models.trunk import image_maps
 
-    proposals = propose(network, image_maps(network.conv, batch), batch, rule)
+    proposals = propose(network, image_maps(network.conv, batch), batch, settings)
     return [
         (sample.id, to_original(boxes, sample, dataset.size(sample.id)).cpu().numpy(), scores.cpu().numpy())
         for sample, (boxes, scores) in zip(batch.samples, proposals, strict=True)

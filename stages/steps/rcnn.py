@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from altopt.config import SHARE, RoITraining, setting
 from stages.shared.stage_config import CachesRegions, DetectsRegions, Trains
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 SOLVER = "R-CNN finetuning/pascal_finetune_solver"
 METHOD = "rcnn"
@@ -68,22 +68,22 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
 
 
 def cache_warped_features(network: Path, proposals: Path, *, out: Path, config: CacheWarpedFeatures,
-                          runtime: Runtime) -> dict[str, Any]:
+                          runtime: Runtime) -> Facts:
     """Cache fc7 of every warped region of the training split, and what the box regressors train on."""
     from stages.shared.region_views import WarpedRegions
     from stages.shared.regions import RegionNetwork, cache_regions
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "train")
     regions = WarpedRegions(fine_tuned)
-    return cache_regions(fine_tuned, regions, proposals, out, METHOD, {"crop_side": regions.side})
+    return cache_regions(fine_tuned, regions, proposals, out, config, {"crop_side": regions.side})
 
 
 def detect_rcnn(network: Path, svms: Path, regressors: Path, proposals: Path, *, out: Path, config: DetectRCNN,
-                runtime: Runtime) -> dict[str, Any]:
+                runtime: Runtime) -> Facts:
     """Detect on the test split with slow R-CNN: every proposal warped, scored by SVMs, its box regressed."""
     from stages.shared.region_views import WarpedRegions
-    from stages.shared.regions import LinearLayers, RegionNetwork, detect_regions
+    from stages.shared.regions import RegionNetwork, detect_regions, linear_layers
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
-    linear = LinearLayers(svms, regressors, fine_tuned)
-    return detect_regions(fine_tuned, WarpedRegions(fine_tuned), linear, proposals, out)
+    outputs = linear_layers(svms, regressors, fine_tuned)
+    return detect_regions(fine_tuned, WarpedRegions(fine_tuned), outputs, proposals, out, config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from altopt.config import setting
 from altopt.datasets.dataset import Dataset
 from altopt.errors import ResourceError
+from stages.shared.events import ImagesDone
 from stages.shared.stage_config import ReadsData, Split
 from stages.shared.step import Runtime, Step, split_of
 
@@ -83,7 +84,7 @@ def _propose_on_split(out: Path, config: SelectiveSearch, runtime: Runtime) -> d
             boxes = to_proposals(found, dataset.size(found[0]), config)
             writer.append(found[0], boxes, rank_scores(len(boxes)))
             count += len(boxes)
-            runtime.report({"event": "images", "done": done, "total": len(dataset.ids)})
+            runtime.report(ImagesDone(done, len(dataset.ids)))
     journal.remove()
     images = len(dataset.ids)
     return {"images": images, "proposals": count, "per_image": round(count / max(images, 1), 1)}

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from altopt.config import SHARE, Bounds, NetworkConfig, Precision, RoITraining, setting
+from cache.records import JSON
 from stages.shared.stage_config import CachesRegions, DetectsRegions, Freeze, OnTrainSplit, Trains
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 SCRIPT = "SPP_net Script_spp_voc"
 SCALES = "SPP-net, section 4.2: one scale; five (480, 576, 688, 874, 1200) are a little better and five times the disk"
@@ -116,7 +117,7 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
 
 
 def cache_region_features(network: Path, maps: Path, proposals: Path, *, out: Path, config: CacheRegionFeatures,
-                          runtime: Runtime) -> dict[str, Any]:
+                          runtime: Runtime) -> Facts:
     """Cache fc7 of every region of the training split, and what the box regressors train on."""
     from cache.features import FeatureMapFile
     from stages.shared.region_views import StoredPyramids
@@ -125,20 +126,23 @@ def cache_region_features(network: Path, maps: Path, proposals: Path, *, out: Pa
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "train")
     with FeatureMapFile(maps) as stored:
         frames = _stored_frames(stored, maps, fine_tuned.classifier.tensors(["conv"]), config.network)
-        settings = {"region_area": config.region_area, "scales": [frame.short_side for frame in frames]}
-        return cache_regions(fine_tuned, StoredPyramids(fine_tuned, frames, stored), proposals, out, METHOD, settings)
+        settings: dict[str, JSON] = {"region_area": config.region_area,
+                                     "scales": [frame.short_side for frame in frames]}
+        regions = StoredPyramids(fine_tuned, frames, config.region_area, stored)
+        return cache_regions(fine_tuned, regions, proposals, out, config, settings)
 
 
 def detect_spp_net(network: Path, svms: Path, regressors: Path, proposals: Path, *, out: Path, config: DetectSPPNet,
-                   runtime: Runtime) -> dict[str, Any]:
+                   runtime: Runtime) -> Facts:
     """Detect on the test split with SPP-net: one pass of the conv layers for each scale, then SVMs and regressors."""
     from stages.shared.region_views import FreshPyramids
-    from stages.shared.regions import LinearLayers, RegionNetwork, detect_regions
+    from stages.shared.regions import RegionNetwork, detect_regions, linear_layers
 
     fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
     frames = config.network.at_scales(config.scales, config.max_side)
-    linear = LinearLayers(svms, regressors, fine_tuned)
-    return detect_regions(fine_tuned, FreshPyramids(fine_tuned, frames), linear, proposals, out)
+    outputs = linear_layers(svms, regressors, fine_tuned)
+    regions = FreshPyramids(fine_tuned, frames, config.region_area)
+    return detect_regions(fine_tuned, regions, outputs, proposals, out, config)
 
 
 def _stored_frames(stored: Any, path: Path, tensors: Any, network: NetworkConfig) -> list[NetworkConfig]:

@@ -2,11 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from altopt.config import SVMSettings, setting
+from stages.shared.events import ImagesDone
 from stages.shared.stage_config import StageConfig
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
 
 PENALTY = {"rcnn": 1000.0, "spp_net": 4000.0}
 
@@ -32,7 +40,7 @@ class TrainRegressors(StageConfig):
     seed: int = setting(3, "py-faster-rcnn RNG_SEED", at_least=0)
 
 
-def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime) -> dict[str, Any]:
+def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime) -> Facts:
     """Train a linear SVM for each class, mining hard negatives image by image."""
     import numpy as np
     import torch
@@ -45,12 +53,16 @@ def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime
 
     require_solver()
     with RegionFeatureFile(features) as file:
-        scale = _svm_scale(file, config)
-        svms = [MinedSVM(rows * scale, config, seed_of(config.seed, "svm", name) % 2**31)
-                for name, rows in zip(file.classes, _positives(file), strict=True)]
+        scale = _scale(len(file), config.norm_images, config.seed, file.features, config.norm_target)
+        found = [file.objects(image) for image in range(len(file))]  # (labels, features) of annotated objects
+        none = np.empty((0, file.width("features")), np.float32)
+        svms = []
+        for label, name in enumerate(file.classes):
+            positives = np.concatenate([none, *(rows[labels == label] for labels, rows in found)])
+            svms.append(MinedSVM(positives * scale, config, seed_of(config.seed, "svm", name) % 2**31))
         for image in range(len(file)):
             mine(svms, file.features(image) * scale, file.rows("overlaps", image))
-            runtime.report({"event": "images", "done": image + 1, "total": len(file)})
+            runtime.report(ImagesDone(image + 1, len(file)))
         for svm in svms:
             svm.train()
         zeros = np.zeros(file.width("features"), np.float32)
@@ -65,7 +77,7 @@ def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime
             "classes_without_svm": sum(svm.weights is None for svm in svms), "bytes": out.stat().st_size}
 
 
-def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runtime: Runtime) -> dict[str, Any]:
+def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runtime: Runtime) -> Facts:
     """Train a linear regression for each class, from pooled features to the deltas of its boxes."""
     import numpy as np
     import torch
@@ -77,62 +89,37 @@ def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runt
 
     with RegionFeatureFile(features) as file:
         labels = file.pooled_labels()
-        scale = _ridge_scale(file, config)
+        scale = _scale(len(labels), config.norm_regions, config.seed,
+                       lambda region: next(file.pooled(np.array([region]))), config.norm_target)
         penalty = config.ridge or PENALTY[file.attributes["method"]]
         weights = torch.zeros(len(file.classes), 4, file.width("pooled"))
         biases = torch.zeros(len(file.classes), 4)
         for label in range(len(file.classes)):
             own = np.flatnonzero(labels == label)
             if len(own):  # a class without regions leaves its boxes as they are
-                def blocks(own: Any = own) -> Any:
+                def blocks(own: "NDArray[np.int64]" = own) -> "Iterator[torch.Tensor]":
                     return (torch.from_numpy(rows) * scale for rows in file.pooled(own))
 
                 targets = torch.from_numpy(file.pooled_targets(own))
                 weights[label], biases[label] = fit_box_ridge(blocks, targets, penalty, config.whitening_floor)
-            runtime.report({"event": "images", "done": label + 1, "total": len(file.classes), "what": "classes"})
+            runtime.report(ImagesDone(label + 1, len(file.classes), "classes"))
         save_checkpoint(out, {"weights": weights * scale, "biases": biases}, describe_features(file.attributes))
         unseen = len(file.classes) - len(np.unique(labels))
     return {"regions": len(labels), "ridge": penalty, "feature_scale": scale, "classes_without_regions": unseen,
             "bytes": out.stat().st_size}
 
 
-def _positives(file: Any) -> list[Any]:
-    """Return the features of every class's objects, float32 [P, D] for each class."""
+def _scale(count: int, drawn: int, seed: int, rows: "Callable[[int], NDArray[np.float32]]", target: float) -> float:
+    """Return the factor that brings the mean norm of features to the target.
+
+    It is taken over ``rows(n)``, float32 [., D], of up to ``drawn`` of the numbers n below ``count``.
+    """
     import numpy as np
-
-    found = [file.objects(image) for image in range(len(file))]
-    width = file.width("features")
-    return [np.concatenate([np.empty((0, width), np.float32)] + [rows[labels == label] for labels, rows in found])
-            for label in range(len(file.classes))]
-
-
-def _svm_scale(file: Any, config: TrainSVMs) -> float:
-    """Return the factor that brings the mean norm of fc7, over some images' regions, to the target."""
-    import numpy as np
-
-    from altopt.training.svm import feature_scale
-
-    norms = [np.linalg.norm(file.features(image), axis=1)
-             for image in _some(len(file), config.norm_images, config.seed)]
-    return feature_scale(np.concatenate([np.empty(0, np.float32), *norms]), config.norm_target)
-
-
-def _ridge_scale(file: Any, config: TrainRegressors) -> float:
-    """Return the factor that brings the mean norm of some pooled regions to the target."""
-    import numpy as np
-
-    from altopt.training.svm import feature_scale
-
-    some = np.array(_some(len(file.pooled_labels()), config.norm_regions, config.seed), np.int64)
-    norms = [np.linalg.norm(rows, axis=1) for rows in file.pooled(some)]
-    return feature_scale(np.concatenate([np.empty(0, np.float32), *norms]), config.norm_target)
-
-
-def _some(total: int, count: int, seed: int) -> list[int]:
-    """Return up to ``count`` of the numbers below ``total``, drawn at random, in order."""
     import torch
 
     from altopt.machine.randomness import generator
+    from altopt.training.svm import feature_scale
 
-    order = torch.randperm(total, generator=generator(seed, "norms"))[:count]
-    return sorted(order.tolist())
+    some = torch.randperm(count, generator=generator(seed, "norms"))[:drawn].sort().values.tolist()
+    norms = [np.linalg.norm(rows(n), axis=1) for n in some]
+    return feature_scale(np.concatenate([np.empty(0, np.float32), *norms]), target)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.records import Record, differences, plain, read_record, record_path, write_record
+from cache.records import Record, differences, plain, read_record, renamed, write_record
 
 
 def record(**changes):
@@ -28,12 +28,7 @@ def record(**changes):
 
 @pytest.fixture
 def path(tmp_path):
-    return record_path(tmp_path / "M1.safetensors")
-
-
-def test_lies_beside_its_artifact():
-    assert record_path(Path("runs/x/M1.safetensors")) == Path("runs/x/M1.json")
-    assert record_path(Path("runs/x/P1.h5")) == Path("runs/x/P1.json")
+    return tmp_path / "M1.json"
 
 
 @pytest.mark.parametrize("changes", [{}, {"given": "/weights/vgg16.pth", "stage": "", "data": None}])
@@ -66,7 +61,7 @@ def altered(path, **changes):
         ({"surprise": 1}, "surprise"),
         ({"size": "123"}, "size is '123'"),
         ({"config": None}, "None"),
-        ({"inputs": {"M0": 5}}, "no text"),
+        ({"inputs": {"M0": 5}}, "not a text"),
         ({"data": 5}, "data is 5"),
         ({"seconds": "long"}, "seconds is 'long'"),
     ],
@@ -100,6 +95,46 @@ def test_unharmed_record_logs_nothing(path, caplog):
     altered(path)
     assert read_record(path) == record()
     assert not caplog.records
+
+
+# As the version before "pictures" became "images" wrote it, shortened.
+OLD = """{
+  "artifact": "D5",
+  "config": {
+    "data": {"classes": ["pictures"], "format": "shapes", "test": ["test:4"]},
+    "images_per_batch": 2,
+    "per_picture": 100,
+    "score": 0.05
+  },
+  "data": "13d34a4b099c9f4f596590e85b4e5f27c346b050db2971f07b1f83993d3dea4c",
+  "format": "altopt record",
+  "format_version": 1,
+  "given": null,
+  "inputs": {"M5": "5a5e1719212fc4d3df66658410d48b5003e12553304fdb7a084d4bc894adb226"},
+  "metrics": {"average_recall": 0.2375, "recall_at_0.5": 0.875, "seconds_per_picture": 0.04016},
+  "seconds": 0.25,
+  "sha256": "b83d26a517bf07e34663803e2634aa34d80c35a4b8098ef2bb72ee0f6d0330f2",
+  "size": 27830,
+  "stage": "detect_shared",
+  "version": 1,
+  "versions": {"altopt": "0.1.0", "torch": "2.15.0"}
+}"""
+
+
+def test_record_with_names_of_an_earlier_version(path, caplog):
+    path.write_text(OLD)
+    found = read_record(path)
+    assert found.config == {"data": {"classes": ["pictures"], "format": "shapes", "test": ["test:4"]},
+                            "images_per_batch": 2, "per_image": 100, "score": 0.05}
+    assert found.metrics == {"average_recall": 0.2375, "recall_at_0.5": 0.875, "seconds_per_image": 0.04016}
+    assert not caplog.records
+    write_record(path, found)
+    assert read_record(path) == found
+
+
+def test_names_of_an_earlier_version_in_a_score():
+    assert renamed({"pictures": 4, "classes": {"pictures": {"ap": 1}}, "limits": {"50": {"proposals_per_picture": 3}}}
+                   ) == {"images": 4, "classes": {"pictures": {"ap": 1}}, "limits": {"50": {"proposals_per_image": 3}}}
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_a_class_without_objects_has_no_ap_and_leaves_the_mean_alone():
     assert math.isnan(score.ap["dog"])
     assert math.isnan(score.ap["only difficult"])
     assert score.map == score.ap["cat"]
-    assert score.classes["dog"].as_dict(curves=False)["ap"] is None
+    assert score.as_dict()["classes"]["dog"]["ap"] is None
 
 
 def test_objects_without_detections_score_nought():
@@ -103,7 +103,7 @@ def test_images_without_objects_still_hold_false_positives():
 def test_no_objects_at_all(truth):
     score = score_voc(truth, {}, ["cat", "dog"])
     assert math.isnan(score.map)
-    assert json.loads(json.dumps(score.as_dict(curves=True), allow_nan=False))["map"] is None
+    assert json.loads(json.dumps(score.as_dict(), allow_nan=False))["map"] is None
 
 
 def test_detections_of_an_unknown_image():
@@ -172,8 +172,8 @@ def test_result_as_json():
             "dog": {"ap": None, "positives": 0, "true_positives": 0, "false_positives": 0, "ignored": 0},
         },
     }
-    curves = score.as_dict(curves=True)["classes"]["cat"]
-    assert (curves["scores"], curves["precision"], curves["recall"]) == ([0.5], [1], [1])
+    cat = score.classes["cat"]
+    assert (cat.scores.tolist(), cat.precision.tolist(), cat.recall.tolist()) == ([0.5], [1], [1])
 
 
 def test_images_and_classes_together():
@@ -188,10 +188,13 @@ def test_images_and_classes_together():
     }
     score = score_voc(truth, found, ["cat", "dog", "bird", "fish"], VocRules("voc10"))
     assert score.map == pytest.approx((1 / 4 + 1 / 2) / 2)
-    classes = score.as_dict(curves=True)["classes"]
+    classes = score.as_dict()["classes"]
     assert [classes[name]["ap"] for name in classes] == [0.25, None, 0.5, None]
-    assert [classes[name]["precision"] for name in classes] == [[0, 1 / 2, 1 / 3], [], [0, 1 / 2], [None, None]]
-    assert [classes[name]["recall"] for name in classes] == [[0, 1 / 2, 1 / 2], [], [0, 1], [None, None]]
+    nothing = [math.nan, math.nan]
+    for each, precision in zip(score.classes.values(), ([0, 1 / 2, 1 / 3], [], [0, 1 / 2], nothing), strict=True):
+        assert each.precision == pytest.approx(precision, nan_ok=True)
+    for each, recall in zip(score.classes.values(), ([0, 1 / 2, 1 / 2], [], [0, 1], nothing), strict=True):
+        assert each.recall == pytest.approx(recall, nan_ok=True)
 
 
 def devkit(truth, found, label, rules):

@@ -9,9 +9,20 @@ from stages.console import progress as module
 from stages.console.progress import Reporter
 from stages.console.reporting import number, recall_table, score_table, summary_tables
 from stages.pipeline.evaluation import summary
+from stages.shared.events import (
+    Caution,
+    Event,
+    Finished,
+    ImagesDone,
+    Note,
+    Reason,
+    Resumed,
+    Started,
+    TrainingProgress,
+    WeightsDrawn,
+)
 
-PROGRESS = {"event": "progress", "artifact": "M1", "iteration": 40, "iterations": 80, "lr": 0.001, "rpn_cls": 0.5,
-            "rpn_box": 0.25, "images_per_second": 12.34, "wait_share": 0.02, "seconds": 20.0}
+PROGRESS = TrainingProgress(40, 80, 0.001, {"rpn_cls": 0.5, "rpn_box": 0.25}, 12.34, 0.02, 20.0, artifact="M1")
 
 
 @pytest.fixture
@@ -43,16 +54,17 @@ def test_number():
 
 
 @pytest.mark.parametrize(("event", "line"), [
-    ({"event": "started", "artifact": "M2", "stage": "train_fast_rcnn", "inputs": ["M0", "P1"]},
-     "M2: train_fast_rcnn from M0, P1"),
-    ({"event": "started", "artifact": "M0", "stage": "pretrain_on_crops", "inputs": []}, "M0: pretrain_on_crops"),
-    ({"event": "finished", "artifact": "M2", "seconds": 8.4}, "M2: done in 8.4 s"),
-    ({"event": "resumed", "artifact": "M2", "iteration": 7}, "M2: goes on after iteration 7"),
-    ({"event": "reason", "artifact": "M2", "text": 'freeze was ["conv1"], is [/x] [bold]'},
-     'M2: freeze was ["conv1"], is [/x] [bold]'),
-    ({"event": "note", "text": "nothing to do"}, "nothing to do"),
-    ({"event": "weights", "artifact": "M2", "drawn": ["fc", "head"]}, "M2: re-initialised: fc, head"),
-    ({"event": "warning", "text": "a.xml: one pixel"}, "warning: a.xml: one pixel"),
+    (Started("train_fast_rcnn", ("M0", "P1"), artifact="M2"), "M2 train_fast_rcnn from M0, P1"),
+    (Started("pretrain_on_crops", (), "1 of 8", "not made yet", artifact="M0"),
+     "M0 (1 of 8) pretrain_on_crops: not made yet"),
+    (Started("train_rpn", ("M0",), "2 of 8", 'freeze was ["conv1"], is [/x] [bold]', artifact="M1"),
+     'M1 (2 of 8) train_rpn from M0: freeze was ["conv1"], is [/x] [bold]'),
+    (Finished({"iterations": 4}, 8.4, artifact="M2"), "M2: done in 8.4 s"),
+    (Resumed(7, artifact="M2"), "M2: goes on after iteration 7"),
+    (Reason("taken over from runs/a", artifact="M2"), "M2: taken over from runs/a"),
+    (Note("nothing to do"), "nothing to do"),
+    (WeightsDrawn(("fc", "head"), artifact="M2"), "M2: re-initialised: fc, head"),
+    (Caution("a.xml: one pixel"), "warning: a.xml: one pixel"),
 ])
 def test_events_become_lines(plain, event, line):
     plain(event)
@@ -60,39 +72,39 @@ def test_events_become_lines(plain, event, line):
 
 
 def test_events_without_a_line(plain):
-    plain({"event": "weights", "artifact": "M2", "drawn": []})
-    plain({"event": "something new"})
+    plain(WeightsDrawn((), artifact="M2"))
+    plain(Event())
     assert text_of(plain) == ""
 
 
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(plain, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    plain({"event": "started", "artifact": "M1", "stage": "train_rpn", "inputs": ["M0"]})
+    plain(Started("train_rpn", ("M0",), artifact="M1"))
     for now[0] in (9.9, 10.0, 19.9):
         plain(PROGRESS)
     now[0] = 30.0
-    plain({"event": "images", "artifact": "P1", "done": 3, "total": 6})
+    plain(ImagesDone(3, 6, artifact="P1"))
     assert text_of(plain).splitlines()[1:] == [
-        "M1: 40/80  rpn_cls 0.5000 rpn_box 0.2500  lr 0.001  12.3 images/s  wait 2%  20.0 s left",
+        "M1: 40/80  rpn_cls 0.5000 rpn_box 0.2500  lr 0.001  12.3 images/s  data wait 2%  20.0 s left",
         "P1: 3/6  images",
     ]
 
 
 def test_progress_is_a_bar_on_a_terminal(logger):
     reporter = Reporter(Console(file=io.StringIO(), width=120, force_terminal=True))
-    reporter({"event": "started", "artifact": "M1", "stage": "train_rpn", "inputs": ["M0"]})
+    reporter(Started("train_rpn", ("M0",), artifact="M1"))
     reporter(PROGRESS)
     assert reporter.bar.tasks[0].completed == 40
     assert reporter.bar.tasks[0].total == 80
-    reporter({"event": "finished", "artifact": "M1", "seconds": 3.0})
+    reporter(Finished({}, 3.0, artifact="M1"))
     assert reporter.bar is None
     assert "M1: done in 3.0 s" in text_of(reporter)
 
 
 def test_log_of_the_library_is_shown(plain, logger):
-    logger.warning("M1.json is no record (%s)", "[/x]")
-    assert text_of(plain) == "warning: M1.json is no record ([/x])\n"
+    logger.warning("M1.json is not a record (%s)", "[/x]")
+    assert text_of(plain) == "warning: M1.json is not a record ([/x])\n"
 
 
 def test_two_reporters_do_not_say_it_twice(plain, logger):

@@ -161,12 +161,12 @@ def test_joint_schemes_take_over_m0_and_seeds_do_not(workplace):
     results = compared(workplace, ["approximate-joint", "exact-joint"], (1, 2), reports)
     assert [(each.scheme, each.seed) for each in results] == [
         ("approximate-joint", 1), ("exact-joint", 1), ("approximate-joint", 2), ("exact-joint", 2)]
-    taken = [event for event in reports.events if "taken over" in event.get("text", "")]
-    assert [(event["artifact"], Path(event["text"].split()[-1]).name) for event in taken] == [
+    taken = [event for event in reports.events if "taken over" in getattr(event, "text", "")]
+    assert [(event.artifact, Path(event.text.split()[-1]).name) for event in taken] == [
         ("M0", "approximate-joint-1"), ("M0", "approximate-joint-2")]
     again = Reports()
     assert compared(workplace, ["approximate-joint", "exact-joint"], (1, 2), again) == results
-    assert {event["event"] for event in again.events} == {"note"}
+    assert {event.kind for event in again.events} == {"note"}
 
 
 def test_variants_of_one_scheme_share_what_their_settings_do_not_touch(workplace):
@@ -176,7 +176,7 @@ def test_variants_of_one_scheme_share_what_their_settings_do_not_touch(workplace
     assert [(each.name, each.scheme, each.iterations) for each in results] == [
         ("approximate-joint", "approximate-joint", results[0].iterations), ("short", "approximate-joint", 1)]
     assert results[0].iterations > 1
-    taken = [event["artifact"] for event in reports.events if "taken over" in event.get("text", "")]
+    taken = [event.artifact for event in reports.events if "taken over" in getattr(event, "text", "")]
     assert taken == ["M0"]
     first, second = rows(results)
     assert first["slides"]["map"] == SLIDES["approximate-joint"].map
@@ -202,7 +202,7 @@ def test_given_m0_is_taken_even_where_another_was_made(workplace, finished):
     compared(workplace, ["approximate-joint"])
     reports = Reports()
     compared(workplace, ["approximate-joint"], report=reports, given=[f"M0={finished / 'M0.safetensors'}"])
-    assert [event["artifact"] for event in reports.events if event["event"] == "finished"] == ["M1", "D1"]
+    assert [event.artifact for event in reports.events if event.kind == "finished"] == ["M1", "D1"]
 
 
 def test_given_m0_is_no_reason_to_make_anything_twice(workplace, finished):
@@ -211,7 +211,7 @@ def test_given_m0_is_no_reason_to_make_anything_twice(workplace, finished):
     assert results[0].pretraining == 0
     reports = Reports()
     assert compared(workplace, ["approximate-joint"], report=reports, given=given) == results
-    assert {event["event"] for event in reports.events} == {"note"}
+    assert {event.kind for event in reports.events} == {"note"}
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_becomes_a_given_artifact(run, tmp_path, artifact):
 
 def test_recall_is_said_before_anything_is_written(run, tmp_path):
     there = []
-    run.runtime.report = Reports(at=lambda event: "recall on" in event.get("text", ""),
+    run.runtime.report = Reports(at=lambda event: "recall on" in getattr(event, "text", ""),
                                  act=lambda: there.append(run.path("P0").exists()))
     import_proposals(run, save(tmp_path / "mine.json", covering(run)), "P0")
     assert there == [False]
@@ -75,7 +75,7 @@ def test_recall_is_said_before_anything_is_written(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["P", "M1", "T10", "D2", "../P1"])
 def test_other_names(run, tmp_path, name):
-    with pytest.raises(UsageError, match="no name for proposals"):
+    with pytest.raises(UsageError, match="not a name for proposals"):
         import_proposals(run, save(tmp_path / "mine.json", covering(run)), name)
 
 
@@ -210,7 +210,7 @@ def test_what_cannot_be_exported(run, tmp_path):
     import_proposals(run, save(tmp_path / "mine.json", covering(run)), "P0")
     with pytest.raises(UsageError, match="--format hdf5"):
         export_proposals(run, "P0", tmp_path / "out.pkl")
-    with pytest.raises(UsageError, match="no name for proposals"):
+    with pytest.raises(UsageError, match="not a name for proposals"):
         export_proposals(run, "M1", tmp_path / "out.json")
 
 

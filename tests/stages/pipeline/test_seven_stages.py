@@ -129,7 +129,7 @@ def test_interrupted_and_continued_gives_the_same_bytes(finished, copied, artifa
     """A signal is held back until a snapshot is written, whatever the clock says."""
     before = signal.getsignal(signal.SIGTERM)
     (copied / file_name(artifact)).unlink()
-    reports = Reports(at=lambda event: event["event"] == "progress" and event["iteration"] == 2,
+    reports = Reports(at=lambda event: event.kind == "progress" and event.iteration == 2,
                       act=lambda: signal.raise_signal(number))
     with pytest.raises(error):
         make_all(open_tiny(copied, report=reports, snapshot_seconds=seconds))
@@ -137,15 +137,15 @@ def test_interrupted_and_continued_gives_the_same_bytes(finished, copied, artifa
     assert not (copied / file_name(artifact)).exists()
     again = Reports()
     assert make_all(open_tiny(copied, report=again, snapshot_seconds=seconds)) == [artifact]
-    assert [event["iteration"] for event in again.events if event["event"] == "resumed"] == [2]
-    assert [event["iteration"] for event in again.events if event["event"] == "progress"] == [3, 4]
+    assert [event.iteration for event in again.events if event.kind == "resumed"] == [2]
+    assert [event.iteration for event in again.events if event.kind == "progress"] == [3, 4]
     assert hashes(copied) == hashes(finished)
     assert not list(copied.glob("*.snapshot.*"))
 
 
 def test_in_a_fixed_order_the_cpu_gives_the_same_bytes_and_goes_on_from_no_other_snapshot(finished, copied):
     (copied / "M2.safetensors").unlink()
-    reports = Reports(at=lambda event: event["event"] == "progress" and event["iteration"] == 2,
+    reports = Reports(at=lambda event: event.kind == "progress" and event.iteration == 2,
                       act=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         make_all(open_tiny(copied, report=reports))
@@ -153,7 +153,7 @@ def test_in_a_fixed_order_the_cpu_gives_the_same_bytes_and_goes_on_from_no_other
     again = Reports()
     run = open_tiny(copied, report=again, deterministic=True)
     assert make_all(run) == ["M2"]
-    assert not [event for event in again.events if event["event"] == "resumed"]
+    assert not [event for event in again.events if event.kind == "resumed"]
     assert hashes(copied) == hashes(finished)
     assert [run.record(name).metrics.get("deterministic") for name in ("M1", "M2")] == [None, True]
     assert not torch.are_deterministic_algorithms_enabled()
@@ -165,24 +165,24 @@ def test_exception_inside_a_stage_leaves_the_snapshot_before_it(finished, copied
     def interrupt():
         raise KeyboardInterrupt
 
-    reports = Reports(at=lambda event: event["event"] == "progress" and event["iteration"] == 3, act=interrupt)
+    reports = Reports(at=lambda event: event.kind == "progress" and event.iteration == 3, act=interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_all(open_tiny(copied, report=reports, snapshot_seconds=0))
     again = Reports()
     assert make_all(open_tiny(copied, report=again)) == ["M2"]
-    assert [event["iteration"] in (1, 2) for event in again.events if event["event"] == "resumed"] == [True]
+    assert [event.iteration in (1, 2) for event in again.events if event.kind == "resumed"] == [True]
     assert hashes(copied) == hashes(finished)
 
 
 def test_snapshot_of_other_settings_is_not_resumed(finished, copied):
     (copied / "M3.safetensors").unlink()
-    stop = Reports(at=lambda event: event["event"] == "progress", act=lambda: signal.raise_signal(signal.SIGINT))
+    stop = Reports(at=lambda event: event.kind == "progress", act=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         make_all(open_tiny(copied, "train_rpn_frozen_conv.lr=0.5", report=stop))
     assert (copied / "M3.snapshot.safetensors").exists()
     again = Reports()
     make_all(open_tiny(copied, report=again))
-    assert not [event for event in again.events if event["event"] == "resumed"]
+    assert not [event for event in again.events if event.kind == "resumed"]
     assert hashes(copied) == hashes(finished)
 
 

@@ -212,8 +212,8 @@ def test_without_a_digest_of_the_data_nothing_is_stored(folder):
 
 
 def test_interrupted_while_building_it_goes_on(folder, without):
-    reports = Reports(at=lambda event: event["event"] == "images" and event.get("what") == "maps"
-                      and event["done"] == 4, act=lambda: signal.raise_signal(signal.SIGINT))
+    reports = Reports(at=lambda event: event.kind == "images" and event.what == "maps"
+                      and event.done == 4, act=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         make_all(opened(folder, feature_store="on", report=reports, workers=2))
     assert [name.endswith(".growing.h5") for name in stores(folder)] == [True]

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.step import Runtime, Step, file_name
+from altopt.errors import UsageError
+from stages import DETECTIONS, PRETRAINED, SCHEMES
+from stages.shared.events import Note
+from stages.shared.step import Kind, Runtime, Step, file_name, split_of
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,34 @@ def test_init_takes_the_place_of_the_first_input():
 
 
 @pytest.mark.parametrize(("artifact", "name"), [
-    ("M1", "M1.safetensors"), ("P2", "P2.h5"), ("D5", "D5.detections.json"),
+    ("M1", "M1.safetensors"), ("P2", "P2.h5"), ("D5", "D5.detections.json"), ("T0", "T0.h5"), ("F1", "F1.h5"),
+    ("S1", "S1.safetensors"), ("R1", "R1.safetensors"), ("M10", "M10.safetensors"),
 ])
 def test_file_names(artifact, name):
     assert file_name(artifact) == name
 
 
+@pytest.mark.parametrize("artifact", ["", "M", "1", "m1", "X1", "M1.safetensors", "../M1"])
+def test_what_names_no_artifact(artifact):
+    with pytest.raises(UsageError, match="must be a letter and a number"):
+        Kind.of(artifact)
+
+
+def test_every_output_of_every_scheme_has_a_kind():
+    steps = [*PRETRAINED, *(step for lists in (SCHEMES, DETECTIONS) for steps in lists.values() for step in steps)]
+    kinds = {step.kind for step in steps}
+    assert kinds == set(Kind)
+    assert len({kind.letter for kind in Kind}) == len(Kind)
+
+
+def test_splits_of_proposals():
+    assert [split_of(name) for name in ("P0", "P2", "T0")] == ["train", "train", "test"]
+    with pytest.raises(UsageError, match="'M1' is not a name for proposals"):
+        split_of("M1")
+
+
 def test_runtime_reports_to_nobody_by_default():
-    assert Runtime().report({"event": "note"}) is None
+    assert Runtime().report(Note("a word")) is None
 
 
 def test_reading_and_searching_have_defaults_of_their_own():

@@ -85,24 +85,24 @@ def test_in_a_fixed_order_the_cpu_gives_the_same_bytes(finished, trained, stage,
 @EACH_STAGE
 def test_interrupted_and_continued_gives_the_same_bytes(finished, trained, stage, tmp_path):
     out = tmp_path / "out.safetensors"
-    stop = Reports(at=lambda event: event["event"] == "progress" and event["iteration"] == 2,
+    stop = Reports(at=lambda event: event.kind == "progress" and event.iteration == 2,
                    act=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         made(finished, stage, out, stop)
     assert not out.exists()
     again = Reports()
     made(finished, stage, out, again)
-    assert [event["iteration"] for event in again.events if event["event"] == "resumed"] == [2]
+    assert [event.iteration for event in again.events if event.kind == "resumed"] == [2]
     assert sha256_file(out) == sha256_file(trained[stage])
 
 
 def test_the_loop_reports_four_losses(finished, tmp_path):
     reports = Reports()
     made(finished, train_exact_joint, tmp_path / "out.safetensors", reports, iterations=1)
-    progress = [event for event in reports.events if event["event"] == "progress"]
+    progress = [event for event in reports.events if event.kind == "progress"]
     assert len(progress) == 1
-    assert {"rpn_cls", "rpn_box", "cls", "box"} <= progress[0].keys()
-    assert [event["drawn"] for event in reports.events if event["event"] == "weights"] == [["rpn", "fc", "head"]]
+    assert {"rpn_cls", "rpn_box", "cls", "box"} == progress[0].losses.keys()
+    assert [event.drawn for event in reports.events if event.kind == "weights"] == [("rpn", "fc", "head")]
 
 
 def test_the_coordinate_path_is_off_before_its_warmup_ends(finished, trained, tmp_path):
@@ -124,7 +124,7 @@ def test_a_limit_on_the_coordinate_gradient_is_part_of_the_result(finished, trai
 def test_training_goes_on_from_a_network_with_all_parts(finished, tmp_path):
     reports = Reports()
     made(finished, train_approximate_joint, tmp_path / "out.safetensors", reports, init="M5", iterations=0)
-    assert [event["drawn"] for event in reports.events if event["event"] == "weights"] == [[]]
+    assert [event.drawn for event in reports.events if event.kind == "weights"] == [()]
     changed = difference(finished / "M5.safetensors", tmp_path / "out.safetensors")
     assert changed <= {"head.bbox_means", "head.bbox_stds", "head.bbox_pred.weight", "head.bbox_pred.bias"}
 

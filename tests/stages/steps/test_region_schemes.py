@@ -70,7 +70,7 @@ def test_stopped_in_every_stage_and_continued_gives_the_same_bytes(made, tmp_pat
         again = Stopping("never", 0)
         facts = make(tmp_path, artifact, scheme, report=again)
         if artifact == "M1":
-            assert [event["iteration"] for event in again.seen if event["event"] == "progress"] == [3, 4]
+            assert [event.iteration for event in again.seen if event.kind == "progress"] == [3, 4]
         assert facts.get("maps_found", facts.get("images_found", 2)) >= 2
     assert hashes(tmp_path, scheme) == hashes(made[0][scheme], scheme)
     assert not list(tmp_path.glob("*.growing.*"))

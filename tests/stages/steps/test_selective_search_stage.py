@@ -34,7 +34,7 @@ from pathlib import Path
 from tests.stages.steps.test_selective_search_stage import search
 
 def report(event):
-    if event["done"] == 2:
+    if event.done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 search(Path(sys.argv[1]), workers=int(sys.argv[2]), report=report)
@@ -64,7 +64,7 @@ def stop_after(count):
     def act():
         raise KeyboardInterrupt
 
-    return Reports(at=lambda event: event["done"] == count, act=act)
+    return Reports(at=lambda event: event.done == count, act=act)
 
 
 def test_every_image_in_order_with_ranks(whole):
@@ -90,7 +90,7 @@ def test_facts_and_progress(tmp_path):
     assert list(read(tmp_path / "T0.h5")) == ["test-00000", "test-00001"]
     assert facts["images"] == 2
     assert facts["proposals"] == sum(len(scores) for _, scores in read(tmp_path / "T0.h5").values())
-    assert [(event["event"], event["done"], event["total"]) for event in reports.events] == [
+    assert [(event.kind, event.done, event.total) for event in reports.events] == [
         ("images", 1, 2), ("images", 2, 2)]
 
 
@@ -111,7 +111,7 @@ def test_stopped_and_gone_on_with(tmp_path, whole):
                       lambda: calls.append(1) or original())
         search(tmp_path / "P0.h5", report=reports)
     assert len(calls) == 1  # of four images three were done
-    assert [event["done"] for event in reports.events] == [1, 2, 3, 4]
+    assert [event.done for event in reports.events] == [1, 2, 3, 4]
     assert sha256_file(tmp_path / "P0.h5") == sha256_file(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["P0.h5"]
 
@@ -201,5 +201,5 @@ def test_as_a_step_of_a_run(tmp_path):
         record = run.record(step[0].output)
         assert record.metrics["images"] == images
         assert record.data == run.data_digest(step[0])
-    with pytest.raises(UsageError, match="'M1' is no name for proposals"):
+    with pytest.raises(UsageError, match="'M1' is not a name for proposals"):
         search_step("M1")
