@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+Header = dict[str, dict[str, Any]]  # of a tensor: dtype, shape and data_offsets
 METADATA_KEY = "altopt"
 MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
 WRAPPERS = ("state_dict", "model")  # where training programs put the weights beside their epoch and optimizer
@@ -69,16 +70,24 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_description(path: Path) -> dict[str, Any]:
     """Return the description of a checkpoint from its header alone; empty when it has none. Errors: load_checkpoint."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise _corrupt(path, "it begins like no such file")
-            header = json.loads(file.read(length))
+        header, _ = read_header(path)
+        description = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
     except OSError as error:
         raise file_error(path, error, "read") from error
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"the header is no JSON, {error}") from error
-    return _description(path, header)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _corrupt(path, f"its header is not JSON as expected, {error}") from error
+    if not isinstance(description, dict):
+        raise _corrupt(path, "its description is not a mapping")
+    return description
+
+
+def read_header(path: Path) -> tuple[Header, int]:
+    """Return the header of a safetensors file, and where its values begin; ValueError when it cannot be one."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError("it begins like no such file")
+        return json.loads(file.read(length)), 8 + length
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -135,16 +144,6 @@ def _header(names: list[str], tensors: Mapping[str, Tensor], description: Mappin
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
         entries[name] = {"dtype": DTYPES[dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     return entries
-
-
-def _description(path: Path, header: Any) -> dict[str, Any]:
-    try:
-        description = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _corrupt(path, f"its description is no JSON, {error}") from error
-    if not isinstance(description, dict):
-        raise _corrupt(path, "its description is no mapping")
-    return description
 
 
 def _load_pickle(path: Path) -> Any:

@@ -105,7 +105,7 @@ class Workplace:
 
     def _new_store(self, name: str, depth: int, precision: Precision) -> FeatureStore:
         return FeatureStore(self.folder / name / "M3.safetensors", self.frozen.conv, self.network,
-                            self.dataset, self.runtime, layers=depth, precision=precision, device=self.device)
+                            self.dataset, self.runtime, precision=precision, device=self.device)
 
     def build_store(self, network: FasterRCNN, precision: Precision, name: str = "built") -> None:
         """Build such a store anew, of all images; from maps of fewer layers where the folder of that name has any."""

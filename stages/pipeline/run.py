@@ -311,7 +311,7 @@ def _look_at(artifact: str, path: Path, recipe: Recipe) -> None:
     elif artifact.startswith("F"):
         from cache.preallocated import PreallocatedFile
 
-        PreallocatedFile(path, {}).close()
+        PreallocatedFile(path)
     elif artifact.startswith(("M", "S", "R")):
         from cache.checkpoints import read_description
 

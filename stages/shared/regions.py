@@ -1,8 +1,7 @@
 """What SPP-net and slow R-CNN share: features of every region of an image, on disk for training and in detection."""
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -311,7 +310,6 @@ def _detections_in(network: RegionNetwork, regions: Regions, outputs: Outputs, i
     return Detections(*(each.cpu().numpy() for each in result))
 
 
-def describe_features(attributes: dict[str, str]) -> dict[str, Any]:
+def describe_features(description: Mapping[str, object]) -> dict[str, object]:
     """Return what SVMs and regressors say of the features that they were trained on."""
-    return {"network": json.loads(attributes["network"]), "classes": json.loads(attributes["classes"]),
-            "model": attributes["model"], "method": attributes["method"]}
+    return {name: description[name] for name in ("network", "classes", "model", "method")}

@@ -20,7 +20,7 @@ from altopt.machine.distributed import SingleProcess
 Split = Literal["train", "test"]
 SUFFIXES = {
     "M": ".safetensors", "P": ".h5", "D": ".json",
-    "F": ".h5",  # features, of images or of regions
+    "F": ".safetensors",  # features, of images or of regions
     "S": ".safetensors", "R": ".safetensors",  # SVMs and box regressors
     "T": ".h5",  # proposals of the test split
 }

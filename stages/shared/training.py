@@ -22,7 +22,6 @@ from altopt.machine.distributed import SingleProcess
 from altopt.machine.interruption import Stop, deferred_signals
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN
-from altopt.models.frozen import frozen_depth
 from altopt.models.region_classifier import RegionClassifier
 from altopt.training.box_statistics import fixed_statistics, measure
 from altopt.training.loop import Progress, describe, freeze, layers_named, train
@@ -119,10 +118,10 @@ class Training:
             cached: "CachedProposals | None") -> dict[str, Any]:
         """Train the module on the entries' images, and return facts for the record.
 
-        Where that pays, what the frozen ones of the conv layers make of the images is stored and read in their place;
+        Where all conv layers are frozen and that pays, what they make of the images is stored and read in their place;
         to build that store counts as training.
         """
-        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime, layers=frozen_depth(conv),
+        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime,
                           precision=self.config.precision, device=self.device) as store:
             store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
 
