@@ -143,7 +143,7 @@ def test_rcnn_features_are_those_of_each_warped_region_by_itself(made):
     with RegionFeatureFile(folder / "F1.safetensors") as file:
         rows = zip(file.rows("boxes", 1), file.features(1), strict=True)
         for box, hidden in list(rows)[::3]:
-            expected = network.fc(network.pool_crops(warp(image, torch.from_numpy(box)[None], 64)))[0]
+            expected = network.fc(network.pool_crops(warp(image, torch.tensor(box)[None], 64)))[0]
             torch.testing.assert_close(torch.tensor(hidden), expected, atol=5e-3, rtol=5e-3)  # stored as float16
 
 
@@ -309,7 +309,7 @@ def test_linear_layers_take_features_as_they_are(made, scheme, artifact):
         for image in range(len(file)):
             mine([svm], file.features(image) * scale, file.rows("overlaps", image)[:, label : label + 1])
         svm.train()
-        scores = torch.from_numpy(file.features(0)) @ svms["weights"][label] + svms["biases"][label]
+        scores = torch.tensor(file.features(0)) @ svms["weights"][label] + svms["biases"][label]
         np.testing.assert_allclose(scores, svm.scores(file.features(0) * scale), atol=1e-3)
 
         scale = facts["R1"]["feature_scale"]
