@@ -192,4 +192,4 @@ def _difference(a: Tensor, b: Tensor) -> str | None:
 
 def _corrupt(path: Path, cause: str) -> ArtifactError:
     words = " ".join(cause.split())[:200]
-    return ArtifactError(f"{path} is corrupt, or not a checkpoint ({words}): make it again, or bring a whole copy")
+    return ArtifactError(f"{path} is corrupt or not a checkpoint ({words}): make it again, or bring a whole copy")
