@@ -3,6 +3,7 @@
 So ``altopt plan`` can say at once how much room feature maps will take.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -27,28 +28,24 @@ def original_frame(network: NetworkConfig, size: tuple[int, int]) -> NetworkConf
     return replace(network, short_side=min(size), max_side=max(size))
 
 
-def map_shape(network: NetworkConfig, size: tuple[int, int], layers: int | None = None) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the map of an image of (width, height) behind so many layers, or all."""
-    return shape_behind(network.name, input_size(size, scale_of(size, network.short_side, network.max_side)), layers)
+def map_shape(network: NetworkConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the map that the conv layers make of an image of (width, height)."""
+    return shape_behind(network.name, input_size(size, scale_of(size, network.short_side, network.max_side)))
 
 
-def shape_behind(name: str, size: tuple[int, int], layers: int | None = None) -> tuple[int, int, int]:
-    """Return what ``map_shape`` does, for the network of that name and (width, height) in the input frame."""
+def shape_behind(name: str, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the last conv layer's map, for (width, height) in the input frame."""
     (width, height), channels = size, 3
-    for layer in LAYERS[name][:layers]:
+    for layer in LAYERS[name]:
         channels = layer.channels or channels
         if layer.window:
             width, height = _after(layer.window, width), _after(layer.window, height)
     return channels, height, width
 
 
-def maps_bytes(sizes: Iterable[tuple[int, int, int]], network: NetworkConfig, flips: bool, precision: str,
-               layers: int | None = None) -> int:
+def maps_bytes(sizes: Iterable[tuple[int, int, int]], network: NetworkConfig, flips: bool, precision: str) -> int:
     """Return the room that the maps of images take, given as (width, height, how many of them)."""
-    values = 0
-    for width, height, count in sizes:
-        channels, rows, columns = map_shape(network, (width, height), layers)
-        values += count * channels * rows * columns
+    values = sum(count * math.prod(map_shape(network, (width, height))) for width, height, count in sizes)
     return values * VALUE_BYTES[precision] * (2 if flips else 1)
 
 

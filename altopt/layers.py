@@ -1,7 +1,6 @@
-"""The conv layers of every network by name, and which of them a recipe freezes. No torch here.
+"""The conv layers of every network by name, so that ``altopt plan`` knows them at once. No torch here.
 
-So ``altopt plan`` can say at once how much room feature maps will take. The tables are those of
-altopt/models/backbones.py, and tests hold them against the networks.
+The tables are those of altopt/models/backbones.py, and tests hold them against the networks.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -98,12 +97,6 @@ def names_matching(weighted: Sequence[str], patterns: Iterable[str]) -> list[str
                              f"{', '.join(weighted)}")
         chosen |= found
     return [name for name in weighted if name in chosen]
-
-
-def frozen_layers(network: str, patterns: Iterable[str]) -> int:
-    """Return how many layers stand before the first that learns, when the patterns name what is frozen."""
-    frozen = names_matching([name for layer in LAYERS[network] for name in layer.weights], patterns)
-    return leading([set(layer.weights) <= set(frozen) for layer in LAYERS[network]])
 
 
 def leading(flags: Collection[bool]) -> int:

@@ -19,8 +19,10 @@ from cache.files import atomic_path, canonical_json, file_error
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
+Header = dict[str, dict[str, Any]]  # of a tensor: dtype, shape and data_offsets
 METADATA_KEY = "altopt"
 MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
 WRAPPERS = ("state_dict", "model")  # where training programs put the weights beside their epoch and optimizer
@@ -31,7 +33,7 @@ DTYPES = {
 }
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> None:
     """Write ``tensors`` and the JSON-able ``description`` to ``path``, whole or not at all.
 
     The bytes depend on names, values and description alone, not on the order or the device of the tensors. They are
@@ -52,7 +54,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Mapp
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors, on the CPU, and the description, which is empty in a safetensors file of other origin.
 
-    Raises ArtifactError when the file is missing, cut short or no safetensors file.
+    Raises ArtifactError when the file is missing, cut short or not a safetensors file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -69,16 +71,24 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_description(path: Path) -> dict[str, Any]:
     """Return the description of a checkpoint from its header alone; empty when it has none. Errors: load_checkpoint."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise _corrupt(path, "it begins like no such file")
-            header = json.loads(file.read(length))
+        header, _ = read_header(path)
+        description = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
     except OSError as error:
         raise file_error(path, error, "read") from error
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, f"the header is no JSON, {error}") from error
-    return _description(path, header)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _corrupt(path, f"its header is not JSON as expected, {error}") from error
+    if not isinstance(description, dict):
+        raise _corrupt(path, "its description is not a mapping")
+    return description
+
+
+def read_header(path: Path) -> tuple[Header, int]:
+    """Return the header of a safetensors file, and where its values begin; ValueError when it cannot be one."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError("it begins like no such file")
+        return json.loads(file.read(length)), 8 + length
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -118,15 +128,15 @@ def first_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | 
     return f"{extra} exists on the other side only" if extra is not None else None
 
 
-def raw_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     """Return the values of a tensor in row-major order as uint8 [bytes]; no copy when they lie so on the CPU."""
     import torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> dict[str, Any]:
-    entries: dict[str, Any] = {"__metadata__": {METADATA_KEY: canonical_json(description)}}
+def _header(names: list[str], tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> Header:
+    entries: Header = {"__metadata__": {METADATA_KEY: canonical_json(description)}}
     end = 0
     for name in names:
         dtype = str(tensors[name].dtype).removeprefix("torch.")
@@ -137,17 +147,7 @@ def _header(names: list[str], tensors: Mapping[str, Tensor], description: Mappin
     return entries
 
 
-def _description(path: Path, header: Any) -> dict[str, Any]:
-    try:
-        description = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _corrupt(path, f"its description is no JSON, {error}") from error
-    if not isinstance(description, dict):
-        raise _corrupt(path, "its description is no mapping")
-    return description
-
-
-def _load_pickle(path: Path) -> Any:
+def _load_pickle(path: Path) -> object:
     import torch
 
     try:
@@ -165,14 +165,14 @@ def _load_pickle(path: Path) -> Any:
         raise _corrupt(path, str(error)) from error
 
 
-def _weights(path: Path, content: Any) -> dict[str, Tensor]:
+def _weights(path: Path, content: object) -> dict[str, Tensor]:
     from torch import Tensor
 
     if not isinstance(content, Mapping) or not content:
         raise ArtifactError(f"{path} holds no weights by name: save model.state_dict() and bring that")
     other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
     if other is not None:
-        raise ArtifactError(f"{path} holds {other!r}, which is no tensor: save model.state_dict() and bring that")
+        raise ArtifactError(f"{path} holds {other!r}, which is not a tensor: save model.state_dict() and bring that")
     return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
@@ -192,4 +192,4 @@ def _difference(a: Tensor, b: Tensor) -> str | None:
 
 def _corrupt(path: Path, cause: str) -> ArtifactError:
     words = " ".join(cause.split())[:200]
-    return ArtifactError(f"{path} is corrupt or no checkpoint ({words}): make it again, or bring a whole copy")
+    return ArtifactError(f"{path} is corrupt or not a checkpoint ({words}): make it again, or bring a whole copy")

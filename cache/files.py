@@ -16,9 +16,12 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from altopt.errors import AltoptError, ArtifactError, DataError, ResourceError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 logger = logging.getLogger("altopt")
 
@@ -94,7 +97,7 @@ class DeferringFile(io.FileIO):
 
     error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         """Write all of ``data``, or keep the error; returns its size in bytes either way."""
         view = memoryview(data).cast("B")
         size = len(view)
@@ -121,13 +124,13 @@ def write_text_atomic(path: Path, text: str) -> None:
         file.write(text)
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
+def write_json_atomic(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON with sorted keys by way of ``atomic_path``; NaN and infinity are ValueErrors."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text_atomic(path, text + "\n")
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: object) -> str:
     """Return the one compact JSON text of ``value``: sorted keys, no spaces; NaN and infinity are ValueErrors."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -161,11 +164,11 @@ class Memo:
         """Return the SHA-256 of a file; raises ArtifactError when it cannot be read."""
         name = str(path.absolute())
         before = _signature(path)
-        if before is not None and name in self._files and self._files[name][:2] == [*before]:
-            return str(self._files[name][2])
+        if before is not None and name in self._files and self._files[name][:2] == before:
+            return self._files[name][2]
         sha256 = sha256_file(path)
         if before is not None and before == _signature(path):
-            self._files[name] = [*before, sha256]
+            self._files[name] = (*before, sha256)
             self._changed = True
         return sha256
 
@@ -191,7 +194,7 @@ class Memo:
             logger.debug("the memo of hashes is not saved: %s", error)
 
 
-def digest_files(files: Iterable[Path], description: Mapping[str, Any], memo: Memo, root: Path | None = None) -> str:
+def digest_files(files: Iterable[Path], description: Mapping[str, object], memo: Memo, root: Path | None = None) -> str:
     """Return the SHA-256 that stands for a data set: its description, and the name and the content of every file.
 
     A file is named by its path under ``root``, or by its last part when it lies elsewhere, and the order of ``files``
@@ -271,12 +274,12 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_memo(path: Path) -> tuple[dict[str, list[Any]], dict[str, str]]:
+def _read_memo(path: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, str]]:
     try:
         memo = json.loads(path.read_text(encoding="utf-8"))
         if memo["version"] != MEMO_VERSION:
             return {}, {}
-        files = {name: [int(size), int(mtime), str(sha256)] for name, (size, mtime, sha256) in memo["files"].items()}
+        files = {name: (int(size), int(mtime), str(sha256)) for name, (size, mtime, sha256) in memo["files"].items()}
         return files, {key: str(digest) for key, digest in memo["lists"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}, {}

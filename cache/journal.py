@@ -44,7 +44,7 @@ class Journal:
                     logger.info("%s is of another task: starting at the beginning", self.path)
         self._begin(good)
 
-    def append(self, item: Any) -> None:
+    def append(self, item: object) -> None:
         """Keep one more item: JSON-able, not None."""
         assert self._output is not None
         try:
@@ -76,12 +76,12 @@ class Journal:
             self.append(self.key)
 
 
-def _encoded(item: Any) -> bytes:
+def _encoded(item: object) -> bytes:
     text = canonical_json(item).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _decoded(line: bytes) -> Any:
+def _decoded(line: bytes) -> object:
     """Return the item of a line; None when it is not whole."""
     checksum, _, text = line[:-1].partition(b" ")
     whole = line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text)

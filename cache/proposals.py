@@ -19,13 +19,16 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from altopt.errors import ArtifactError
 from cache.files import DeferringFile, atomic_path, canonical_json, file_error
+
+if TYPE_CHECKING:
+    import h5py
 
 FORMAT_VERSION = 1
 CHUNK_ROWS = 4096
@@ -34,12 +37,11 @@ EDGE_PIXELS = 1.0  # a resized image has whole pixels, so a box clipped to it ma
 DEFLATE_LIMIT = 1100  # a byte of deflate stands for at most 1032; what claims to hold more was never written
 REMEDY = 'make it again ("altopt plan" says how), or bring a file of the schema in cache/proposals.py'
 
-# name: dtype (None for text), shape of a row, both in words
-SCHEMA: dict[str, tuple[Any, tuple[int, ...], str]] = {
-    "image_ids": (None, (), "text [N]"),
-    "offsets": (np.int64, (), "int64 [N + 1]"),
-    "boxes": (np.float32, (4,), "float32 [K, 4]"),
-    "scores": (np.float32, (), "float32 [K]"),
+
+# name: the type of the values (str: text), the shape of a row, and both in words
+SCHEMA: dict[str, tuple[type, tuple[int, ...], str]] = {
+    "image_ids": (str, (), "text [N]"), "offsets": (np.int64, (), "int64 [N + 1]"),
+    "boxes": (np.float32, (4,), "float32 [K, 4]"), "scores": (np.float32, (), "float32 [K]"),
 }
 
 Boxes = NDArray[np.float32]
@@ -53,9 +55,10 @@ class ProposalWriter:
     bytes. Raises ResourceError when there is no room.
     """
 
-    def __init__(self, path: Path, attributes: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, attributes: Mapping[str, object]) -> None:
         self._path = path
-        self._attributes = {**attributes, "settings": canonical_json(attributes.get("settings", {}))}
+        settings = canonical_json(attributes.get("settings", {}))
+        self._attributes = {**{name: str(value) for name, value in attributes.items()}, "settings": settings}
         self._ids: dict[str, None] = {}
         self._offsets = [0]
         self._waiting: list[tuple[Boxes, Scores]] = []
@@ -142,14 +145,14 @@ class ProposalFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open_file: tuple[int, Any] | None = None
-        self._columns: dict[str, Any] = {}  # data sets of the open file: looking one up costs as much as reading it
+        self._open_file: tuple[int, h5py.File] | None = None
+        self._columns: dict[str, h5py.Dataset] = {}  # kept: to look one up costs as much as to read it
         with self._reading() as file:
             self._identity = _identity(path)
-            _check_layout(path, file)
+            self._check_layout(file)
             self._rows = len(file["scores"])
-            self.attributes = _read_attributes(path, file)
-            self.image_ids = _read_ids(path, file)
+            self.attributes = self._read_attributes(file)
+            self.image_ids = self._read_ids(file)
             self._offsets: NDArray[np.int64] = file["offsets"][:]
         self._index = {image_id: number for number, image_id in enumerate(self.image_ids)}
         self._check_index()
@@ -196,7 +199,7 @@ class ProposalFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open_file": None, "_columns": {}}
 
     def _check_index(self) -> None:
@@ -208,7 +211,8 @@ class ProposalFile:
         if offsets[0] != 0 or offsets[-1] != self._rows or (np.diff(offsets) < 0).any():
             raise self._error(f"offsets does not rise from 0 to the {self._rows} rows")
 
-    def _check_rows(self, owners: NDArray[Any], boxes: Boxes, scores: Scores, limits: NDArray[Any]) -> None:
+    def _check_rows(self, owners: NDArray[np.int64], boxes: Boxes, scores: Scores,
+                    limits: NDArray[np.float64]) -> None:
         start, end = boxes[:, :2], boxes[:, 2:]
         rules = {
             "is not finite": ~(np.isfinite(boxes).all(1) & np.isfinite(scores)),
@@ -229,16 +233,16 @@ class ProposalFile:
             return self._columns["boxes"][rows], self._columns["scores"][rows]
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[Any]:
+    def _reading(self) -> Iterator[h5py.File]:
         with _lock:
             try:
                 yield self._handle()
             except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py on a damaged file
                 if isinstance(error, OSError) and error.errno is not None:
                     raise file_error(self.path, error, "read") from error
-                raise self._error("it is no HDF5 file, or damaged") from error
+                raise self._error("it is not an HDF5 file, or damaged") from error
 
-    def _handle(self) -> Any:
+    def _handle(self) -> h5py.File:
         import h5py
 
         if self._open_file is not None and self._open_file[0] == os.getpid():
@@ -260,11 +264,54 @@ class ProposalFile:
         return self._error(f"it has no entry for image {image_id}", "make it for this data set")
 
     def _error(self, cause: str, remedy: str = REMEDY) -> ArtifactError:
-        return _error(self.path, cause, remedy)
+        return ArtifactError(f"{self.path} cannot be used: {cause}: {remedy}")
 
+    def _read_attributes(self, file: h5py.File) -> dict[str, object]:
+        version = file.attrs.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise self._error(f"its format version is {version}, this altopt reads {FORMAT_VERSION}")
+        found = {name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                 for name, value in file.attrs.items() if isinstance(value, str | bytes)}
+        try:
+            return {**found, "settings": json.loads(found.get("settings", "{}"))}
+        except ValueError as error:
+            raise self._error("its attribute settings is not JSON") from error
 
-def _error(path: Path, cause: str, remedy: str = REMEDY) -> ArtifactError:
-    return ArtifactError(f"{path} cannot be used: {cause}: {remedy}")
+    def _read_ids(self, file: h5py.File) -> tuple[str, ...]:
+        try:
+            return tuple(file["image_ids"].asstr("utf-8", "strict")[:].tolist())
+        except UnicodeDecodeError as error:
+            raise self._error("image_ids is not UTF-8 text") from error
+
+    def _check_layout(self, file: h5py.File) -> None:
+        """Refuse everything but plain data sets of the right type; what HDF5 can do beyond them reaches other files."""
+        import h5py
+
+        for name, (dtype, shape, words) in SCHEMA.items():
+            link = file.get(name, getlink=True)
+            if link is None:
+                raise self._error(f"it has no data set {name}")
+            if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+                raise self._error(f"{name} is a link or a group, not a data set")
+            self._check_storage(file[name], name)
+            held = file[name].dtype
+            right = h5py.check_string_dtype(held) if dtype is str else held == dtype
+            if not right or file[name].ndim != 1 + len(shape) or file[name].shape[1:] != shape:
+                raise self._error(f"{name} is {held} {list(file[name].shape)}, not {words}")
+        if len(file["boxes"]) != len(file["scores"]):
+            raise self._error(f"it has {len(file['boxes'])} boxes and {len(file['scores'])} scores")
+
+    def _check_storage(self, dataset: h5py.Dataset, name: str) -> None:
+        import h5py
+
+        properties = dataset.id.get_create_plist()
+        if properties.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED) or properties.get_external_count():
+            raise self._error(f"{name} is neither contiguous nor chunked, or lies outside the file")
+        filters = {properties.get_filter(number)[0] for number in range(properties.get_nfilters())}
+        if filters - {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE}:
+            raise self._error(f"{name} is compressed by other means than gzip")
+        if dataset.nbytes > DEFLATE_LIMIT * dataset.id.get_storage_size():
+            raise self._error(f"{name} was never written, or not to the end")
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
@@ -272,69 +319,11 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _width(texts: list[bytes]) -> int:
-    return max([1, *map(len, texts)])
-
-
-def _text(texts: list[bytes]) -> Any:
+def _text(texts: list[bytes]) -> np.dtype[np.bytes_]:
     """Return a dtype of fixed width: HDF5 keeps text of variable width in a heap, which need not repeat its bytes."""
     import h5py
 
-    return h5py.string_dtype("utf-8", _width(texts))
-
-
-def _read_attributes(path: Path, file: Any) -> dict[str, Any]:
-    version = file.attrs.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise _error(path, f"its format version is {version}, this altopt reads {FORMAT_VERSION}")
-    attributes = {name: _decoded(value) for name, value in file.attrs.items() if isinstance(value, str | bytes)}
-    try:
-        return {**attributes, "settings": json.loads(attributes.get("settings", "{}"))}
-    except ValueError as error:
-        raise _error(path, "its attribute settings is no JSON") from error
-
-
-def _decoded(value: str | bytes) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def _read_ids(path: Path, file: Any) -> tuple[str, ...]:
-    try:
-        return tuple(file["image_ids"].asstr("utf-8", "strict")[:].tolist())
-    except UnicodeDecodeError as error:
-        raise _error(path, "image_ids is no UTF-8 text") from error
-
-
-def _check_layout(path: Path, file: Any) -> None:
-    """Refuse everything but plain data sets of the right type; what HDF5 can do beyond them reaches other files."""
-    import h5py
-
-    for name, (dtype, shape, schema) in SCHEMA.items():
-        link = file.get(name, getlink=True)
-        if link is None:
-            raise _error(path, f"it has no data set {name}")
-        if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
-            raise _error(path, f"{name} is a link or a group, not a data set")
-        _check_storage(path, file[name])
-        right = file[name].dtype == dtype if dtype else h5py.check_string_dtype(file[name].dtype)
-        if not right or file[name].ndim != 1 + len(shape) or file[name].shape[1:] != shape:
-            raise _error(path, f"{name} is {file[name].dtype} {list(file[name].shape)}, not {schema}")
-    if len(file["boxes"]) != len(file["scores"]):
-        raise _error(path, f"it has {len(file['boxes'])} boxes and {len(file['scores'])} scores")
-
-
-def _check_storage(path: Path, dataset: Any) -> None:
-    import h5py
-
-    name = dataset.name.removeprefix("/")
-    properties = dataset.id.get_create_plist()
-    if properties.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED) or properties.get_external_count():
-        raise _error(path, f"{name} is neither contiguous nor chunked, or lies outside the file")
-    filters = {properties.get_filter(number)[0] for number in range(properties.get_nfilters())}
-    if filters - {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE}:
-        raise _error(path, f"{name} is compressed by other means than gzip")
-    if dataset.nbytes > DEFLATE_LIMIT * dataset.id.get_storage_size():
-        raise _error(path, f"{name} was never written, or not to the end")
+    return cast("np.dtype[np.bytes_]", h5py.string_dtype("utf-8", max([1, *map(len, texts)])))
 
 
 _lock = threading.Lock()

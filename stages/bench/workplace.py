@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from altopt.models.frozen import frozen_depth
 from torch import nn
 
 from altopt.batches.samples import Sample, read_sample
@@ -16,7 +17,6 @@ from altopt.datasets.dataset import Dataset
 from altopt.machine.randomness import generator
 from altopt.models import backbones
 from altopt.models.detector import FasterRCNN, initialise
-from altopt.models.frozen import frozen_depth
 from altopt.stopwatch import Stopwatch
 from altopt.training.box_statistics import fixed_statistics
 from altopt.training.loop import freeze, layers_named
@@ -105,7 +105,7 @@ class Workplace:
 
     def _new_store(self, name: str, depth: int, precision: Precision) -> FeatureStore:
         return FeatureStore(self.folder / name / "M3.safetensors", self.frozen.conv, self.network,
-                            self.dataset, self.runtime, layers=depth, precision=precision, device=self.device)
+                            self.dataset, self.runtime, precision=precision, device=self.device)
 
     def build_store(self, network: FasterRCNN, precision: Precision, name: str = "built") -> None:
         """Build such a store anew, of all images; from maps of fewer layers where the folder of that name has any."""

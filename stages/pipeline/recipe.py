@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from altopt.config import NetworkConfig, out_of_bounds
 from altopt.datasets.dataset import DataConfig
 from altopt.errors import UsageError
-from altopt.layers import frozen_layers
+from altopt.layers import LAYERS, names_matching
 from stages import DETECTIONS, PRETRAINED, SCHEMES
 from stages.shared.stage_config import StageConfig, Trains
 from stages.shared.step import Step
@@ -240,7 +240,7 @@ def _check_names(recipe: Recipe, step: Step, config: StageConfig) -> None:
                          f"it is {config.init!r}")
     if isinstance(config, Trains):
         try:
-            frozen_layers(config.network.name, config.freeze)
+            names_matching([name for layer in LAYERS[config.network.name] for name in layer.weights], config.freeze)
         except UsageError as error:
             raise UsageError(f"{step.table}.{error}") from None
 

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from altopt.config import NetworkConfig
 from altopt.datasets.dataset import DataConfig, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import AltoptError
 from altopt.extents import maps_bytes
-from altopt.layers import LAYERS, frozen_layers
+from altopt.layers import LAYERS, names_matching
 from cache.files import canonical_json, sha256_text, write_text_atomic
 from stages.shared.stage_config import StageConfig, Trains
 
@@ -30,20 +29,38 @@ class Decision:
     reason: str
 
 
-def decide(wish: str, needed: int, free: int, visits: int, entries: int, reserved: int = 0) -> Decision:
+class Foreseen(TypedDict):
+    """What a store will take in bytes, and whether "auto" makes one; JSON-able."""
+
+    bytes: int
+    used: bool
+    reason: str
+
+
+def freezes_all(config: StageConfig) -> bool:
+    """Return whether the conv layers of a stage with this config all stay as they are, and it can read stored maps.
+
+    Raises ``UsageError`` where it freezes layers that do not exist.
+    """
+    if not isinstance(config, Trains) or not config.stores_maps or config.scales:
+        return False
+    weighted = [name for layer in LAYERS[config.network.name] for name in layer.weights]
+    return names_matching(weighted, config.freeze) == weighted
+
+
+def decide(wish: str, needed: int, free: int, visits: int, entries: int) -> Decision:
     """Return what ``--feature-store`` comes to: a store of ``needed`` bytes on a disk with ``free`` ones.
 
     The stage looks at ``entries`` images, mirror images counted, ``visits`` times in all; one look at each is enough,
-    since later stages read the store as well. ``reserved`` bytes are for a store that is worth more. Asked for with
-    "on", a store is made whatever it costs.
+    since later stages read the store as well. Asked for with "on", a store is made whatever it costs.
     """
     if wish == "off":
         return Decision(False, "not wanted (--feature-store off)")
     if wish == "on":
         return Decision(True, f"asked for, {gigabytes(needed)}")
     if visits < entries:
-        return Decision(False, f"{visits} visits of {entries} images: some are never seen")
-    spare = max(needed // SPARE_SHARE, SPARE_BYTES) + reserved
+        return Decision(False, f"{visits} visits see only part of {entries} images, caching would not pay")
+    spare = max(needed // SPARE_SHARE, SPARE_BYTES)
     if needed + spare > free:
         return Decision(False, f"{gigabytes(needed)} do not fit: {gigabytes(free)} are free, and {gigabytes(spare)} of "
                                "them stay so")
@@ -77,55 +94,30 @@ def known_sizes(folder: Path, config: DataConfig, root: Path | None) -> Sizes | 
     return sizes_of(open_dataset(config, "train", root)) if config.format == "shapes" else None
 
 
-def stored_layers(config: StageConfig) -> int:
-    """Return behind how many conv layers, counted from the first, a stage with that config stores maps; 0: it does not.
-
-    Raises ``UsageError`` where it freezes layers that do not exist.
-    """
-    if not (isinstance(config, Trains) and config.stores_maps) or config.scales:
-        return 0
-    return frozen_layers(config.network.name, config.freeze)
-
-
-def extent(network: str, layers: int) -> str:
-    """Return the blocks that the first layers of a network are, as people say it: conv1 to conv2."""
-    last = [layer.name.split(".")[0] for layer in LAYERS[network][:layers] if layer.weights][-1]
-    return last if last == "conv1" else f"conv1 to {last}"
-
-
-def reserved_bytes(sizes: Sizes, network: NetworkConfig, flips: bool, precision: str, layers: int) -> int:
-    """Return what a store of maps behind some layers leaves for that of all layers, which saves more than it does."""
-    return maps_bytes(sizes, network, flips, precision) if layers < len(LAYERS[network.name]) else 0
-
-
-def foreseen(folder: Path, config: StageConfig, root: Path | None) -> dict[str, Any] | None:
-    """Return for a stage with frozen conv layers what its store will take, and whether "auto" makes one; JSON-able.
+def foreseen(folder: Path, config: StageConfig, root: Path | None) -> Foreseen | None:
+    """Return what the store of a stage with that config will take.
 
     None: the stage stores nothing, or nobody has looked at its images yet.
     """
     if not isinstance(config, Trains):
         return None
     try:
-        layers = stored_layers(config)
-        sizes = known_sizes(folder, config.data, root) if layers else None
+        sizes = known_sizes(folder, config.data, root) if freezes_all(config) else None
     except AltoptError:
         return None  # the stage itself will say what is wrong
     if sizes is None:
         return None
-    kind = (config.network, config.flips, config.precision, layers)
-    needed = maps_bytes(sizes, *kind)
+    needed = maps_bytes(sizes, config.network, config.flips, config.precision)
     entries = sum(count for *_, count in sizes) * (2 if config.flips else 1)
     existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
-    decision = decide("auto", needed, shutil.disk_usage(existing).free, config.iterations * config.images_per_batch,
-                      entries, reserved_bytes(sizes, *kind))
-    where = "; on the CPU alone" if decision.used and layers < len(LAYERS[config.network.name]) else ""
-    return {"maps": extent(config.network.name, layers), "bytes": needed, "used": decision.used,
-            "reason": decision.reason + where}
+    visits = config.iterations * config.images_per_batch
+    decision = decide("auto", needed, shutil.disk_usage(existing).free, visits, entries)
+    return {"bytes": needed, "used": decision.used, "reason": decision.reason}
 
 
-def store_line(output: str, what: dict[str, Any]) -> str:
+def store_line(output: str, what: Foreseen) -> str:
     """Return what ``foreseen`` says as a line of the plan."""
-    return f"{output}: feature store {'on' if what['used'] else 'off'}, {what['maps']} ({what['reason']})"
+    return f"{output}: feature store {'on' if what['used'] else 'off'}: {what['reason']}"
 
 
 def _sizes_path(folder: Path) -> Path:

@@ -1,23 +1,21 @@
 """The store of frozen conv features: training sees the same maps again and again, so they are computed once.
 
-A store is a file of runs/NAME/features/, named by the number of conv layers that its maps went through and by a digest
-of all that they depend on: the weights of those layers, the frame, the data, the precision, and what computed them. M2,
-M3 and M4 share all their conv layers, so they share a store; M1 and M2 share the first ones, which stages 1 and 3 leave
-as they are in M0. It is a cache and no artifact: it has no record, nothing depends on whether it is there, and a stage
+A store is a file of runs/NAME/features/, named by a digest of the conv layers and one of all else that its maps depend
+on: the frame, the data, the precision, and what computed them. M2, M3 and M4 share their conv layers, so M3, P2 and M4
+share a store. It is a cache and no artifact: it has no record, nothing depends on whether it is there, and a stage
 computes the same bytes with and without it (altopt/models/frozen.py says why).
 
-It is built when a stage first needs it, from maps behind fewer layers where there are any, and filled on after an
-interruption. Before that, the stores of other layers in the folder are removed: they are large, and no stage to come
-starts from those.
+It is built when a stage first needs it, and filled on after an interruption. Before that, the stores of other conv
+layers in the folder are removed: they are large, and no stage to come starts from those.
 """
 
 import contextlib
-import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,227 +26,190 @@ from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Dataset
 from altopt.errors import ArtifactError, ResourceError
 from altopt.extents import maps_bytes
-from altopt.layers import LAYERS
 from cache.checkpoints import digest
-from cache.features import FeatureMapFile, FeatureMapWriter, MapKey, Precision
+from cache.features import FeatureMapFile, FeatureMapWriter, MapKey, MapSettings, Precision
 from cache.files import canonical_json, sha256_text
 from cache.preallocated import growing_path
 from stages.shared.events import Note
-from stages.shared.feature_maps import map_shapes, write_maps
-from stages.shared.feature_plan import FOLDER, Decision, decide, extent, gigabytes, reserved_bytes, sizes_of
+from stages.shared.feature_maps import computed_map, map_shapes, write_maps
+from stages.shared.feature_plan import FOLDER, Decision, decide, gigabytes, sizes_of
 from stages.shared.step import Runtime
 
 DIGITS = 16  # of a digest in a file's name
-NAME = re.compile(rf"(\d+)-([0-9a-f]{{{DIGITS}}})-")
 
 
 class FeatureStore:
-    """What the first ``layers`` conv layers (None: all) make of one stage's images, as a context.
+    """What the conv layers make of one stage's images, as a context.
 
-    ``maps`` are those found or built, which went through ``stored`` layers, at most so many; None where the stage goes
-    without. ``facts`` are for the stage's record, ``seconds`` is what building took in this process.
+    ``maps`` are those found or built, None where the stage goes without. ``facts`` are for the stage's record,
+    ``seconds`` is what building took in this process.
     """
 
     def __init__(self, out: Path, conv: nn.Sequential, network: NetworkConfig, dataset: Dataset, runtime: Runtime, *,
-                 precision: Precision, device: torch.device, layers: int | None = None) -> None:
+                 precision: Precision, device: torch.device) -> None:
         self.folder = out.parent / FOLDER
         self.conv, self.network, self.dataset, self.runtime = conv, network, dataset, runtime
         self.precision, self.device = precision, device
-        self.layers = len(LAYERS[network.name]) if layers is None else layers
-        self.stored = 0
         self.maps: FeatureMapFile | None = None
-        self.facts: dict[str, Any] = {}
+        self.facts: dict[str, str | int | float] = {}
         self.seconds = 0.0
-        self._weights = {name: tensor.detach() for name, tensor in conv.state_dict().items()}
-        self._digests: dict[int, str] = {}
+        self._threads = torch.get_num_threads()
+        self._damaged = False
+        self._repair = threading.Lock()
 
     def __enter__(self) -> "FeatureStore":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.maps is not None:
-            self.maps.close()
+        if self._damaged and self.maps is not None:
+            self.maps.path.unlink(missing_ok=True)  # whoever needs it next builds it anew
+        self.maps = None
 
     def find(self, flips: tuple[bool, ...]) -> None:
-        """Take the finished store behind most layers, with mirror images or without as ``flips`` allows; build none.
+        """Take the finished store, with mirror images or without as ``flips`` allows; build none.
 
         That is for stages that look at each image once.
         """
         if self.runtime.feature_store != "off":
-            self._take(self._deepest(flips, self.layers))
-        self._say(f"read, {self._extent(self.stored)}" if self.maps else "none read")
+            self.maps = self._finished(flips)
+        if self.maps is not None:
+            self._say("read")
 
     def find_or_build(self, flips: bool, visits: int) -> None:
         """Take the store, or build it if that pays for so many visits of images; see ``decide``.
 
-        Of several ranks the first one decides; they build it together, and all read it or none.
+        Without a word where a conv layer learns. Of several ranks the first one decides; they build it together, and
+        all read it or none.
         """
+        if any(weights.requires_grad for weights in self.conv.parameters()):
+            return
         ranks = self.runtime.ranks
         if ranks.first:
             self._find_or_build(flips, visits)
-            ranks.broadcast(self.stored)
+            ranks.broadcast(self.maps is not None)
             return
         while (news := ranks.broadcast(None)) == "build":
             self._write(None, flips)
-        self._take(self._deepest(_covering(flips), news))
+        if news:
+            self.maps = self._finished(_covering(flips))
 
     def sample(self, id: str, *, flipped: bool = False, proposals: np.ndarray | None = None) -> Sample:
         """Return an image of the data set as ``read_sample`` does, or its stored map; from any thread."""
         if self.maps is None:
             return read_sample(self.dataset, id, self.network, flipped=flipped, proposals=proposals)
-        return stored_sample(self.dataset, id, self.network, self.map_of(id, flipped), flipped=flipped,
-                             proposals=proposals)
+        try:
+            features = self.maps.get(MapKey(id, flipped, 0))
+        except ArtifactError as error:
+            features = self._computed_again(id, flipped, error)
+        return stored_sample(self.dataset, id, self.network, features, flipped=flipped, proposals=proposals)
 
-    def map_of(self, id: str, flipped: bool) -> Tensor:
-        """Return the stored map of an image, ``Tensor[C, h, w]``; may be called by several threads."""
-        assert self.maps is not None
-        return self.maps.get(MapKey(id, flipped, 0))
+    def _computed_again(self, id: str, flipped: bool, error: ArtifactError) -> Tensor:
+        """Return the map that the file does not give, to the same bits; ``error`` says why."""
+        with self._repair:
+            if not self._damaged:
+                self._damaged = True
+                self._note(f"{error} (it is only a cache: what is damaged is computed again)")
+            # Readers have a thread each to compute with, and another number of them may sum in another order.
+            torch.set_num_threads(self._threads)
+            sample = read_sample(self.dataset, id, self.network, flipped=flipped)
+            return computed_map(self.conv, sample, self.precision, self.device)
 
     def _find_or_build(self, flips: bool, visits: int) -> None:
         wish = self.runtime.feature_store
         if wish != "off":
-            self._take(self._deepest(_covering(flips), self.layers))
-        if self.layers and self.stored == self.layers:
-            self._say(f"read, {self._extent(self.stored)}")
+            self.maps = self._finished(_covering(flips))
+        if self.maps is not None:
+            self._say("read")
             return
         decision = self._decision(flips, visits)
         if not decision.used:
-            self._say_off(decision.reason)
+            self._say(f"off: {decision.reason}")
             return
         try:
             self._build(flips, decision.reason)
         except (ResourceError, ArtifactError) as error:
             if wish == "on":
                 raise
-            growing_path(self._path(self.layers, flips)).unlink(missing_ok=True)
-            self._say_off(str(error))
-
-    def _say_off(self, reason: str) -> None:
-        self._say(f"off: {reason}" + (f"; {self._extent(self.stored)} is read" if self.maps else ""))
+            growing_path(self._path(flips)).unlink(missing_ok=True)
+            self._say(f"off: {error}")
 
     def _decision(self, flips: bool, visits: int) -> Decision:
         wish = self.runtime.feature_store
         if wish == "off":
             return decide("off", 0, 0, 0, 0)
-        if not self.layers:
-            return Decision(False, "the first conv layer learns")
         if not self.runtime.data_digest:
             return Decision(False, "the stage was not told the digest of its data")
-        if wish == "auto" and self.device.type != "cpu" and self.layers < len(LAYERS[self.network.name]):
-            return Decision(False, f"a GPU computes {self._extent(self.layers)} sooner than a disk delivers it")
-        kind = (self.network, flips, self.precision, self.layers)
-        sizes = sizes_of(self.dataset)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        reusable = [growing_path(self._path(self.layers, flips)), *self._outdated()]
-        free = shutil.disk_usage(self.folder.parent).free + sum(_occupied(path) for path in reusable)
-        return decide(wish, maps_bytes(sizes, *kind), free, visits, len(self.dataset.ids) * (2 if flips else 1),
-                      reserved_bytes(sizes, *kind))
+        # A file full of holes takes only what was written of it.
+        reusable = sum(path.stat().st_blocks * 512 for path in [growing_path(self._path(flips)), *self._outdated()]
+                       if path.is_file())
+        free = shutil.disk_usage(self.folder.parent).free + reusable
+        needed = maps_bytes(sizes_of(self.dataset), self.network, flips, self.precision)
+        return decide(wish, needed, free, visits, len(self.dataset.ids) * (2 if flips else 1))
 
-    def _digest(self, layers: int) -> str:
-        """Return the digest of the weights of the first layers."""
-        if layers not in self._digests:
-            names = {layer.name for layer in LAYERS[self.network.name][:layers]}
-            self._digests[layers] = digest({name: tensor for name, tensor in self._weights.items()
-                                            if ".".join(name.split(".")[:2]) in names})
-        return self._digests[layers]
+    @cached_property
+    def _conv_digest(self) -> str:
+        return digest({name: tensor.detach() for name, tensor in self.conv.state_dict().items()})
 
-    def _extent(self, layers: int) -> str:
-        return extent(self.network.name, layers)
+    def _description(self, flips: bool) -> dict[str, str | MapSettings]:
+        return {"conv": self._conv_digest, "dataset": self.runtime.data_digest, "settings": {
+            "network": self.network.name, "short_side": self.network.short_side, "max_side": self.network.max_side,
+            "flips": flips, "computed_by": f"torch {torch.__version__} on {self.device.type}"}}
 
-    def _attributes(self, layers: int, flips: bool) -> dict[str, Any]:
-        frame = {"network": self.network.name, "short_side": self.network.short_side, "max_side": self.network.max_side}
-        return {"conv": self._digest(layers), "dataset": self.runtime.data_digest, "settings": {
-            **frame, "layers": layers, "flips": flips,
-            "computed_by": f"torch {torch.__version__} on {self.device.type}"}}
+    def _path(self, flips: bool) -> Path:
+        name = sha256_text(canonical_json([self._description(flips), self.precision]))
+        return self.folder / f"{self._conv_digest[:DIGITS]}-{name[:DIGITS]}.safetensors"
 
-    def _path(self, layers: int, flips: bool) -> Path:
-        name = sha256_text(canonical_json([self._attributes(layers, flips), self.precision]))
-        return self.folder / f"{layers:02d}-{self._digest(layers)[:DIGITS]}-{name[:DIGITS]}.h5"
-
-    def _take(self, found: tuple[int, FeatureMapFile] | None) -> None:
-        if self.maps is not None:
-            self.maps.close()
-        self.stored, self.maps = found or (0, None)
-
-    def _deepest(self, flips: tuple[bool, ...], most: int) -> tuple[int, FeatureMapFile] | None:
-        """Return the finished store behind the greatest number of layers up to ``most``, and that number."""
-        numbers = {int(found[1]) for path in self.folder.glob("*.h5") if (found := NAME.match(path.name))}
-        for layers in sorted((each for each in numbers if 0 < each <= most), reverse=True):
-            for mirrored in flips:
-                if maps := self._opened(layers, mirrored):
-                    return layers, maps
+    def _finished(self, flips: tuple[bool, ...]) -> FeatureMapFile | None:
+        """Return the finished store; None if there is none, or one that cannot be read: then it is built anew."""
+        for path in map(self._path, flips):
+            if path.is_file():
+                try:
+                    return FeatureMapFile(path)
+                except ArtifactError as error:
+                    self._note(f"{error} (it is only a cache)")
         return None
-
-    def _opened(self, layers: int, flips: bool) -> FeatureMapFile | None:
-        """Return the finished store; None if there is none, or if it is damaged: then it is built anew."""
-        path = self._path(layers, flips)
-        if not path.is_file():
-            return None
-        try:
-            maps = FeatureMapFile(path)
-        except ArtifactError as error:
-            self.runtime.report(Note(f"{error} (it is only a cache)"))
-            return None
-        wanted = self._attributes(layers, flips)
-        held = {**maps.attributes, "settings": maps.settings}
-        return maps if all(held.get(name) == value for name, value in wanted.items()) else None
 
     def _build(self, flips: bool, reason: str) -> None:
         started = time.perf_counter()
-        path = self._path(self.layers, flips)
-        self._remove_outdated()
-        self._say(f"building {FOLDER}/{path.name}, {self._extent(self.layers)}: {reason}")
-        shapes = map_shapes(self.dataset, [self.network], flips, self.layers)
-        with FeatureMapWriter(path, self._attributes(self.layers, flips), shapes, self.precision) as writer:
+        path = self._path(flips)
+        for outdated in list(self._outdated()):
+            with contextlib.suppress(OSError):
+                outdated.unlink()
+                self._note(f"{FOLDER}/{outdated.name} is removed: other conv layers, or an earlier altopt, made it")
+        self._say(f"is built as {FOLDER}/{path.name}: {reason}")
+        shapes = map_shapes(self.dataset, [self.network], flips)
+        with FeatureMapWriter(path, self._description(flips), shapes, self.precision) as writer:
             self.runtime.ranks.broadcast("build")
             found = self._write(writer, flips)
-        self._take((self.layers, FeatureMapFile(path)))
+        self.maps = FeatureMapFile(path)
         self.seconds = time.perf_counter() - started
         size = path.stat().st_size
-        self._say(f"built: {len(shapes)} maps of {self._extent(self.layers)}, {gigabytes(size)}, in "
-                  f"{self.seconds:.1f} s")
+        self._say(f"built: {len(shapes)} maps, {gigabytes(size)}, in {self.seconds:.1f} s")
         self.facts |= {"store_seconds": round(self.seconds, 2), "store_maps": len(shapes), "store_maps_found": found,
                        "store_bytes": size}
 
     def _write(self, writer: FeatureMapWriter | None, flips: bool) -> int:
-        shapes = map_shapes(self.dataset, [self.network], flips, self.layers)
         conv = self.conv.to(self.device).to(memory_format=torch.channels_last)
-        self._take(self._deepest(_covering(flips), self.layers - 1))
-
-        def read(key: MapKey) -> Sample:
-            return self.sample(key.image_id, flipped=key.mirrored)
-
-        return write_maps(writer, shapes, conv, read, precision=self.precision, device=self.device,
-                          runtime=self.runtime, layers=self.layers)
+        return write_maps(writer, map_shapes(self.dataset, [self.network], flips), conv,
+                          lambda key: read_sample(self.dataset, key.image_id, self.network, flipped=key.mirrored),
+                          precision=self.precision, device=self.device, runtime=self.runtime)
 
     def _outdated(self) -> Iterator[Path]:
-        """Yield the stores, finished and begun, of as many layers as these or fewer that are not these layers."""
-        for path in sorted(self.folder.glob("*.h5")):
-            found = NAME.match(path.name)
-            layers = int(found[1]) if found else 0
-            if not found or (layers <= self.layers and found[2] != self._digest(layers)[:DIGITS]):
+        """Yield the stores, finished and begun, of other conv layers and of earlier formats."""
+        for path in sorted(self.folder.glob("*")):
+            if path.suffix == ".h5" or (path.suffix == ".safetensors"
+                                        and not path.name.startswith(f"{self._conv_digest[:DIGITS]}-")):
                 yield path
-
-    def _remove_outdated(self) -> None:
-        for path in list(self._outdated()):
-            with contextlib.suppress(OSError):
-                path.unlink()
-                text = f"{FOLDER}/{path.name} is removed: other conv layers made it"
-                self.runtime.report(Note(text))
 
     def _say(self, text: str) -> None:
         self.facts["feature_store"] = text
-        self.runtime.report(Note(f"feature store: {text}"))
+        self._note(f"feature store {text}")
+
+    def _note(self, text: str) -> None:
+        self.runtime.report(Note(text))
 
 
 def _covering(flips: bool) -> tuple[bool, ...]:
     """Return with which mirror images a store has what is asked for: one that has them serves both."""
     return (True,) if flips else (False, True)
-
-
-def _occupied(path: Path) -> int:
-    """Return what a file takes of the disk; holes take nothing."""
-    try:
-        return path.stat().st_blocks * 512
-    except OSError:
-        return 0

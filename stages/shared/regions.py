@@ -4,7 +4,6 @@ Letters: R regions of an image, G its objects, K classes, D features of fc7, E f
 are kept pooled.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,7 +264,6 @@ def detect_regions(network: RegionNetwork, regions: Regions[Prepared], outputs: 
     return write_detections(network, network.groups(1), lambda ids: regions.read(ids[0]), detect, out, limit)
 
 
-def describe_features(attributes: Mapping[str, str]) -> dict[str, JSON]:
+def describe_features(description: Mapping[str, object]) -> dict[str, object]:
     """Return what SVMs and regressors say of the features that they were trained on."""
-    return {"network": json.loads(attributes["network"]), "classes": json.loads(attributes["classes"]),
-            "model": attributes["model"], "method": attributes["method"]}
+    return {name: description[name] for name in ("network", "classes", "model", "method")}

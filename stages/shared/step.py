@@ -29,7 +29,7 @@ class Kind(Enum):
     NETWORK = "M", ".safetensors"
     PROPOSALS = "P", ".h5"  # of the training split
     TEST_PROPOSALS = "T", ".h5"
-    FEATURES = "F", ".h5"  # of images or of regions
+    FEATURES = "F", ".safetensors"  # of images or of regions
     SVMS = "S", ".safetensors"
     REGRESSORS = "R", ".safetensors"
     DETECTIONS = "D", ".detections.json"
@@ -55,7 +55,7 @@ class Kind(Enum):
         elif self is Kind.FEATURES:
             from cache.preallocated import PreallocatedFile
 
-            PreallocatedFile(path, {}).close()
+            PreallocatedFile(path)
         elif self is not Kind.DETECTIONS:
             from cache.checkpoints import read_description
 

@@ -30,7 +30,7 @@ class GenerateProposals(ProposalSettings, Precision, OnTrainSplit):
 def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> Facts:
     """Cache the RPN's proposals for every training image, upright only.
 
-    Training has left a store of what the frozen ones of the conv layers make of the images, unless it did without.
+    Training on frozen conv layers has left a store of what they make of the images, unless it did without.
     """
     from altopt.batches.samples import Sample, make_batch
     from cache.files import sha256_file

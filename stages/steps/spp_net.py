@@ -151,7 +151,7 @@ def _stored_frames(stored: Any, path: Path, tensors: Any, network: NetworkConfig
     from cache.checkpoints import digest
 
     conv = digest({name: tensor for name, tensor in tensors.items() if name.startswith("conv.")})
-    if stored.attributes.get("conv") != conv:
+    if stored.description.get("conv") != conv:
         raise ArtifactError(f"{path.name} was made by other conv layers than the network's: make it again from the "
                             "same pre-trained network")
     return network.at_scales(stored.settings["scales"], stored.settings["max_side"])

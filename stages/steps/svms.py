@@ -70,7 +70,7 @@ def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime
         biases = [-np.inf if svm.weights is None else svm.bias for svm in svms]  # a class never seen is never found
         tensors = {"weights": torch.from_numpy(np.stack(weights).astype(np.float32)),
                    "biases": torch.tensor(biases, dtype=torch.float32)}
-        save_checkpoint(out, tensors, describe_features(file.attributes))
+        save_checkpoint(out, tensors, describe_features(file.description))
     return {"positives": sum(len(svm.positives) for svm in svms), "trainings": sum(svm.trainings for svm in svms),
             "trainings_not_converged": sum(svm.unconverged for svm in svms),
             "negatives_kept": sum(len(svm.negatives) for svm in svms), "feature_scale": scale,
@@ -91,7 +91,7 @@ def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runt
         labels = file.pooled_labels()
         scale = _scale(len(labels), config.norm_regions, config.seed,
                        lambda region: next(file.pooled(np.array([region]))), config.norm_target)
-        penalty = config.ridge or PENALTY[file.attributes["method"]]
+        penalty = config.ridge or PENALTY[str(file.description["method"])]
         weights = torch.zeros(len(file.classes), 4, file.width("pooled"))
         biases = torch.zeros(len(file.classes), 4)
         for label in range(len(file.classes)):
@@ -103,7 +103,7 @@ def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runt
                 targets = torch.from_numpy(file.pooled_targets(own))
                 weights[label], biases[label] = fit_box_ridge(blocks, targets, penalty, config.whitening_floor)
             runtime.report(ImagesDone(label + 1, len(file.classes), "classes"))
-        save_checkpoint(out, {"weights": weights * scale, "biases": biases}, describe_features(file.attributes))
+        save_checkpoint(out, {"weights": weights * scale, "biases": biases}, describe_features(file.description))
         unseen = len(file.classes) - len(np.unique(labels))
     return {"regions": len(labels), "ridge": penalty, "feature_scale": scale, "classes_without_regions": unseen,
             "bytes": out.stat().st_size}

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import threading
 import time
@@ -7,219 +8,260 @@ from contextlib import suppress
 import h5py
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from altopt.errors import ArtifactError, ResourceError
+from cache.checkpoints import save_checkpoint
 from cache.files import sha256_file
-from cache.preallocated import Column, PreallocatedFile, PreallocatedWriter, growing_path
+from cache.preallocated import PreallocatedFile, PreallocatedWriter, growing_path
 
-INDEX = {"names": ["a", "bä", ""], "ends": np.array([2, 5, 5], np.int64)}
-COLUMNS = {"values": Column(np.float32, (5, 3)), "marks": Column(np.uint16, (5,)), "empty": Column(np.float32, (0, 7))}
-ROWS = {0: (0, 2), 1: (2, 5), 2: (5, 5)}
+UNITS = {
+    "a": {"values": ("float32", (2, 3)), "marks": ("int32", (2,))},
+    "b/ä.jpg": {"values": ("float32", (3, 3)), "marks": ("int32", (3,))},
+    "none": {"values": ("float32", (0, 3)), "marks": ("int32", (0,))},
+}
+A, B, NONE = UNITS
+DESCRIPTION = {"about": "tests", "settings": {"b": 1, "a": [2]}}
 
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "F1.h5"
+    return tmp_path / "F1.safetensors"
 
 
-def writer(path, attributes=None, index=None, columns=None):
-    return PreallocatedWriter(path, attributes or {"about": "tests", "settings": {"b": 1, "a": [2]}}, index or INDEX,
-                              columns or COLUMNS, 3)
+def writer(path, description=DESCRIPTION, units=UNITS, kind="numbers"):
+    return PreallocatedWriter(path, kind, description, units)
 
 
-def values(begin, end):
-    return np.arange(3 * begin, 3 * end, dtype=np.float32).reshape(-1, 3), np.arange(begin, end, dtype=np.uint16)
+def arrays(unit):
+    rows = UNITS[unit]["marks"][1][0]
+    return {"values": np.arange(1, 3 * rows + 1, dtype=np.float32).reshape(-1, 3),
+            "marks": np.arange(rows, dtype=np.int32)}
 
 
-def put(file, unit):
-    begin, end = ROWS[unit]
-    numbers, marks = values(begin, end)
-    file.write(unit, {"values": (begin, numbers), "marks": (begin, marks)})
-
-
-def write(path, units=(0, 1, 2), **changes):
+def write(path, units=tuple(UNITS), **changes):
     with writer(path, **changes) as file:
         for unit in units:
-            put(file, unit)
+            file.put(unit, arrays(unit))
 
 
 def stop_after(path, units, **changes):
     with suppress(KeyboardInterrupt), writer(path, **changes) as file:
         for unit in units:
-            put(file, unit)
+            file.put(unit, arrays(unit))
         raise KeyboardInterrupt
+
+
+def damage(path):
+    """Change a byte of the first unit's values."""
+    content = bytearray(path.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little") + 5] ^= 1
+    path.write_bytes(content)
 
 
 def test_round_trip(path):
     write(path)
-    with PreallocatedFile(path, {"names": None, "values": np.float32}) as file:
-        assert file.texts("names") == ("a", "bä", "")
-        assert file.all("ends").tolist() == [2, 5, 5]
-        assert {"about": "tests", "settings": '{"a":[2],"b":1}'}.items() <= file.attributes.items()
-        assert (file.length("values"), file.width("values"), file.width("marks")) == (5, 3, 1)
-        np.testing.assert_array_equal(file.rows("values", 1, 4), values(1, 4)[0])
-        np.testing.assert_array_equal(file.all("marks"), values(0, 5)[1])
-        assert file.rows("values", 5, 5).shape == (0, 3)
-        assert file.all("empty").shape == (0, 7)
-    with h5py.File(path) as file:
-        np.testing.assert_array_equal(file["values"], values(0, 5)[0])
-        assert file["names"].asstr()[:].tolist() == ["a", "bä", ""]
+    with PreallocatedFile(path, "numbers") as file:
+        assert list(file.units) == list(UNITS)
+        assert DESCRIPTION.items() <= file.description.items()
+        for unit in UNITS:
+            assert file.whole(unit)
+            for name, values in arrays(unit).items():
+                np.testing.assert_array_equal(file.units[unit][name], values)
+                assert file.units[unit][name].dtype == values.dtype
+        with pytest.raises(ValueError, match="read-only"):
+            file.units[A]["values"][:] = 0
     assert not growing_path(path).exists()
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_other_programs_read_it(path):
+    write(path)
+    held = load_file(path)
+    assert set(held) == {f"{unit}/{name}" for unit in UNITS for name in ("values", "marks")} | {"checksums"}
+    np.testing.assert_array_equal(held[f"{B}/values"], arrays(B)["values"])
+
+
+def test_arrays_are_the_file_s_memory_and_begin_where_vectors_like_it(path):
+    write(path)
+    with PreallocatedFile(path) as file:
+        values = file.units[A]["values"]
+        assert not values.flags.owndata
+        assert values.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("order", [(A, B, NONE), (NONE, A, B)])
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
 def test_bytes_depend_neither_on_order_nor_on_interruptions(path, tmp_path, order, stop):
-    write(tmp_path / "whole.h5")
+    write(tmp_path / "whole.safetensors")
     stop_after(path, order[:stop])
     assert not path.exists()
     with writer(path) as file:
-        assert [file.done(unit) for unit in range(3)] == [unit in order[:stop] for unit in range(3)]
+        assert [file.done(unit) for unit in UNITS] == [unit in order[:stop] for unit in UNITS]
         for unit in order[stop:]:
-            put(file, unit)
-    assert sha256_file(path) == sha256_file(tmp_path / "whole.h5")
+            file.put(unit, arrays(unit))
+    assert sha256_file(path) == sha256_file(tmp_path / "whole.safetensors")
 
 
 @pytest.mark.parametrize("change", [
-    {"attributes": {"about": "others"}}, {"index": {**INDEX, "ends": np.array([1, 5, 5], np.int64)}},
-    {"columns": {**COLUMNS, "values": Column(np.float32, (5, 4))}},
+    {"description": {"about": "others"}}, {"units": {**UNITS, "more": UNITS[A]}}, {"kind": "letters"},
+    {"units": {**UNITS, A: {"values": ("float16", (2, 3)), "marks": ("int32", (2,))}}},
 ])
 def test_what_was_left_by_another_content_is_not_filled_on(path, change):
-    stop_after(path, [0, 1, 2])
-    with pytest.raises(ValueError, match="unit 0 was never written"), writer(path, **change) as file:
-        assert not any(file.done(unit) for unit in range(3))
+    stop_after(path, UNITS)
+    with pytest.raises(ValueError, match="a was never written"), writer(path, **change) as file:
+        assert not any(file.done(unit) for unit in UNITS)
 
 
-@pytest.mark.parametrize("size", [0, 100, 2000])
+@pytest.mark.parametrize("size", [0, 100, 700])
 def test_a_damaged_beginning_is_made_anew(path, size):
-    stop_after(path, [0])
+    stop_after(path, [A])
     os.truncate(growing_path(path), size)
     write(path)
-    with PreallocatedFile(path, {}) as file:
-        np.testing.assert_array_equal(file.all("values"), values(0, 5)[0])
+    with PreallocatedFile(path) as file:
+        assert all(file.whole(unit) for unit in UNITS)
+
+
+def test_what_did_not_reach_the_disk_is_written_again(path, tmp_path):
+    """After a power cut the checksum may be there and the values not, or the other way round."""
+    write(tmp_path / "whole.safetensors")
+    stop_after(path, [A, B])
+    damage(growing_path(path))
+    with writer(path) as file:
+        assert [file.done(unit) for unit in UNITS] == [False, True, False]
+        for unit in (A, NONE):
+            file.put(unit, arrays(unit))
+            assert file.done(unit)
+    assert sha256_file(path) == sha256_file(tmp_path / "whole.safetensors")
+
+
+def test_damaged_values_and_exchanged_units_are_noticed(path):
+    write(path, units=[A, NONE, B])
+    damage(path)
+    with PreallocatedFile(path) as file:
+        assert [file.whole(unit) for unit in UNITS] == [False, True, True]
+    content = path.read_bytes()
+    path.write_bytes(content.replace("b/ä.jpg".encode(), "b/ö.jpg".encode()))
+    with PreallocatedFile(path) as file:
+        assert [file.whole(unit) for unit in file.units] == [False, False, True]
 
 
 def test_a_missing_unit_is_an_error_and_nothing_appears(path):
-    with pytest.raises(ValueError, match="unit 1 was never written"):
-        write(path, (0, 2))
+    with pytest.raises(ValueError, match=r"b/ä.jpg was never written"):
+        write(path, (A, NONE))
     assert not path.exists()
 
 
-def test_a_unit_counts_only_after_its_values_are_on_the_disk(path, monkeypatch):
-    """A process that is killed runs no ``finally``: what it had not flushed is written again."""
-    import cache.preallocated as module
-
-    monkeypatch.setattr(module, "FLUSH_BYTES", 28)
-    synced = []
-    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(descriptor))
-    with suppress(KeyboardInterrupt), writer(path) as file:
-        put(file, 2)
-        assert (file.done(2), len(synced)) == (False, 0)
-        put(file, 0)
-        assert (file.done(2), file.done(0), len(synced)) == (True, True, 1)
-        with PreallocatedFile(growing_path(path), {}, complete=False) as other:
-            assert other.all("written").tolist() == [1, 0, 1]
-        raise KeyboardInterrupt
-
-
-def test_threads_write_side_by_side(path):
+def test_threads_write_and_read_side_by_side(path):
     count = 64
-    columns = {"values": Column(np.int64, (count * 10, 50))}
-    with PreallocatedWriter(path, {}, {}, columns, count) as file:
+    with PreallocatedWriter(path, "", {}, {str(n): {"values": ("int64", (10, 50))} for n in range(count)}) as file:
         def work(first):
             for unit in range(first, count, 4):
-                file.write(unit, {"values": (10 * unit, np.full((10, 50), unit))})
+                file.put(str(unit), {"values": np.full((10, 50), unit)})
 
         threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    with PreallocatedFile(path, {}) as file:
-        expected = np.repeat(np.arange(count), 10)[:, None]
-        assert (file.all("values") == expected).all()
+    with PreallocatedFile(path) as file:
+        assert all(file.whole(unit) and (file.units[unit]["values"] == int(unit)).all() for unit in file.units)
 
 
-@pytest.mark.parametrize("rows", [(4, (2, 3)), (0, (2, 4))])
-def test_rows_that_do_not_fit_are_refused(path, rows):
-    row, shape = rows
-    with pytest.raises(ValueError, match="values: rows"), writer(path) as file:
-        file.write(0, {"values": (row, np.zeros(shape, np.float32))})
+@pytest.mark.parametrize("values", [np.zeros((2, 4), np.float32), np.zeros((3, 3), np.float32), np.zeros((2, 3))])
+def test_arrays_that_do_not_fit_are_refused(path, values):
+    with pytest.raises(ValueError, match=r"a: values is .*, not float32 \(2, 3\)"), writer(path) as file:
+        file.put(A, arrays(A) | {"values": values})
 
 
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_a_full_disk_says_so_and_what_is_there_stays(path, monkeypatch, call):
-    stop_after(path, [0])
+    stop_after(path, [A])
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(ResourceError, match=r"F1.h5 cannot be written: the disk is full .* make room"):
-        write(path, (1, 2))
+    with pytest.raises(ResourceError, match=r"F1.safetensors cannot be written: the disk is full .* make room"):
+        write(path, (B, NONE))
     monkeypatch.undo()
     assert not path.exists()
     with writer(path) as file:
-        assert [file.done(unit) for unit in range(3)] == [True, False, False]
-        put(file, 1)
-        put(file, 2)
+        assert [file.done(unit) for unit in UNITS] == [True, call == "fsync", call == "fsync"]
+        for unit in (B, NONE):
+            file.put(unit, arrays(unit))
 
 
 def test_a_file_that_cannot_fit_is_refused_at_once(path):
-    columns = {"values": Column(np.float32, (1 << 40, 1024))}
-    with pytest.raises(ResourceError, match=r"F1.h5 will take 4,503,599,627,370,497 bytes"), \
-            PreallocatedWriter(path, {}, {}, columns, 1):
+    with pytest.raises(ResourceError, match=r"F1.safetensors will take 4,503,599,627,370,\d+ bytes"), \
+            PreallocatedWriter(path, "", {}, {"a": {"values": ("float32", (1 << 40, 1024))}}):
         pass
     assert list(path.parent.iterdir()) == []
 
 
 def test_bytes_do_not_depend_on_the_time(path, tmp_path):
     write(path)
-    time.sleep(1.1)  # HDF5 counts in seconds
-    write(tmp_path / "later.h5")
-    assert sha256_file(path) == sha256_file(tmp_path / "later.h5")
+    time.sleep(0.05)
+    write(tmp_path / "later.safetensors")
+    assert sha256_file(path) == sha256_file(tmp_path / "later.safetensors")
 
 
 def test_unfinished_missing_and_foreign_files(path, tmp_path):
-    stop_after(path, [0])
+    stop_after(path, [A])
     with pytest.raises(ArtifactError, match="was not finished"):
-        PreallocatedFile(growing_path(path), {})
+        PreallocatedFile(growing_path(path))
     with pytest.raises(ArtifactError, match="is missing"):
-        PreallocatedFile(path, {})
-    (tmp_path / "text.h5").write_text("no such file")
-    with pytest.raises(ArtifactError, match="no HDF5 file"):
-        PreallocatedFile(tmp_path / "text.h5", {})
-    write(path)
-    with pytest.raises(ArtifactError, match="marks is uint16, not float64"):
-        PreallocatedFile(path, {"marks": np.float64})
-    with pytest.raises(ArtifactError, match="it has no data set others"):
-        PreallocatedFile(path, {"others": np.float64})
+        PreallocatedFile(path)
+    for content in (b"", b"no such file", b"\2\0\0\0\0\0\0\0{}", b"\2\0\0\0\0\0\0\0[]", b"\x04\0\0\0\0\0\0\0null"):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"does not hold numbers of format version 2 .*, or is damaged: make"):
+            PreallocatedFile(path, "numbers")
+    save_checkpoint(path, {}, {"kind": "snapshot"})
+    with pytest.raises(ArtifactError, match="does not hold features"):
+        PreallocatedFile(path)
+    write(path, kind="letters")
+    with pytest.raises(ArtifactError, match="does not hold numbers"):
+        PreallocatedFile(path, "numbers")
 
 
-@pytest.mark.parametrize("make", [
-    lambda file: file.create_dataset("x", (4,), "f4", chunks=(2,)),
-    lambda file: file.create_dataset("x", (4,), "f4", external=[("/etc/passwd", 0, 16)]),
-    lambda file: file.__setitem__("x", h5py.ExternalLink("other.h5", "/x")),
-    lambda file: file.__setitem__("x", h5py.SoftLink("/written")),
-])
-def test_only_plain_contiguous_data_is_read(path, make):
+def test_a_file_of_an_earlier_altopt_is_refused_with_the_way_on(path):
     with h5py.File(path, "w") as file:
         file.attrs["format_version"] = 1
         file["written"] = np.ones(1, np.uint8)
-        make(file)
-    with pytest.raises(ArtifactError, match=r"no data set x|not contiguous"):
-        PreallocatedFile(path, {"x": np.float32})
+    with pytest.raises(ArtifactError, match=r"format version 2 \(earlier ones were HDF5\).*make it again"):
+        PreallocatedFile(path)
 
 
-def test_another_format_version_is_refused(path):
+@pytest.mark.parametrize("change", [
+    lambda header: header.update(checksums={**header["checksums"], "shape": [2]}),
+    lambda header: header["a/values"].update(shape=[-2, -3]),
+    lambda header: header["a/values"].update(shape=[3, 3]),
+    lambda header: header["a/values"].update(dtype="F16"),
+    lambda header: header["a/values"].update(dtype="X9"),
+    lambda header: header["a/values"].update(data_offsets=[4, 28]),
+    lambda header: header.pop("a/values"),
+    lambda header: header.pop("checksums"),
+    lambda header: header.pop("__metadata__"),
+    lambda header: header["__metadata__"].update(altopt="[]"),
+    lambda header: header["__metadata__"].update(altopt='{"kind":"numbers","format_version":3}'),
+])
+def test_headers_that_do_not_fit_are_refused(path, change):
     write(path)
-    with h5py.File(path, "r+") as file:
-        file.attrs["format_version"] = 2
-    with pytest.raises(ArtifactError, match="format version is 2, this altopt reads 1"):
-        PreallocatedFile(path, {})
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    with pytest.raises(ArtifactError, match="does not hold features of format version 2"):
+        PreallocatedFile(path)
 
 
-def test_rows_outside_are_an_error(path):
+@pytest.mark.parametrize("cut", [1, 30, 100])
+def test_a_file_that_was_cut_short_or_grew_is_refused(path, cut):
     write(path)
-    with PreallocatedFile(path, {}) as file, pytest.raises(IndexError, match=r"rows 4 .. 6 of 5"):
-        file.rows("values", 4, 6)
+    os.truncate(path, path.stat().st_size - cut)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        PreallocatedFile(path)
+    os.truncate(path, path.stat().st_size + 2 * cut)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        PreallocatedFile(path)

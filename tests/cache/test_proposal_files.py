@@ -197,7 +197,7 @@ def test_gzip_and_shuffle_are_read(path):
         ({"scores": np.zeros((3, 1), np.float32)}, r"scores is float32 \[3, 1\], not float32 \[K\]"),
         ({"scores": np.float32(1)}, r"scores is float32 \[\]"),
         ({"image_ids": np.array([1, 2])}, r"image_ids is int64 \[2\], not text \[N\]"),
-        ({"image_ids": np.array([b"\xff", b"a"])}, "image_ids is no UTF-8"),
+        ({"image_ids": np.array([b"\xff", b"a"])}, "image_ids is not UTF-8"),
         ({"image_ids": ["a", "a"]}, "image_ids names an image twice"),
         ({"offsets": np.array([0, 3])}, "offsets has 2 entries for 2 images, not 3"),
         ({"offsets": np.array([], np.int64)}, "offsets has 0 entries"),
@@ -257,7 +257,8 @@ def test_what_reaches_beyond_plain_data_is_refused(path, make, cause):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "cause"), [("format_version", 2, "format version is 2"), ("settings", "{", "settings is no JSON")]
+    ("name", "value", "cause"),
+    [("format_version", 2, "format version is 2"), ("settings", "{", "settings is not JSON")],
 )
 def test_attributes_of_another_kind(path, name, value, cause):
     write(path, [1])

@@ -30,15 +30,16 @@ def write(path, ids=tuple(COUNTS), stored="float32"):
 
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 def test_round_trip(tmp_path, stored):
-    write(tmp_path / "F2.h5", stored=stored)
-    with RegionFeatureFile(tmp_path / "F2.h5") as file:
-        assert (file.image_ids, file.classes, file.network) == (tuple(COUNTS), ["cat", "dog"], {"name": "small"})
+    write(tmp_path / "F2.safetensors", stored=stored)
+    with RegionFeatureFile(tmp_path / "F2.safetensors") as file:
+        assert (file.image_ids, file.classes, file.description["method"]) == (tuple(COUNTS), ["cat", "dog"], "rcnn")
         assert (len(file), file.width("features"), file.width("pooled")) == (3, 5, 6)
         for image, id in enumerate(COUNTS):
             expected = regions_of(id, stored)
             np.testing.assert_array_equal(file.features(image), expected.features.astype(np.float32))
-            for name in ("boxes", "labels", "overlaps"):
+            for name in ("boxes", "overlaps"):
                 np.testing.assert_array_equal(file.rows(name, image), getattr(expected, name))
+            np.testing.assert_array_equal(file.labels(image), expected.labels)
             labels, rows = file.objects(image)
             assert labels.tolist() == [1] * OBJECTS[id]
             np.testing.assert_array_equal(rows, expected.features[: OBJECTS[id]].astype(np.float32))
@@ -53,16 +54,16 @@ def test_round_trip(tmp_path, stored):
 
 
 def test_an_interrupted_writer_is_continued(tmp_path):
-    write(tmp_path / "whole.h5")
+    write(tmp_path / "whole.safetensors")
     with pytest.raises(ValueError, match="was never written"):
-        write(tmp_path / "F2.h5", ["c"])
-    write(tmp_path / "F2.h5")
-    assert sha256_file(tmp_path / "F2.h5") == sha256_file(tmp_path / "whole.h5")
+        write(tmp_path / "F2.safetensors", ["c"])
+    write(tmp_path / "F2.safetensors")
+    assert sha256_file(tmp_path / "F2.safetensors") == sha256_file(tmp_path / "whole.safetensors")
 
 
 def test_other_counts_than_were_said_are_refused(tmp_path):
-    writer = RegionFeatureWriter(tmp_path / "F2.h5", {}, COUNTS, RegionSizes(2, 5, 6, "float32"))
-    with pytest.raises(ValueError, match="c: 4 regions and 2 pooled"), writer:
+    writer = RegionFeatureWriter(tmp_path / "F2.safetensors", {}, COUNTS, RegionSizes(2, 5, 6, "float32"))
+    with pytest.raises(ValueError, match=r"c: boxes is float32 \(4, 4\), not float32 \(3, 4\)"), writer:
         writer.write("c", regions_of("a"))
 
 

@@ -192,11 +192,11 @@ def test_svms_take_the_place_of_the_softmax(finished, train, detect, tmp_path):
     from cache.region_features import RegionFeatureFile
 
     network = train()
-    out, facts = run_stage(finished, tmp_path / "F1.h5", cache_pooled_features, network, finished / "P1.h5",
+    out, facts = run_stage(finished, tmp_path / "F1.safetensors", cache_pooled_features, network, finished / "P1.h5",
                            rois_at_once=7)
     assert facts["pooled_regions"] == 0
     with RegionFeatureFile(out) as file:
-        assert (file.width("features"), file.attributes["method"]) == (256, "fast_rcnn")
+        assert (file.width("features"), file.description["method"]) == (256, "fast_rcnn")
     svms, facts = run_stage(finished, tmp_path / "S1.safetensors", train_svms, out)
     assert facts["positives"] > 0
     found = detect(network, detect_with_svms, svms, score=-1e9, nms=1.0)
@@ -207,7 +207,7 @@ def test_svms_take_the_place_of_the_softmax(finished, train, detect, tmp_path):
 @with_solver
 def test_svms_of_another_network_are_refused(finished, train, detect, tmp_path):
     network, other = train(), train("other", seed=9)
-    out, _ = run_stage(finished, tmp_path / "F1.h5", cache_pooled_features, network, finished / "P1.h5")
+    out, _ = run_stage(finished, tmp_path / "F1.safetensors", cache_pooled_features, network, finished / "P1.h5")
     svms, _ = run_stage(finished, tmp_path / "S1.safetensors", train_svms, out)
     with pytest.raises(ArtifactError, match=r"S1\.safetensors was trained on the features of another network"):
         detect(other, detect_with_svms, svms)

@@ -82,8 +82,8 @@ def test_another_seed_gives_other_bytes(copied):
     folder = copied["spp_net"]
     config = TrainFCLayers(network=NETWORK, data=DATA, **TRAINING, seed=4)
     before = hashes(folder, "spp_net")["M1"]
-    train_fc_layers(folder / "M0.safetensors", folder / "F1.h5", folder / "P0.h5", out=folder / "M1.safetensors",
-                    config=config, runtime=Runtime(device="cpu"))
+    train_fc_layers(folder / "M0.safetensors", folder / "F1.safetensors", folder / "P0.h5",
+                    out=folder / "M1.safetensors", config=config, runtime=Runtime(device="cpu"))
     assert hashes(folder, "spp_net")["M1"] != before
 
 
@@ -108,7 +108,7 @@ def test_maps_are_what_the_conv_layers_make_of_each_image(made):
     folder = made[0]["spp_net"]
     conv = network_of(folder, (6, 3, 2, 1)).conv.to(memory_format=torch.channels_last)
     frames = NETWORK.at_scales((64, 96), 200)
-    with FeatureMapFile(folder / "F1.h5") as file:
+    with FeatureMapFile(folder / "F1.safetensors") as file:
         assert len(file.keys) == 5 * 2 * 2
         for key in file.keys:
             sample = read_sample(TRAIN, key.image_id, frames[key.scale], flipped=key.mirrored)
@@ -120,15 +120,15 @@ def test_spp_net_features_are_pyramids_of_the_scale_that_suits_the_region(made):
     folder = made[0]["spp_net"]
     network = network_of(folder, (6, 3, 2, 1))
     scales = []
-    with RegionFeatureFile(folder / "F2.h5") as file, FeatureMapFile(folder / "F1.h5") as maps:
+    with RegionFeatureFile(folder / "F2.safetensors") as file, FeatureMapFile(folder / "F1.safetensors") as maps:
         for image, id in enumerate(TRAIN.ids):
             for box, hidden in zip(file.rows("boxes", image), file.features(image), strict=True):
                 area = (box[2] - box[0]) * (box[3] - box[1])
                 scale = min((0, 1), key=lambda s: abs(area * (0.8, 1.2)[s] ** 2 - 1600))
-                scaled = torch.from_numpy(box)[None] * (0.8, 1.2)[scale]
+                scaled = torch.tensor(box)[None] * (0.8, 1.2)[scale]
                 features = maps.get(MapKey(id, False, scale))[None]
                 expected = network.fc(pyramid_pool(features, [scaled], (6, 3, 2, 1), 1 / 16))[0]
-                torch.testing.assert_close(torch.from_numpy(hidden), expected, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(torch.tensor(hidden), expected, atol=1e-4, rtol=1e-4)
                 scales.append(scale)
     assert set(scales) == {0, 1}
 
@@ -141,18 +141,18 @@ def test_rcnn_features_are_those_of_each_warped_region_by_itself(made):
     sample = read_sample(TRAIN, id, original_frame(NETWORK, TRAIN.size(id)))
     assert sample.scale == 1
     image = make_batch([sample], CPU).images[0]
-    with RegionFeatureFile(folder / "F1.h5") as file:
+    with RegionFeatureFile(folder / "F1.safetensors") as file:
         rows = zip(file.rows("boxes", 1), file.features(1), strict=True)
         for box, hidden in list(rows)[::3]:
-            expected = network.fc(network.pool_crops(warp(image, torch.from_numpy(box)[None], 64)))[0]
-            torch.testing.assert_close(torch.from_numpy(hidden), expected, atol=5e-3, rtol=5e-3)  # stored as float16
+            expected = network.fc(network.pool_crops(warp(image, torch.tensor(box)[None], 64)))[0]
+            torch.testing.assert_close(torch.tensor(hidden), expected, atol=5e-3, rtol=5e-3)  # stored as float16
 
 
 @pytest.mark.parametrize(("scheme", "artifact", "overlap"), [("spp_net", "F2", 0.5), ("rcnn", "F1", 0.6)])
 def test_regions_are_objects_and_proposals_with_their_overlaps(made, scheme, artifact, overlap):
     folder = made[0][scheme]
     kept = []
-    with RegionFeatureFile(folder / f"{artifact}.h5") as file, ProposalFile(folder / "P0.h5") as proposals:
+    with RegionFeatureFile(folder / f"{artifact}.safetensors") as file, ProposalFile(folder / "P0.h5") as proposals:
         assert file.image_ids == TRAIN.ids
         for image, id in enumerate(TRAIN.ids):
             objects = TRAIN.objects(id)
@@ -242,7 +242,7 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
     network = network_of(folder, (6, 3, 2, 1))
     frames = NETWORK.at_scales((64, 96), 200)
     module = PyramidTraining(network, (6, 3, 2, 1), RoISampling(RoIThresholds(0.5, 0.5, 0.1), 16, 0.25), ("test",))
-    with FeatureMapFile(folder / "F1.h5") as maps, ProposalFile(folder / "P0.h5") as proposals:
+    with FeatureMapFile(folder / "F1.safetensors") as maps, ProposalFile(folder / "P0.h5") as proposals:
         stored, fresh = [], []
         for scale, id in enumerate(TRAIN.ids[:2]):
             given = {"flipped": True, "proposals": proposals.get(id)[0]}
@@ -265,7 +265,7 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
 def test_maps_of_other_conv_layers_are_refused(copied):
     folder = copied["spp_net"]
     shutil.copy(copied["rcnn"] / "M1.safetensors", folder / "M0.safetensors")
-    with pytest.raises(ArtifactError, match=r"F1.h5 was made by other conv layers"):
+    with pytest.raises(ArtifactError, match=r"F1.safetensors was made by other conv layers"):
         make(folder, "M1", "spp_net")
 
 
@@ -287,8 +287,9 @@ def test_bfloat16_is_stored_as_computed_and_changes_little(made, copied):
     folder, half = copied["spp_net"], {"precision": "bfloat16"}
     for artifact in ("F1", "F2", "S1", "R1", "D1"):
         make(folder, artifact, "spp_net", changes=half if artifact in ("F1", "F2", "D1") else {})
-    assert (folder / "F1.h5").stat().st_size < 0.55 * (made[0]["spp_net"] / "F1.h5").stat().st_size
-    with RegionFeatureFile(folder / "F2.h5") as one, RegionFeatureFile(made[0]["spp_net"] / "F2.h5") as other:
+    float32 = made[0]["spp_net"]
+    assert (folder / "F1.safetensors").stat().st_size < 0.55 * (float32 / "F1.safetensors").stat().st_size
+    with RegionFeatureFile(folder / "F2.safetensors") as one, RegionFeatureFile(float32 / "F2.safetensors") as other:
         difference = np.abs(one.features(0) - other.features(0)).max()
         assert 0 < difference < 0.05 * np.abs(other.features(0)).max()
     assert sum(map(len, read_detections(folder / file_name("D1"), TEST.ids, TEST.category_ids).values())) > 0
@@ -299,7 +300,7 @@ def test_linear_layers_take_features_as_they_are(made, scheme, artifact):
     """They are trained on features of another norm, and the factor is part of their weights."""
     folder, facts = made[0][scheme], made[1][scheme]
     svms, regressors = (load_checkpoint(folder / file_name(name))[0] for name in ("S1", "R1"))
-    with RegionFeatureFile(folder / f"{artifact}.h5") as file:
+    with RegionFeatureFile(folder / f"{artifact}.safetensors") as file:
         scale = facts["S1"]["feature_scale"]
         found = [file.objects(image) for image in range(len(file))]
         label = int(found[0][0][0])
@@ -308,7 +309,7 @@ def test_linear_layers_take_features_as_they_are(made, scheme, artifact):
         for image in range(len(file)):
             mine([svm], file.features(image) * scale, file.rows("overlaps", image)[:, label : label + 1])
         svm.train()
-        scores = torch.from_numpy(file.features(0)) @ svms["weights"][label] + svms["biases"][label]
+        scores = torch.tensor(file.features(0)) @ svms["weights"][label] + svms["biases"][label]
         np.testing.assert_allclose(scores, svm.scores(file.features(0) * scale), atol=1e-3)
 
         scale = facts["R1"]["feature_scale"]
@@ -324,7 +325,8 @@ def test_linear_layers_take_features_as_they_are(made, scheme, artifact):
 def test_facts_for_the_record(made, scheme):
     folder, facts = made[0][scheme], made[1][scheme]
     features = facts["F2" if scheme == "spp_net" else "F1"]
-    assert features["bytes"] == (folder / ("F2.h5" if scheme == "spp_net" else "F1.h5")).stat().st_size
+    name = "F2" if scheme == "spp_net" else "F1"
+    assert features["bytes"] == (folder / f"{name}.safetensors").stat().st_size
     assert features["regions"] == sum(len(each.get(id)[0]) + len(TRAIN.objects(id)) for each in
                                       [ProposalFile(folder / "P0.h5")] for id in TRAIN.ids)
     assert facts["S1"]["positives"] == sum(len(TRAIN.objects(id)) for id in TRAIN.ids)
