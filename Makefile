@@ -34,7 +34,7 @@ reproduce-voc07: venv
 
 # ARGS passes options on, e.g. ARGS="--networks vgg16 --sizes 600x800 --rounds 5".
 bench: venv
-	$(BIN)/altopt bench --save benchmarks/bench.json --markdown README.md $(ARGS)
+	$(BIN)/python -m benchmarks.bench --save benchmarks/bench.json --markdown benchmarks/RESULTS.md $(ARGS)
 
 wheel: venv
 	rm -rf build dist
