@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import click
 
@@ -489,47 +489,6 @@ def probe(options: Options, network: str | None, images: int, as_json: bool) -> 
     from stages.pipeline.probing import probe as probe_network
 
     print_result(probe_network(options.open_run(), network, images), as_json, probe_table)
-
-
-@main.command()
-@option("--networks", metavar="A,B", help="Some of the networks. Default: all.")
-@option("--sizes", metavar="HxW,...", default="600x800,300x400", help="Height and width of the images.")
-@option("--contenders", metavar="A,B", help="Some of the stages and torchvision's parts. Default: all.")
-@option("--rounds", type=click.IntRange(1), default=3, help="Steps of each that count, after one that does not.")
-@option("--precision", type=click.Choice(["auto", "float32", "bfloat16", "both"]), default="auto",
-        help="auto: float32, and bfloat16 where the hardware computes in it. torchvision is measured in both.")
-@option("--device", default="all", metavar="A,B", help="cpu, cuda, ...; all is the CPU, and CUDA where there is one.")
-@option("--clock", type=click.Choice(["wall", "processor"]), default="wall",
-        help="What ratios and schedule are reckoned from; processor time is steadier where others work too (CPU only).")
-@option("--compile", "compiled", is_flag=True, help="Joint training with conv layers through torch.compile as well.")
-@option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON to a file too.")
-@option("--markdown", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="README.md",
-        help="Put the tables between the marks <!-- bench --> and <!-- /bench --> of a document.")
-@JSON_OPTION
-def bench(save: Path | None, markdown: Path | None, as_json: bool, **options: Any) -> None:
-    """Time a step of every stage, part by part, beside torchvision's Faster R-CNN, and reckon the paper's schedule.
-
-    On generated images, with random weights, in one process and interleaved. It reports and never judges.
-
-    \b
-    altopt bench --networks small --sizes 300x400
-    altopt bench --json --save benchmarks/bench.json --markdown README.md
-    """
-    import shlex
-
-    from cache.files import write_json_atomic
-    from stages.bench.measuring import make_plan, measure
-    from stages.bench.tables import insert, markdown_of
-    from stages.shared.events import Note
-
-    plan = make_plan(**options)
-    report = reporter()
-    result = measure(plan, shlex.join(["altopt", *sys.argv[1:]]), lambda text: report(Note(text)))
-    if save:
-        write_json_atomic(save, result)
-    if markdown:
-        insert(markdown, markdown_of(result))
-    print_result(result, as_json, markdown_of)
 
 
 def run() -> None:

@@ -1,9 +1,9 @@
-"""What RoI pooling costs, and what adding up in a fixed order adds: ``python -m benchmarks.roi_pool [--device cuda]``.
+"""What RoI pooling costs: ``python -m benchmarks.roi_pool [--device cuda]``.
 
 Times forward and backward passes on VGG16's conv5 map of an image of 608 x 800: of torchvision's op as it is, of
-``altopt.ops.roi_pool`` (which divides it among threads on the CPU), of what that does on CUDA with ``--deterministic``,
-and the forward pass of ``altopt.ops.roi_pool`` where no gradient is asked for; in turns, and prints the medians. On
-the CPU with one thread (the default) it is processor time, with several the clock's; on CUDA that between two events.
+``altopt.ops.roi_pool``, also in the fixed order of ``--deterministic``, and where no gradient is asked for (which goes
+by tables of window maxima on the CPU); in turns, and prints the medians. On the CPU with one thread (the default) it
+is processor time, with several the clock's; on CUDA that between two events.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from altopt.machine.allocation import keep_freed_memory
 from altopt.machine.determinism import fixed_order
-from altopt.ops.roi_pool import pool_in_order, roi_pool
+from altopt.ops.roi_pool import roi_pool
 
 SHAPE = (1, 512, 38, 50)  # conv5 of VGG16
 GRID = 7
@@ -44,21 +44,20 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Resu
         begin = clock()
         result = work()
         return clock() - begin, result
-    begin_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin_event, end_event = (torch.Event(device, enable_timing=True) for _ in range(2))
     begin_event.record()
     result = work()
     end_event.record()
     torch.cuda.synchronize()
-    return float(begin_event.elapsed_time(end_event)) / 1000, result
+    return begin_event.elapsed_time(end_event) / 1000, result
 
 
 def pooled(way: str, features: Tensor, boxes: Tensor) -> Tensor:
     """Return the pooled regions ``Tensor[R, C, P, P]``, pooled in one of the ways."""
-    if way in (ALTOPT, CONSTANT):
+    if way != TORCHVISION:
         return roi_pool(features, [boxes], GRID, 1 / STRIDE)
     inclusive = torch.cat([boxes.new_zeros(len(boxes), 1), boxes - boxes.new_tensor([0, 0, 1, 1])], dim=1)
-    pool = pool_in_order if way == IN_ORDER else torchvision.ops.roi_pool
-    result: Tensor = pool(features, inclusive, GRID, 1 / STRIDE)
+    result: Tensor = torchvision.ops.roi_pool(features, inclusive, GRID, 1 / STRIDE)
     return result
 
 

@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torchvision
@@ -61,9 +62,8 @@ def main() -> None:
             some = boxes[:among], scores[:among]
             taken: list[tuple[float, float]] = []
             for _ in range(chosen.repeats + 1):
-                theirs, kept = timed(lambda some=some: torchvision.ops.nms(*some, OVERLAP), chosen.device)
-                ours, best = timed(lambda some=some, count=count: nms_keeping_best(*some, OVERLAP, count),
-                                   chosen.device)
+                theirs, kept = timed(partial(torchvision.ops.nms, *some, OVERLAP), chosen.device)
+                ours, best = timed(partial(nms_keeping_best, *some, OVERLAP, count), chosen.device)
                 assert torch.equal(kept[:count], best)
                 taken.append((theirs, ours))
             theirs, ours = (1000 * statistics.median(column) for column in zip(*taken[1:], strict=True))

@@ -7,10 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import link_or_copy, make_all, open_tiny, write_recipe
 
 import cli
 from cache.files import sha256_file
+
+# Modules of tests that use these make runs of several stages, or start processes.
+RUNNERS = {"tiny_runs", "region_runs", "rank_runs"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark what makes whole runs or starts processes as ``whole``."""
+    for item in items:
+        helpers = {getattr(value, "__module__", None) for value in vars(item.module).values()}
+        if "finished" in item.fixturenames or helpers & RUNNERS:
+            item.add_marker(pytest.mark.whole)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
 
 
 @dataclass(frozen=True)

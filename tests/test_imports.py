@@ -1,16 +1,44 @@
+"""Which module may import which: the top level one way, and inside altopt and stages every room from lower floors."""
+
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = ("altopt", "cache", "stages", "cli", "tests")
+OURS = ("altopt", "cache", "stages", "cli", "tests", "benchmarks")
 MAY_IMPORT = {"cli": {"stages", "altopt", "cache"}, "stages": {"stages", "altopt", "cache"},
               "altopt": {"altopt"}, "cache": {"cache", "altopt"}}
-MODULES = [ROOT / "cli.py", *(path for top in OURS[:3] for path in sorted((ROOT / top).rglob("*.py")))]
+# ``python -m altopt`` begins here: it calls the command line, which stands above it.
+EXCEPTION = ROOT / "altopt" / "__main__.py"
+MODULES = [ROOT / "cli.py", *(path for top in OURS[:3] for path in sorted((ROOT / top).rglob("*.py"))
+                              if path != EXCEPTION)]
 EACH_MODULE = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+# A room is a folder, and the modules beside the folders are one room, named by the top. It imports lower floors only.
+FLOORS = {
+    "altopt": [
+        {"altopt"},
+        {"altopt.machine", "altopt.datasets"},
+        {"altopt.ops", "altopt.evaluation"},
+        {"altopt.batches", "altopt.proposal_formats"},
+        {"altopt.models"},
+        {"altopt.training"},
+    ],
+    "stages": [
+        {"stages.shared", "stages.recipes"},
+        {"stages.steps"},
+        {"stages"},
+        {"stages.pipeline"},
+        {"stages.console"},
+    ],
+}
+# To raise one of these is a decision about the layout. A module beside the folders counts as a door of its own here.
+MOST = {"altopt": {"doors": 12, "floors": 6, "arrows": 32}, "stages": {"doors": 6, "floors": 5, "arrows": 15}}
+EACH_TOP = pytest.mark.parametrize("top", FLOORS)
 
 # Commands that answer at once: they must not wait for torch, which takes seconds to import, nor, where they only look
 # at files, for what takes half of their time.
@@ -35,6 +63,86 @@ def imported(path):
             assert node.level == 0, f"{path}: relative import"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {module_name(path): path for path in MODULES}
+
+
+def imported_modules(path):
+    """Return our modules that a file imports."""
+    found = set()
+    for name in imported(path):
+        while name and name not in NAMES:  # what is imported from a module is no module itself
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {"", module_name(path)}
+
+
+GRAPH = {name: imported_modules(path) for name, path in NAMES.items()}
+
+
+def room(name):
+    """Return the folder that a module lies in."""
+    return name if NAMES[name].name == "__init__.py" else name.rpartition(".")[0]
+
+
+def door(name):
+    """Return the module itself if it lies beside the folders, and else its folder."""
+    return name if name.count(".") == 1 else room(name)
+
+
+def arrows(top, place):
+    """Return each (from, to) between two places of a top-level folder, with the imports that make it."""
+    found = {}
+    for name, targets in GRAPH.items():
+        for target in targets:
+            if {name.split(".")[0], target.split(".")[0]} == {top} and place(name) != place(target):
+                found.setdefault((place(name), place(target)), []).append(f"{name} -> {target}")
+    return found
+
+
+@EACH_TOP
+def test_every_room_imports_lower_floors_only(top):
+    floor = {name: number for number, names in enumerate(FLOORS[top], start=1) for name in names}
+    rooms = {room(name) for name in GRAPH if name.split(".")[0] == top}
+    assert rooms == set(floor), "say on which floor a new room stands"
+    climbs = {pair: imports for pair, imports in arrows(top, room).items() if floor[pair[0]] <= floor[pair[1]]}
+    assert climbs == {}
+
+
+@EACH_TOP
+def test_the_house_stays_small(top):
+    between = arrows(top, door)
+    doors = {door(name) for name in GRAPH if name.startswith(f"{top}.")} | ({top} if GRAPH[top] else set())
+    assert len(doors) <= MOST[top]["doors"], sorted(doors)
+    assert len(FLOORS[top]) <= MOST[top]["floors"]
+    assert len(between) <= MOST[top]["arrows"], "\n".join(f"{a} -> {b}" for a, b in sorted(between))
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_a_step_imports_no_other_step():
+    steps = {name: targets for name, targets in GRAPH.items() if name.startswith("stages.steps.")}
+    assert {name: found for name, targets in steps.items() if (found := targets & set(steps))} == {}
+
+
+def test_a_climb_and_a_circle_are_found(monkeypatch):
+    """Otherwise the tests before this one say nothing."""
+    monkeypatch.setitem(GRAPH, "altopt.ops.boxes", GRAPH["altopt.ops.boxes"] | {"altopt.models.rpn"})
+    with pytest.raises(AssertionError, match=r"altopt\.ops\.boxes -> altopt\.models\.rpn"):
+        test_every_room_imports_lower_floors_only("altopt")
+    with pytest.raises(pytest.fail.Exception, match=r"altopt\.ops\.boxes imports altopt\.models\.rpn"):
+        test_no_modules_import_each_other_in_a_circle()
 
 
 @EACH_MODULE
@@ -71,8 +179,7 @@ def answers(commands, folder, heavy):
 def test_quick_commands_do_not_import_torch(copied):
     commands = [["--help"], ["plan", "--help"], ["recipes"], ["recipe", "shapes"], ["recipe", "tiny.toml", "--json"],
                 ["stage", "3", "--help"], ["plan"], ["status"], ["plan", "--run", "tiny"],
-                ["status", "--run", "tiny", "--json"], ["recall", "P1", "--run", "tiny"], ["--version"], ["pln"],
-                ["bench", "--help"]]
+                ["status", "--run", "tiny", "--json"], ["recall", "P1", "--run", "tiny"], ["--version"], ["pln"]]
     expected = [f"{0 if each != ['pln'] else 2} {' '.join(each)}" for each in commands]
     assert answers(commands, copied.parents[1], ("torch",)) == expected
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOMS = {
     "altopt": ("batches", "datasets", "evaluation", "machine", "models", "ops", "proposal_formats", "training"),
-    "stages": ("bench", "console", "pipeline", "recipes", "shared", "steps"),
+    "stages": ("console", "pipeline", "recipes", "shared", "steps"),
     "cache": (),
 }
 PACKAGES = tuple(f"{top}/{room}" if room else top for top, rooms in ROOMS.items() for room in ("", *rooms))

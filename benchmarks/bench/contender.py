@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from altopt.machine.allocation import give_back_freed_memory, keep_freed_memory
-from altopt.stopwatch import Stopwatch
-from stages.bench.memory import held_bytes
+from benchmarks.bench.memory import held_bytes
+from benchmarks.bench.stopwatch import Stopwatch
 
 Precision = Literal["float32", "bfloat16"]
 

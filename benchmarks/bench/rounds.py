@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from altopt.machine.allocation import give_back_freed_memory, keep_freed_memory
-from altopt.stopwatch import PARTS, synchronise
+from benchmarks.bench.contender import Contender
+from benchmarks.bench.memory import PeakMemory, touch
+from benchmarks.bench.stage_contenders import Trained
+from benchmarks.bench.stopwatch import PARTS, synchronise
 from cache.snapshots import WRITE_SHARE
-from stages.bench.contender import Contender
-from stages.bench.memory import PeakMemory, touch
-from stages.bench.stage_contenders import Trained
 from stages.shared.step import Runtime
 
 

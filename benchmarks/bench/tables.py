@@ -5,37 +5,29 @@ from pathlib import Path
 from typing import Any
 
 from altopt.errors import ArtifactError
-from altopt.stopwatch import PARTS
+from benchmarks.bench.machine import bfloat16_sentence
+from benchmarks.bench.stopwatch import PARTS
 from cache.files import write_text_atomic
-from stages.bench.machine import bfloat16_sentence
 from stages.pipeline.plan import duration
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 RATIOS = {
-    "front_rpn_step": "stage 1, a step: store of conv1 and conv2 against none",
-    "front_fast_rcnn_step": "stage 3, a step: store of conv1 and conv2 against none",
-    "front_joint_step": "joint training, a step: store of conv1 and conv2 against none",
     "store_rpn_step": "stage 4, a step: store against none",
     "store_fast_rcnn_step": "stage 6, a step: store against none",
     "store_rpn_stage_with_building": "stage 4 as a whole, building the store included",
     "store_both_stages_with_building": "stages 4 and 6, building included",
     "torchvision_default_joint_step": "joint training step against torchvision's",
-    "torchvision_default_stored_joint_step": "joint training step, store, against torchvision's",
     "torchvision_autocast_joint_step": "joint training step against torchvision's under autocast",
-    "torchvision_autocast_stored_joint_step": "joint training step, store, against torchvision's under autocast",
     "torchvision_default_detection": "detection against torchvision's",
     "torchvision_autocast_detection": "detection against torchvision's under autocast",
     "compiled_joint_step": "joint training step, conv layers through torch.compile against not",
 }
 SCHEDULE = {
     "alternating": "alternating, seven stages", "alternating_without_store": "alternating, no store",
-    "approximate_joint": "joint, one image a step", "approximate_joint_without_store": "joint, one, no store",
-    "approximate_joint_iter_size_2": "joint, two images a step",
-    "approximate_joint_iter_size_2_without_store": "joint, two, no store",
+    "approximate_joint": "joint, one image a step", "approximate_joint_iter_size_2": "joint, two images a step",
     "alternating_over_joint": "alternating / joint, one",
     "alternating_over_joint_iter_size_2": "alternating / joint, two",
-    "alternating_over_joint_iter_size_2_without_store": "alternating / joint, two, no store",
-    "without_store_over_joint_iter_size_2_without_store": "alternating, no store / joint, two, no store",
+    "without_store_over_joint_iter_size_2": "alternating, no store / joint, two",
     "alternating_over_torchvision_iter_size_2": "alternating / torchvision's joint, two",
     "alternating_over_torchvision_autocast_iter_size_2": "alternating / torchvision's joint under autocast, two",
 }
@@ -45,12 +37,13 @@ def markdown_of(report: dict[str, Any]) -> str:
     """Return the tables of a report: steps, shares, ratios, schedule; a column for each network, size and device."""
     machine, settings = report["machine"], report["settings"]
     gpus = "".join(f"; {name}" for name in machine["gpus"])
+    tf32 = "" if settings.get("tf32", "torch") == "torch" else f"; TF32 {settings['tf32']}"
     clock = "Wall clock" if settings["clock"] == "seconds" else "Processor time"
     about = (
         f"`{report['command']}` on {machine['processor']}, {machine['threads']} of {machine['cores']} threads{gpus}; "
         f"torch {machine['torch']}, torchvision {machine['torchvision']}; {bfloat16_sentence(machine)}. {clock}, "
         f"median of {settings['rounds']} interleaved steps, random weights, learning rate 0; load average "
-        f"{machine['load_average']:.1f} before."
+        f"{machine['load_average']:.1f} before{tf32}."
     )
     results, heading = report["results"], "Seconds for a step, and peak memory of weights, momenta and step:"
     if settings["clock"] == "seconds":

@@ -10,7 +10,7 @@ FAULTS = """
 import resource
 import torch
 from altopt.machine.allocation import give_back_freed_memory
-from stages.bench.rounds import Measured
+from benchmarks.bench.rounds import Measured
 
 SIZE = 200_000_000
 
@@ -32,6 +32,7 @@ print(faults(True), faults(False), faults(True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(allocation._glibc() is None, reason="the C library has no such settings")
 def test_a_step_finds_the_memory_that_its_earlier_ones_freed():
     """Although a contender before it gave all back; each page that comes anew from the system is a fault."""

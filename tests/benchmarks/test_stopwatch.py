@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from altopt.stopwatch import PARTS, Stopwatch
+from benchmarks.bench.stopwatch import PARTS, Stopwatch
 
 CPU = torch.device("cpu")
 

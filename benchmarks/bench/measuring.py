@@ -1,4 +1,4 @@
-"""``altopt bench``: what each stage's step costs, beside torchvision, and what follows for the whole schedule."""
+"""What each stage's step costs, beside torchvision, and what follows for the whole schedule."""
 
 import itertools
 import re
@@ -15,14 +15,14 @@ import torch
 from altopt.config import NETWORKS
 from altopt.datasets.shapes import SMALLEST_IMAGE
 from altopt.errors import UsageError
-from altopt.stopwatch import Stopwatch
-from stages.bench import stage_contenders, torchvision_contenders
-from stages.bench.contender import Contender, Precision
-from stages.bench.machine import computes_bfloat16, machine_facts
-from stages.bench.rounds import run_rounds
-from stages.bench.schedule import Figures, ratios, schedule
-from stages.bench.watching import watched
-from stages.bench.workplace import Workplace
+from benchmarks.bench import stage_contenders, torchvision_contenders
+from benchmarks.bench.contender import Contender, Precision
+from benchmarks.bench.machine import computes_bfloat16, machine_facts
+from benchmarks.bench.rounds import run_rounds
+from benchmarks.bench.schedule import Figures, ratios, schedule
+from benchmarks.bench.stopwatch import Stopwatch
+from benchmarks.bench.watching import watched
+from benchmarks.bench.workplace import Workplace
 from stages.pipeline.recipe import nearest
 from stages.shared.step import Runtime
 from stages.shared.training import device_of
@@ -44,6 +44,7 @@ class Plan:
     rounds: int = 3
     clock: str = "wall"
     compiled: bool = False
+    tf32: str = "torch"  # how float32 is multiplied on a GPU: as torch does by itself, or "on", or "off"
 
     def precisions(self, device: torch.device) -> tuple[Precision, ...]:
         """Return the precisions in which altopt is measured on a device; torchvision always is in both."""
@@ -59,7 +60,7 @@ class Plan:
             "networks": list(self.networks), "sizes": [_text(size) for size in self.sizes],
             "contenders": list(self.contenders), "devices": [str(device) for device in self.devices],
             "precision": self.precision, "rounds": self.rounds, "clock": CLOCKS[self.clock],
-            "compiled": self.compiled,
+            "compiled": self.compiled, "tf32": self.tf32,
         }
 
 
@@ -75,7 +76,8 @@ def make_plan(*, networks: str | None = None, sizes: str = "600x800,300x400", co
 
 
 def measure(plan: Plan, command: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the report of a bench, JSON-able; README.md says what stands in it."""
+    """Return the report of a bench, JSON-able; benchmarks/RESULTS.md says what stands in it."""
+    set_tf32(plan.tf32)
     machine = machine_facts(list(plan.devices))
     results = []
     for network, size in itertools.product(plan.networks, plan.sizes):
@@ -83,6 +85,14 @@ def measure(plan: Plan, command: str, say: Callable[[str], None]) -> dict[str, A
         results += _measured(plan, network, size, say)
     return {"version": FORMAT_VERSION, "command": command, "machine": machine, "settings": plan.as_dict(),
             "results": results}
+
+
+def set_tf32(wanted: str) -> None:
+    """Let products and convolutions of float32 on a GPU round to TF32 or not; "torch" leaves both as torch has them."""
+    if wanted != "torch":
+        precision = "tf32" if wanted == "on" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 def _measured(plan: Plan, network: str, size: tuple[int, int], say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -113,7 +123,7 @@ def _result(plan: Plan, network: str, size: tuple[int, int], device: torch.devic
     return {
         "network": network, "size": _text(size), "device": str(device), "contenders": rows,
         "ratios": {precision: ratios(figures, precision) for precision in precisions},
-        "schedule": {precision: schedule(figures, precision, front=device.type == "cpu") for precision in precisions},
+        "schedule": {precision: schedule(figures, precision) for precision in precisions},
     }
 
 

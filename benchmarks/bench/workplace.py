@@ -2,13 +2,13 @@
 
 import copy
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from altopt.models.frozen import frozen_depth
 from torch import nn
 
 from altopt.batches.samples import Sample, read_sample
@@ -17,12 +17,12 @@ from altopt.datasets.dataset import Dataset
 from altopt.machine.randomness import generator
 from altopt.models import backbones
 from altopt.models.detector import FasterRCNN, initialise
-from altopt.stopwatch import Stopwatch
 from altopt.training.box_statistics import fixed_statistics
 from altopt.training.loop import freeze, layers_named
+from benchmarks.bench.contender import Precision
+from benchmarks.bench.images import PROPOSALS, data_config, draw_images, write_proposals
+from benchmarks.bench.stopwatch import Stopwatch
 from cache.proposals import ProposalWriter
-from stages.bench.contender import Precision
-from stages.bench.images import PROPOSALS, data_config, draw_images, write_proposals
 from stages.shared.feature_store import FeatureStore
 from stages.shared.step import Runtime
 from stages.shared.training import CachedProposals
@@ -38,7 +38,7 @@ class Workplace:
     folder: Path
     watch: Stopwatch
     dataset: Dataset = field(init=False)
-    stores: dict[tuple[int, Precision], FeatureStore] = field(default_factory=dict)
+    stores: dict[Precision, FeatureStore] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -95,24 +95,21 @@ class Workplace:
         ids = self.dataset.ids
         return lambda iteration: [read_one(ids[(iteration + k) % len(ids)]) for k in range(count)]
 
-    def store(self, network: FasterRCNN, precision: Precision) -> FeatureStore:
-        """Return the store of what a network's frozen layers make of the images, built when first asked for."""
-        key = frozen_depth(network.conv), precision
-        if key not in self.stores:
-            self.stores[key] = self._new_store(f"stored{key[0]}", *key)
-            self.stores[key].find_or_build(flips=False, visits=1)
-        return self.stores[key]
+    def store(self, precision: Precision) -> FeatureStore:
+        """Return the store of what the frozen conv layers make of the images, built when first asked for."""
+        if precision not in self.stores:
+            self.stores[precision] = self._new_store(f"stored {precision}", precision)
+            self.stores[precision].find_or_build(flips=False, visits=1)
+        return self.stores[precision]
 
-    def _new_store(self, name: str, depth: int, precision: Precision) -> FeatureStore:
+    def _new_store(self, name: str, precision: Precision) -> FeatureStore:
         return FeatureStore(self.folder / name / "M3.safetensors", self.frozen.conv, self.network,
                             self.dataset, self.runtime, precision=precision, device=self.device)
 
-    def build_store(self, network: FasterRCNN, precision: Precision, name: str = "built") -> None:
-        """Build such a store anew, of all images; from maps of fewer layers where the folder of that name has any."""
-        depth = frozen_depth(network.conv)
-        for path in (self.folder / name / "features").glob(f"{depth:02d}-*.h5"):
-            path.unlink()
-        with self._new_store(name, depth, precision) as store:
+    def build_store(self, precision: Precision) -> None:
+        """Build such a store anew, of all images."""
+        shutil.rmtree(self.folder / "built" / "features", ignore_errors=True)
+        with self._new_store("built", precision) as store:
             store.find_or_build(flips=False, visits=1)
 
     def __enter__(self) -> "Workplace":

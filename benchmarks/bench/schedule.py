@@ -27,9 +27,9 @@ class Figures:
         row = self._row(name, precision, store, compiled)
         return None if row is None else row[self.clock]
 
-    def of_several(self, images: int, name: str, precision: str, *, store: bool = False) -> float | None:
+    def of_several(self, images: int, name: str, precision: str) -> float | None:
         """Return the seconds of a step that adds up the gradients of so many images, and updates weights once."""
-        row = self._row(name, precision, store, compiled=False)
+        row = self._row(name, precision, store=False, compiled=False)
         return None if row is None else images * row[self.clock] - (images - 1) * row["parts"]["optimizer"]
 
     def _row(self, name: str, precision: str, store: bool, compiled: bool) -> dict[str, Any] | None:
@@ -38,9 +38,9 @@ class Figures:
                 return row
         return None
 
-    def map_seconds(self, precision: str, name: str = "feature_store", *, store: bool = False) -> float | None:
-        """Return the seconds that one map of a store costs; with ``store``, from maps of fewer layers."""
-        row = self._row(name, precision, store, compiled=False)
+    def map_seconds(self, precision: str) -> float | None:
+        """Return the seconds that one map of the store costs."""
+        row = self._row("feature_store", precision, store=False, compiled=False)
         return None if row is None else row[self.clock] / row["images"]
 
 
@@ -49,14 +49,11 @@ def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
     rpn, stored_rpn = _pair(figures, "train_rpn_frozen_conv", precision)
     detector, stored_detector = _pair(figures, "train_fast_rcnn_frozen_conv", precision)
     building = _times(ENTRIES, figures.map_seconds(precision))
-    joint, stored_joint = _pair(figures, "train_approximate_joint", precision)
+    joint = figures.of("train_approximate_joint", precision)
     detect = figures.of("detect", precision)
     plain = _sum(_times(RPN_STEPS, rpn), _times(FAST_RCNN_STEPS, detector))
     stored = _sum(_times(RPN_STEPS, stored_rpn), _times(FAST_RCNN_STEPS, stored_detector), building)
     found = {
-        "front_rpn_step": _ratio(*_pair(figures, "train_rpn", precision)),
-        "front_fast_rcnn_step": _ratio(*_pair(figures, "train_fast_rcnn", precision)),
-        "front_joint_step": _ratio(joint, stored_joint),
         "store_rpn_step": _ratio(rpn, stored_rpn),
         "store_fast_rcnn_step": _ratio(detector, stored_detector),
         "store_rpn_stage_with_building": _ratio(_times(RPN_STEPS, rpn), _sum(_times(RPN_STEPS, stored_rpn), building)),
@@ -65,41 +62,32 @@ def ratios(figures: Figures, precision: str) -> dict[str, float | None]:
     }
     for form, other in (("default", "float32"), ("autocast", "bfloat16")):
         found[f"torchvision_{form}_joint_step"] = _ratio(figures.of("torchvision_training", other), joint)
-        found[f"torchvision_{form}_stored_joint_step"] = _ratio(figures.of("torchvision_training", other), stored_joint)
         found[f"torchvision_{form}_detection"] = _ratio(figures.of("torchvision_detection", other), detect)
     return found
 
 
-def schedule(figures: Figures, precision: str, front: bool) -> dict[str, Any]:
-    """Return the predicted seconds of py-faster-rcnn's whole schedule: each stage, alternating, approximate joint.
-
-    With ``front``, training whose first layers are frozen reads what they make from a store, as it does on the CPU.
-    """
+def schedule(figures: Figures, precision: str) -> dict[str, Any]:
+    """Return the predicted seconds of py-faster-rcnn's whole schedule: each stage, alternating, approximate joint."""
     def stage(count: int, name: str, store: bool = False) -> float | None:
         return _times(count, figures.of(name, precision, store=store))
 
-    fronts = _times(ENTRIES, figures.map_seconds(precision, "front_store")) if front else 0.0
-    maps = _times(ENTRIES, figures.map_seconds(precision, store=front))
     stages = {
-        "front": fronts, "M1": stage(RPN_STEPS, "train_rpn", front), "P1": stage(IMAGES, "generate_proposals"),
-        "M2": stage(FAST_RCNN_STEPS, "train_fast_rcnn", front), "store": maps,
+        "M1": stage(RPN_STEPS, "train_rpn"), "P1": stage(IMAGES, "generate_proposals"),
+        "M2": stage(FAST_RCNN_STEPS, "train_fast_rcnn"), "store": _times(ENTRIES, figures.map_seconds(precision)),
         "M3": stage(RPN_STEPS, "train_rpn_frozen_conv", True), "P2": stage(IMAGES, "generate_proposals", True),
         "M4": stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv", True),
     }
-    plain = _sum(stage(RPN_STEPS, "train_rpn"), stages["P1"], stage(FAST_RCNN_STEPS, "train_fast_rcnn"),
+    plain = _sum(stages["M1"], stages["P1"], stages["M2"],
                  stage(RPN_STEPS, "train_rpn_frozen_conv"), stages["P1"],
                  stage(FAST_RCNN_STEPS, "train_fast_rcnn_frozen_conv"))
     alternating = _sum(*stages.values())
     found = {"stages": stages, "alternating": alternating, "alternating_without_store": plain}
     name = "train_approximate_joint"
     for size, suffix in ((1, ""), (ITER_SIZE, "_iter_size_2")):
-        joint = _sum(_times(JOINT_STEPS, figures.of_several(size, name, precision, store=front)), fronts)
-        without = _times(JOINT_STEPS, figures.of_several(size, name, precision))
+        joint = _times(JOINT_STEPS, figures.of_several(size, name, precision))
         found |= {
-            f"approximate_joint{suffix}": joint, f"approximate_joint{suffix}_without_store": without,
-            f"alternating_over_joint{suffix}": _ratio(alternating, joint),
-            f"alternating_over_joint{suffix}_without_store": _ratio(alternating, without),
-            f"without_store_over_joint{suffix}_without_store": _ratio(plain, without),
+            f"approximate_joint{suffix}": joint, f"alternating_over_joint{suffix}": _ratio(alternating, joint),
+            f"without_store_over_joint{suffix}": _ratio(plain, joint),
         }
     for form, other in (("", "float32"), ("_autocast", "bfloat16")):
         theirs = _times(JOINT_STEPS, figures.of_several(ITER_SIZE, "torchvision_training", other))

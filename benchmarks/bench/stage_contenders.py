@@ -20,11 +20,11 @@ from altopt.machine.distributed import SingleProcess
 from altopt.models.detector import FasterRCNN
 from altopt.models.joint import CoordinatePath
 from altopt.training.loop import make_optimizer, prepared, state_of, train_step
+from benchmarks.bench.compiled_trunk import CompiledTrunk
+from benchmarks.bench.contender import Contender, Identity, Precision
+from benchmarks.bench.workplace import Workplace
 from cache.checkpoints import save_checkpoint
 from cache.snapshots import save_snapshot
-from stages.bench.compiled_trunk import CompiledTrunk
-from stages.bench.contender import Contender, Identity, Precision
-from stages.bench.workplace import Workplace
 from stages.shared.detection import Detect, detected
 from stages.shared.training import describe_network
 from stages.steps.assemble import Assemble, add_rpn_layers
@@ -38,7 +38,7 @@ STAGE_OF: dict[type, str] = {
     TrainFastRCNNFrozenConv: "train_fast_rcnn_frozen_conv", TrainApproximateJoint: "train_approximate_joint",
     TrainExactJoint: "train_exact_joint",
 }
-NAMES = (*STAGE_OF.values(), "generate_proposals", "front_store", "feature_store", "detect", "add_rpn_layers")
+NAMES = (*STAGE_OF.values(), "generate_proposals", "feature_store", "detect", "add_rpn_layers")
 FROZEN = (TrainRPNFrozenConv, TrainFastRCNNFrozenConv)
 
 
@@ -120,7 +120,7 @@ class _Trainings:
                            (TrainApproximateJoint, _approximate), (TrainExactJoint, _exact)):
             name = STAGE_OF[kind]
             if name in names:
-                for store in (False, True):
+                for store in (False, True)[: 1 + (kind in FROZEN)]:
                     yield self._trained(Identity(name, precision, store), kind, make)
         if compiled:
             identity = Identity("train_approximate_joint", precision, compiled=True)
@@ -138,7 +138,7 @@ class _Trainings:
             self.made[key] = module, optimizer
         module, optimizer = self.made[key]
         read = place.reader(config.images_per_batch, proposals="fast_rcnn" in identity.name,
-                            store=place.store(network, identity.precision) if identity.store else None)
+                            store=place.store(identity.precision) if identity.store else None)
         return Trained(identity=identity, images=config.images_per_batch, watch=place.watch, module=module,
                        optimizer=optimizer, read=read, config=config, device=place.device,
                        snapshot=place.folder / "snapshot.safetensors")
@@ -182,19 +182,12 @@ def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterat
 
     if "generate_proposals" in names:
         for store in (False, True):
-            read = place.reader(1, store=place.store(network, precision) if store else None)
+            read = place.reader(1, store=place.store(precision) if store else None)
             yield Computed(identity=Identity("generate_proposals", precision, store), images=1, read=read,
                            compute=propose, device=place.device, **shared)
-    images = len(place.dataset.ids)
-    if "front_store" in names:
-        yield Called(identity=Identity("front_store", precision), images=images,
-                     function=partial(place.build_store, place.learning, precision, "front"), **shared)
     if "feature_store" in names:
-        yield Called(identity=Identity("feature_store", precision), images=images,
-                     function=partial(place.build_store, place.frozen, precision), **shared)
-        place.build_store(place.learning, precision, f"on front {precision}")
-        yield Called(identity=Identity("feature_store", precision, store=True), images=images,
-                     function=partial(place.build_store, place.frozen, precision, f"on front {precision}"), **shared)
+        yield Called(identity=Identity("feature_store", precision), images=len(place.dataset.ids),
+                     function=partial(place.build_store, precision), **shared)
     if "detect" in names:
         yield Computed(identity=Identity("detect", precision), images=1, read=place.reader(1), compute=detect,
                        device=place.device, **(shared | {"module": detector}))

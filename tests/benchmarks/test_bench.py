@@ -4,11 +4,12 @@ import math
 import pytest
 import torch
 
-from altopt.stopwatch import PARTS, Stopwatch
-from stages.bench import stage_contenders, torchvision_contenders
-from stages.bench.measuring import CONTENDERS, make_plan, measure
-from stages.bench.watching import watched
-from stages.bench.workplace import Workplace
+from benchmarks.bench import stage_contenders, torchvision_contenders
+from benchmarks.bench.__main__ import main
+from benchmarks.bench.measuring import CONTENDERS, make_plan, measure, set_tf32
+from benchmarks.bench.stopwatch import PARTS, Stopwatch
+from benchmarks.bench.watching import watched
+from benchmarks.bench.workplace import Workplace
 
 ROW = {"name", "precision", "store", "compiled", "images", "seconds", "least", "greatest", "processor_seconds",
        "steps", "parts", "shares", "held_bytes", "peak_bytes"}
@@ -20,7 +21,7 @@ TRAINED = {name for name in CONTENDERS if name.startswith("train_")} | {"torchvi
 def report():
     """A bench of everything on the smallest images."""
     plan = make_plan(networks="small", sizes="48x64", device="cpu", rounds=1, precision="float32")
-    return measure(plan, "altopt bench", lambda text: None)
+    return measure(plan, "python -m benchmarks.bench", lambda text: None)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_a_report_says_what_it_is_of(report):
     assert {"processor", "cores", "threads", "bf16_flags", "gpus", "memory_bytes", "python", "torch", "torchvision",
             "system", "load_average"} == set(report["machine"])
     assert {"networks", "sizes", "contenders", "devices", "precision", "rounds", "clock",
-            "compiled"} == set(report["settings"])
+            "compiled", "tf32"} == set(report["settings"])
     (result,) = report["results"]
     assert set(result) == {"network", "size", "device", "contenders", "ratios", "schedule"}
     assert (result["network"], result["size"], result["device"]) == ("small", "48x64", "cpu")
@@ -47,7 +48,7 @@ def test_a_report_says_what_it_is_of(report):
 def test_every_contender_is_there(rows):
     found = by_name(rows)
     assert {name for name, _, _ in found} == set(CONTENDERS)
-    for name in (*FROZEN, "train_rpn", "train_fast_rcnn", "train_approximate_joint"):
+    for name in FROZEN:
         assert {(name, "float32", False), (name, "float32", True)} <= set(found)
     for name in torchvision_contenders.NAMES:
         assert {(name, "float32", False), (name, "bfloat16", False)} <= set(found)
@@ -72,7 +73,7 @@ def test_each_step_has_the_parts_that_it_consists_of(rows):
         assert ("trunk" in parts) == (row["name"] != "add_rpn_layers") or stored
         assert not stored or row["parts"]["trunk"] < row["seconds"] / 10  # putting maps together
         assert ("rpn" in parts) == (row["name"] not in ("train_fast_rcnn", "train_fast_rcnn_frozen_conv",
-                                                        "front_store", "feature_store", "add_rpn_layers"))
+                                                        "feature_store", "add_rpn_layers"))
         pooled = "rcnn" in row["name"] or "joint" in row["name"] or "detect" in row["name"] or "torch" in row["name"]
         assert ("roi_pool" in parts) == ("head" in parts) == pooled
         assert ("sampling" in parts) == (row["name"] in TRAINED)
@@ -95,7 +96,7 @@ def test_ratios_and_schedule_are_of_the_rows(report, rows):
     autocast = found["torchvision_training", "bfloat16", False]["seconds"]
     assert ratios["torchvision_autocast_joint_step"] == pytest.approx(autocast / joint)
     assert ratios["compiled_joint_step"] is None
-    assert schedule["approximate_joint_without_store"] == pytest.approx(70_000 * joint)
+    assert schedule["approximate_joint"] == pytest.approx(70_000 * joint)
     assert schedule["alternating"] == pytest.approx(sum(schedule["stages"].values()))
 
 
@@ -114,22 +115,23 @@ def test_contenders_keep_equal_weights(tmp_path):
             assert any(parameter.grad is not None and parameter.grad.any() for parameter in each.module.parameters())
             each.finish()
             assert all(parameter.grad is None for parameter in each.module.parameters())
-        assert len(made) == 8
+        assert len(made) == 6
         for network, kept in zip((place.learning, place.frozen), before, strict=True):
             assert all(torch.equal(each, kept[name]) for name, each in network.state_dict().items())
 
 
-def test_the_command_prints_saves_and_fills_the_document(altopt, workplace):
-    document = workplace / "README.md"
+def test_the_command_prints_saves_and_fills_the_document(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    document = tmp_path / "RESULTS.md"
     document.write_text("# Mine\n\n<!-- bench -->\nold\n<!-- /bench -->\n\nthe rest\n")
-    answer = altopt("bench", "--networks", "small", "--sizes", "48x64", "--rounds", 1, "--device", "cpu",
-                    "--contenders", "detect,generate_proposals", "--clock", "processor", "--json",
-                        "--precision", "float32",
-                    "--save", "benchmarks/bench.json", "--markdown", "README.md")
-    assert answer.code == 0, answer.err
-    printed = json.loads(answer.out)
-    assert json.loads((workplace / "benchmarks" / "bench.json").read_text()) == printed
+    assert main(["--networks", "small", "--sizes", "48x64", "--rounds", "1", "--device", "cpu", "--contenders",
+                 "detect,generate_proposals", "--clock", "processor", "--json", "--precision", "float32", "--tf32",
+                 "torch", "--save", "benchmarks/bench.json", "--markdown", "RESULTS.md"]) == 0
+    out, err = capsys.readouterr()
+    printed = json.loads(out)
+    assert json.loads((tmp_path / "benchmarks" / "bench.json").read_text()) == printed
     assert printed["settings"]["clock"] == "processor_seconds"
+    assert printed["command"].startswith("python -m benchmarks.bench")
     assert [row["name"] for row in printed["results"][0]["contenders"]] == \
         ["generate_proposals", "generate_proposals", "detect"]
     text = document.read_text()
@@ -138,7 +140,7 @@ def test_the_command_prints_saves_and_fills_the_document(altopt, workplace):
     assert "old" not in text
     assert "`generate_proposals`, store" in text
     assert "torchvision" in text
-    assert "round 1 of 1" in answer.err
+    assert "round 1 of 1" in err
 
 
 @pytest.mark.parametrize(("option", "word", "said"), [
@@ -146,16 +148,30 @@ def test_the_command_prints_saves_and_fills_the_document(altopt, workplace):
     ("--sizes", "600", "HEIGHTxWIDTH"), ("--sizes", "600x30", "at least 40"),
     ("--device", "cuda:99", "no such device"),
 ])
-def test_words_that_mean_nothing_are_usage_errors(altopt, option, word, said):
-    answer = altopt("bench", option, word)
-    assert (answer.code, answer.out) == (2, "")
-    assert said in answer.err
-    assert len(answer.err.splitlines()) == 1
+def test_words_that_mean_nothing_are_usage_errors(capsys, option, word, said):
+    assert main([option, word]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("wanted", "precision"), [("on", "tf32"), ("off", "ieee")])
+def test_tf32_is_switched_for_products_and_convolutions(wanted, precision):
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [place.fp32_precision for place in places]
+    try:
+        set_tf32(wanted)
+        set_tf32("torch")  # which changes nothing
+        assert [place.fp32_precision for place in places] == [precision, precision]
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 def test_without_a_compiler_compile_says_so_in_a_line(monkeypatch):
     from altopt.errors import UsageError
-    from stages.bench.compiled_trunk import CompiledTrunk
+    from benchmarks.bench.compiled_trunk import CompiledTrunk
 
     def fail(*_):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmany\nlines")
