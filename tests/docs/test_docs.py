@@ -23,7 +23,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 OURS = re.compile(r"(?:altopt|stages|cache|tests|benchmarks|docs)/[\w./-]*")
 NEW = {"altopt/datasets/yolo.py"}  # what an example of CONTRIBUTING writes
-EACH_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+EACH_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
 def code_lines(text: str) -> Iterator[str]:
@@ -120,9 +120,13 @@ def test_every_page_is_in_the_list():
     assert {path for path in PAGES if path.parent == ROOT / "docs"} - {ROOT / "docs" / "README.md"} <= listed
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if path not in (HISTORY, GENERATED)], ids=lambda p: p.name)
-def test_commands_are_understood(path):
-    for lines, whole in ((code_lines(TEXTS[path]), True), (spans(TEXTS[path]), False)):
+@EACH_PAGE
+def test_commands_are_understood(path, tmp_path, monkeypatch):
+    if path in (HISTORY, GENERATED):
+        return
+    monkeypatch.chdir(tmp_path)  # stages are those of a run in the current folder
+    settings = [f"altopt plan {span}" for span in spans(TEXTS[path]) if re.match(r"--set '?[a-z]", span)]
+    for lines, whole in ((code_lines(TEXTS[path]), True), (spans(TEXTS[path]), False), (settings, True)):
         for words in commands(lines):
             try:
                 understood(words, whole)
