@@ -51,7 +51,7 @@ def entered(stage: str) -> tuple[list[str], list[str]]:
             frame = frame.f_back
         raise Arrived
 
-    before, torch.Tensor.backward = torch.Tensor.backward, backward  # type: ignore[method-assign, assignment]
+    before, torch.Tensor.backward = torch.Tensor.backward, backward  # type: ignore[method-assign]
     sys.setprofile(watch)
     try:
         cli.exit_code(["stage", stage, *SMALL])

@@ -22,12 +22,15 @@ from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.machine.allocation import keep_freed_memory
 from altopt.machine.randomness import generator
-from altopt.models.detector import PARTS, FasterRCNN, initialise
+from altopt.models.detector import FasterRCNN
+from altopt.models.network_parts import initialise_all
 from cache.checkpoints import save_checkpoint
+from stages.shared.events import Event, ImagesDone
 from stages.shared.step import Runtime
 from stages.shared.training import describe_network
 from stages.steps.proposals import GenerateProposals, generate_proposals
 
+PARTS = ("conv", "rpn", "fc", "head")
 PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -41,14 +44,14 @@ class Memory:
         self.clock, self.processor = time.perf_counter(), time.process_time()
         self.samples: list[dict[str, Any]] = []
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Sample, if the report is of an image whose turn it is."""
-        if event["event"] != "images" or event["done"] % self.every:
+        if not isinstance(event, ImagesDone) or event.done % self.every:
             return
         clock, processor = time.perf_counter() - self.clock, time.process_time() - self.processor
-        self.samples.append({"images": event["done"], "resident_mb": round(resident(), 1),
+        self.samples.append({"images": event.done, "resident_mb": round(resident(), 1),
                              "seconds": round(clock, 2), "processor_seconds": round(processor, 2)})
-        print(f"{event['done']:>9}{resident():>13.1f}{event['done'] / clock:>13.1f}{event['done'] / processor:>17.1f}",
+        print(f"{event.done:>9}{resident():>13.1f}{event.done / clock:>13.1f}{event.done / processor:>17.1f}",
               flush=True)
 
 
@@ -70,7 +73,7 @@ def write_random_network(path: Path, config: GenerateProposals) -> None:
     classes = open_dataset(config.data, "train", None).classes
     network = FasterRCNN(config.network, len(classes))
     for part in PARTS:
-        initialise(getattr(network, part).to_empty(device="cpu"), generator("proposals_memory", part))
+        initialise_all(getattr(network, part).to_empty(device="cpu"), generator("proposals_memory", part), part)
     save_checkpoint(path, network.tensors(PARTS), describe_network(config.network, classes))
 
 

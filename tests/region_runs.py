@@ -14,7 +14,7 @@ from altopt.datasets.dataset import DataConfig
 from altopt.datasets.shapes import ShapesDataset
 from altopt.machine.randomness import generator
 from altopt.models import backbones
-from altopt.models.network_parts import initialise
+from altopt.models.network_parts import initialise_all
 from cache.checkpoints import save_checkpoint
 from cache.files import sha256_file
 from cache.proposals import ProposalWriter
@@ -93,9 +93,7 @@ def prepare(folder: Path) -> None:
     """Write M0, the proposals P0 of the training split and T0 of the test split."""
     folder.mkdir(parents=True, exist_ok=True)
     conv = backbones.small().conv
-    random = generator("region runs")
-    for name, layer in conv.named_modules():
-        initialise(name, layer, random)
+    initialise_all(conv, generator("region runs"))
     tensors = {f"conv.{name}": tensor.detach() for name, tensor in conv.state_dict().items()}
     save_checkpoint(folder / file_name("M0"), tensors, {"network": {"name": "small"}, "classes": []})
     for artifact, split in (("P0", "train:5"), ("T0", "test:3")):

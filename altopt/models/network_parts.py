@@ -74,6 +74,12 @@ class NetworkOfParts(nn.Module):
         }
 
 
+def initialise_all(part: nn.Module, random: torch.Generator, name: str = "") -> None:
+    """Give all layers of a part, or of a network, new random weights; ``name`` is that of the part in its network."""
+    for path, layer in part.named_modules(prefix=name):
+        initialise(path, layer, random)
+
+
 @torch.no_grad()
 def initialise(name: str, layer: nn.Module, random: torch.Generator) -> None:
     """Give a layer, without its children, new random weights and zero biases, or what it resets itself to."""

@@ -19,7 +19,8 @@ from altopt.config import TrainingConfig
 from altopt.machine.distributed import SingleProcess
 from altopt.models.detector import FasterRCNN
 from altopt.models.joint import CoordinatePath
-from altopt.training.loop import make_optimizer, prepared, state_of, train_step
+from altopt.models.losses import LossModule
+from altopt.training.loop import make_optimizer, state_of, train_step
 from benchmarks.bench.compiled_trunk import CompiledTrunk
 from benchmarks.bench.contender import Contender, Identity, Precision
 from benchmarks.bench.workplace import Workplace
@@ -54,12 +55,15 @@ class Trained(Contender):
     def step(self, iteration: int) -> None:
         """Read the images, make a batch of them, take a step."""
         assert isinstance(self.optimizer, torch.optim.SGD)
+        assert isinstance(self.module, LossModule)
         with self.watch.part("decode"):
             samples = self.read(iteration)
-        samples = prepared(self.module, samples, iteration, self.device)
+        samples = [self.module.prepare(sample, iteration) for sample in samples]
+        if self.device.type == "cuda":
+            samples = [sample.pinned() for sample in samples]
         with self.watch.part("decode"):
-            batch = make_batch(samples, self.device)
-        train_step(self.module, self.optimizer, batch, self.config, iteration, (0, self.identity.name), SingleProcess())
+            batch = make_batch(samples, self.device, iteration)
+        train_step(self.module, self.optimizer, batch, self.config, SingleProcess())
 
     def write_snapshot(self) -> None:
         """Write a snapshot, as the training loop does from time to time, and remove it."""
@@ -145,8 +149,8 @@ class _Trainings:
 
     def _compiled(self, network: FasterRCNN, config: TrainApproximateJoint, key: tuple[object, ...]) -> nn.Module:
         module = _approximate(network, config, key)
-        module.conv = CompiledTrunk(network.conv)
-        self.place.watch.watch_module(module.conv, "trunk")
+        module.trunk.conv = CompiledTrunk(network.conv)
+        self.place.watch.watch_module(module.trunk.conv, "trunk")
         return module
 
 

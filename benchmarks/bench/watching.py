@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-import altopt.models.frozen
-
 import altopt.batches.samples
 import altopt.batches.sampling
 import altopt.models.fast_rcnn
 import altopt.models.rpn
+import altopt.models.trunk
 import altopt.ops.roi_pool
 import altopt.ops.roi_sample
 import cache.checkpoints
@@ -21,7 +20,7 @@ from cache.features import FeatureMapWriter
 FUNCTIONS = {
     altopt.batches.sampling: {"label_anchors": "sampling", "subsample_labels": "sampling", "sample_rois": "sampling"},
     altopt.batches.samples: {"make_batch": "decode", "read_sample": "decode", "stored_sample": "decode"},
-    altopt.models.frozen: {"conv_features": "trunk", "frozen_features": "trunk", "image_maps": "trunk"},
+    altopt.models.trunk: {"image_maps": "trunk", "of_one_size": "trunk"},
     altopt.models.rpn: {"make_proposals": "rpn", "decode_proposals": "rpn", "filter_proposals": "rpn"},
     altopt.models.fast_rcnn: {"postprocess_detections": "head"},
     altopt.ops.roi_pool: {"roi_pool": "roi_pool"},

@@ -16,7 +16,8 @@ from altopt.config import NetworkConfig, TrainingConfig
 from altopt.datasets.dataset import Dataset
 from altopt.machine.randomness import generator
 from altopt.models import backbones
-from altopt.models.detector import FasterRCNN, initialise
+from altopt.models.detector import FasterRCNN
+from altopt.models.network_parts import initialise_all
 from altopt.training.box_statistics import fixed_statistics
 from altopt.training.loop import freeze, layers_named
 from benchmarks.bench.contender import Precision
@@ -64,7 +65,7 @@ class Workplace:
     def _learning(self, conv: nn.Sequential) -> FasterRCNN:
         random = generator("bench", self.network_name)
         conv.to_empty(device="cpu")
-        initialise(conv, random)
+        initialise_all(conv, random)
         network = FasterRCNN(self.network, len(self.dataset.classes))
         network.fill({f"conv.{name}": tensor for name, tensor in conv.state_dict().items()}, random)
         network.use_box_statistics(*fixed_statistics(len(self.dataset.classes)))

@@ -46,7 +46,7 @@ def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -
     from altopt.machine.randomness import generator
     from altopt.models import backbones
     from altopt.models.classification import CropClassifier, draw_crop
-    from altopt.models.network_parts import initialise
+    from altopt.models.network_parts import initialise_all
     from cache.checkpoints import save_checkpoint
     from cache.snapshots import remove_snapshot
     from stages.shared.training import entries_of, run_loop, snapshot_path
@@ -54,9 +54,7 @@ def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -
     seed = (config.seed, "pretrain_on_crops")
     dataset = open_dataset(config.data, "train", runtime.data_root)
     module = CropClassifier(backbones.build(config.backbone), len(dataset.classes))
-    random = generator(*seed, "weights")
-    for name, layer in module.named_modules():
-        initialise(name, layer, random)
+    initialise_all(module, generator(*seed, "weights"))
     order = BatchOrder(entries_of(dataset, dataset.ids, flips=False), config.images_per_batch, *seed)
 
     def read(iteration: int) -> list["Sample"]:
