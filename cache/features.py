@@ -68,6 +68,7 @@ class FeatureMapWriter(PreallocatedWriter[MapKey]):
             raise ValueError(f"{key}: {features.dtype} {tuple(features.shape)}, not {self._precision} "
                              f"{self._shapes[key]}")
         channels, height, width = features.shape
+        # Layers have left it channels_last: then this is no copy either.
         values = raw_bytes(features.permute(1, 2, 0)).view(np.uint16 if self._precision == "bfloat16" else np.float32)
         self.put(key, {"map": values.reshape(height, width, channels)})
 
@@ -95,7 +96,7 @@ class FeatureMapFile(PreallocatedFile):
         if not self.whole(unit):
             raise self.error(f"its map of {unit} is damaged")
         values = self.units[unit]["map"]  # (H, W, C)
-        # Not from_numpy, which warns of memory that cannot be written to.
+        # As bytes, because NumPy has no bfloat16; and not by from_numpy, which warns of memory that is read-only.
         tensor = torch.from_dlpack(values.reshape(-1).view(np.uint8))  # type: ignore[attr-defined]
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        return tensor.view(dtype).view(values.shape).permute(2, 0, 1)
+        return tensor.view(dtype).view(values.shape).permute(2, 0, 1)  # (C, H, W)

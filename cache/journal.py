@@ -69,7 +69,7 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._output = FileIO(self.path, "ab")
-            os.truncate(self.path, good)
+            os.truncate(self.path, good)  # or new lines would stand behind a torn one, and be lost with it
         except OSError as error:
             raise file_error(self.path, error, "written") from error
         if not good:

@@ -93,8 +93,8 @@ class RegionFeatureFile(PreallocatedFile):
         super().__init__(path, KIND)
         self.classes = cast(list[str], self.description.get("classes"))
         self.image_ids = tuple(self.units)
-        counts = [self.units[id]["pooled"].shape[0] for id in self.image_ids]
-        self._pooled_ends = np.cumsum(counts)  # (N,): pooled regions are counted over all images
+        # Regressors number the pooled regions of all images from 0 to Q - 1.
+        self._pooled_ends = np.cumsum([len(self.units[id]["pooled"]) for id in self.image_ids], dtype=np.int64)  # (N,)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -141,6 +141,6 @@ class RegionFeatureFile(PreallocatedFile):
     def _pooled_rows(self, name: str, regions: Sequence[int] | NDArray[np.int64], width: int) -> NDArray[np.float32]:
         values = np.empty((len(regions), width), np.float32)
         for n, image in enumerate(np.searchsorted(self._pooled_ends, regions, side="right").tolist()):
-            # From the end, which is counted over the images too: a negative index.
+            # Where the image's regions end, the number of the region falls short of it: so this index is negative.
             values[n] = self.units[self.image_ids[image]][name][int(regions[n]) - self._pooled_ends[image]]
         return values

@@ -46,10 +46,12 @@ def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequent
     def work(own: Sequence[MapKey]) -> Iterator[Tensor]:
         with Prefetcher(read, own, runtime.readers) as ahead:
             for sample in ahead:
+                # One image at a time: convolutions of several sum in another order, which changes last bits.
                 yield computed_map(conv, sample, precision, device)
 
     missing = runtime.ranks.broadcast([key for key in shapes if not writer.done(key)] if writer is not None else None)
     found = len(shapes) - len(missing)
+    # Closed at once after an error, or readers would go on in the background while the file is given up.
     with closing(runtime.ranks.map_images(missing, work)) as made:
         for done, (features, key) in enumerate(zip(made, missing, strict=False), found + 1):
             assert writer is not None

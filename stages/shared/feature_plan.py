@@ -60,6 +60,7 @@ def decide(wish: str, needed: int, free: int, visits: int, entries: int) -> Deci
         return Decision(True, f"asked for, {gigabytes(needed)}")
     if visits < entries:
         return Decision(False, f"{visits} visits see only part of {entries} images, caching would not pay")
+    # Nobody thanks a cache for the last byte of a disk, on which checkpoints are still to be written.
     spare = max(needed // SPARE_SHARE, SPARE_BYTES)
     if needed + spare > free:
         return Decision(False, f"{gigabytes(needed)} do not fit: {gigabytes(free)} are free, and {gigabytes(spare)} of "

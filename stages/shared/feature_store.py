@@ -62,7 +62,8 @@ class FeatureStore:
 
     def __exit__(self, *_: object) -> None:
         if self._damaged and self.maps is not None:
-            self.maps.path.unlink(missing_ok=True)  # whoever needs it next builds it anew
+            # Not repaired in place: other processes have it mapped, and files here are replaced, never written into.
+            self.maps.path.unlink(missing_ok=True)
         self.maps = None
 
     def find(self, flips: tuple[bool, ...]) -> None:
@@ -81,6 +82,7 @@ class FeatureStore:
         Without a word where a conv layer learns. Of several ranks the first one decides; they build it together, and
         all read it or none.
         """
+        # Asked of the network, not of the config: whatever was configured, a map of learning layers is never stored.
         if any(weights.requires_grad for weights in self.conv.parameters()):
             return
         ranks = self.runtime.ranks
@@ -99,16 +101,17 @@ class FeatureStore:
             return read_sample(self.dataset, id, self.network, flipped=flipped, proposals=proposals)
         try:
             features = self.maps.get(MapKey(id, flipped, 0))
-        except ArtifactError as error:
-            features = self._computed_again(id, flipped, error)
+        except ArtifactError:
+            features = self._computed_again(id, flipped)
         return stored_sample(self.dataset, id, self.network, features, flipped=flipped, proposals=proposals)
 
-    def _computed_again(self, id: str, flipped: bool, error: ArtifactError) -> Tensor:
-        """Return the map that the file does not give, to the same bits; ``error`` says why."""
+    def _computed_again(self, id: str, flipped: bool) -> Tensor:
+        """Return the map that the file does not give, to the same bits."""
         with self._repair:
             if not self._damaged:
                 self._damaged = True
-                self._note(f"{error} (it is only a cache: what is damaged is computed again)")
+                self._note(f"feature store: the map of {id} is damaged: damaged maps are computed at each visit, and "
+                           "the next stage builds the store anew")
             # Readers have a thread each to compute with, and another number of them may sum in another order.
             torch.set_num_threads(self._threads)
             sample = read_sample(self.dataset, id, self.network, flipped=flipped)
@@ -167,7 +170,7 @@ class FeatureStore:
                 try:
                     return FeatureMapFile(path)
                 except ArtifactError as error:
-                    self._note(f"{error} (it is only a cache)")
+                    self._note(f"{error} (a stage that needs it does so by itself)")
         return None
 
     def _build(self, flips: bool, reason: str) -> None:
