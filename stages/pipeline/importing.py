@@ -74,8 +74,8 @@ def read_proposals(path: Path, ids: tuple[str, ...], frame: Frame | None = None)
         raise ArtifactError(f"{path} is not there: check the path")
     reader = read_mat if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(f"{path} is of no known format: it ends in one of {', '.join(READERS)}, or is a folder of "
-                         ".mat files")
+        raise UsageError(f"{path} is of no known format: it must end in one of {', '.join(READERS)}, or be a folder "
+                         "of .mat files")
     incoming = reader(path, ids)
     incoming.frame = frame or incoming.frame
     return incoming

@@ -93,6 +93,7 @@ class Step:
     @cached_property
     def config_class(self) -> type:
         """The dataclass of the stage's config."""
+        # Not get_type_hints: that resolves the result's type too, whose names are those of another module.
         return cast(type, self.stage.__annotations__["config"])
 
     @property
