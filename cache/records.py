@@ -126,6 +126,7 @@ def _record(values: object) -> Record:
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version}, this altopt reads {FORMAT_VERSION}")
+    # Looked at one by one: a record may come from another machine, or from someone's editor.
     for name, kinds in _KINDS.items():
         if name in values and not isinstance(values[name], kinds):
             raise ValueError(f"{name} is {values[name]!r}")

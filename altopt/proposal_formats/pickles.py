@@ -65,7 +65,7 @@ def _detectron2(path: Path, content: dict[str, object]) -> ProposalFileReader:
                             "bring a dict of proposals such as detectron2's")
     mode = content.get("bbox_mode", 0)
     if mode not in BOX_MODES:
-        raise ArtifactError(f"{path} has bbox_mode {mode}: it is 0 (x1 y1 x2 y2) or 1 (x y width height)")
+        raise ArtifactError(f"{path} has bbox_mode {mode}: it must be 0 (x1 y1 x2 y2) or 1 (x y width height)")
     ids, boxes, scores = columns
     return ProposalFileReader(path, "a dict with ids, as detectron2's", BOX_MODES[mode],
                     zip(map(_id, ids), boxes, scores, strict=True))

@@ -33,6 +33,7 @@ class Reporter:
         self.task: TaskID | None = None
         self.last_line = 0.0
         logger = logging.getLogger("altopt")
+        # In the place of an earlier reporter's, so that nothing is said twice.
         logger.handlers = [each for each in logger.handlers if not isinstance(each, _LogLines)] + [_LogLines(self)]
 
     def __call__(self, event: Event) -> None:

@@ -164,6 +164,7 @@ def _cached(run: Run, name: str, key: Facts, compute: Callable[[], object]) -> o
     """Return what metrics.json has under a name, computed if it is not there for this key."""
     path = run.folder / "metrics.json"
     kept: dict[str, dict[str, object]] = {}
+    # Scoring COCO takes minutes: a score is kept with the hashes of what it is a score of.
     with suppress(OSError, ValueError, AttributeError, TypeError):  # damage only costs computing again
         read = renamed(json.loads(path.read_text(encoding="utf-8")))
         kept = {each: entry for each, entry in read.items() if "key" in entry}

@@ -72,8 +72,8 @@ def read_proposals(path: Path, ids: tuple[str, ...], box_format: BoxFormat | Non
         raise ArtifactError(f"{path} is not there: check the path")
     reader = read_mat if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(f"{path} is of no known format: it ends in one of {', '.join(READERS)}, or is a folder of "
-                         ".mat files")
+        raise UsageError(f"{path} is of no known format: it must end in one of {', '.join(READERS)}, or be a folder "
+                         "of .mat files")
     incoming = reader(path, ids)
     incoming.box_format = box_format or incoming.box_format
     return incoming

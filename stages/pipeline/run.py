@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, runtime: Runtime) -> None:
         self.folder, self.recipe, self.runtime = folder, recipe, runtime
         self.memo = Memo(folder / ".hashes.json")
-        self._data: dict[Split, str | None] = {}
+        self._data: dict[Split, str | None] = {}  # a command looks at a data set once: it may be 100,000 files
         self._checked: set[Split] = set()
 
     @property
@@ -85,7 +85,7 @@ class Run:
                 needed |= set(step.inputs_for(self.recipe.config(step)))
         return needed
 
-    def verdict(self, step: Step, pending: Iterable[str] = ()) -> Verdict:
+    def verdict(self, step: Step, pending: Collection[str] = ()) -> Verdict:
         """Return whether a step's output is valid; ``pending`` names inputs that are about to change."""
         path, record = self.path(step.output), self.record(step.output)
         if not path.is_file():
@@ -123,7 +123,8 @@ class Run:
             old = [name for name in record.inputs if name not in inputs]
             because = " (init)" if record.config.get("init") != config.get("init") else ""
             reasons.append(f"starts from {' and '.join(new)} instead of {' and '.join(old) or 'nothing'}{because}")
-            config |= {name: record.config[name] for name in ("init",) if name in record.config}  # it has been said
+            if "init" in record.config:
+                config["init"] = record.config["init"]  # that has just been said
         reasons += differences(record.config, config)
         data = self.data_digest(step)
         if data is not None and record.data is not None and data != record.data:
@@ -146,6 +147,7 @@ class Run:
         """Return what of a config decides whether an output is stale: all but the split that the step does not read."""
         fingerprint: dict[str, JSON] = plain(dataclasses.asdict(self.recipe.config(step)))
         if isinstance(data := fingerprint.get("data"), dict):
+            # Else to evaluate on another test set would make all networks stale.
             data.pop("test" if step.split == "train" else "train")
         return fingerprint
 
@@ -181,6 +183,7 @@ class Run:
                 raise ArtifactError(f"{step.name} needs {file_name(name)}, which is not in {self.folder}: make it with "
                                     f"altopt stage {name}, or bring one with --from {name}=FILE")
         self.check_data(step)
+        # Taken before the stage runs: what it reads is what these name, whatever happens to the files meanwhile.
         hashes = {name: self.memo.sha256(self.path(name)) for name in inputs}
         data = self.data_digest(step)
         runtime = dataclasses.replace(
@@ -195,7 +198,7 @@ class Run:
         # What the other ranks are told is pickled: they have no one to report to, and ranks of their own.
         runtime.ranks.announce((stage, dataclasses.replace(runtime, report=ignore_event, ranks=SingleProcess())))
         keep_freed_memory()
-        with fixed_order(runtime.deterministic):
+        with fixed_order(runtime.deterministic):  # ``help_rank_0`` does the same on the other ranks
             facts = stage(runtime=runtime)
         # A resumed stage has trained longer than this process knows of.
         trained = facts.get("train_seconds")
@@ -209,6 +212,7 @@ class Run:
         return record
 
     def _keep(self, record: Record) -> Record:
+        # The artifact is there before its record: killed in between, it counts as incomplete and is made again.
         write_record(self.folder / f"{record.artifact}.json", record)
         self.memo.save()
         return record
@@ -228,6 +232,7 @@ class Run:
             and record.sha256 == other.memo.sha256(other.path(step.output))
         )
         if alike:
+            # A link is safe between runs: altopt replaces artifacts and never writes into one.
             link_or_copy(other.path(step.output), self.path(step.output))
             self._keep(record)
             self.report(step, Reason(f"taken over from {other.folder}"))

@@ -9,7 +9,7 @@ from typing import ClassVar
 class Event:
     """Something worth telling; ``kind`` is its name in log.jsonl."""
 
-    kind: ClassVar[str] = ""
+    kind: ClassVar[str] = ""  # programs that read logs know events by it: it does not change
     artifact: str = field(default="", kw_only=True)  # the output that is being made: a stage leaves it to the run
 
     def as_dict(self) -> dict[str, object]:

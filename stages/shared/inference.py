@@ -72,6 +72,7 @@ class Inference:
         if "head" in parts:
             require_classes(path, description, self.dataset)
         network = FasterRCNN(self.network_config, len(self.dataset.classes))
+        # Parts that the checkpoint lacks are drawn too, and never run: which numbers they get does not matter.
         drawn = network.fill(tensors, generator("unused"))
         if missing := set(drawn) & set(parts):
             raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
@@ -81,6 +82,7 @@ class Inference:
 
     def prepare(self, network: NetworkOfParts) -> None:
         """Bring a network to the device, to be run and not trained."""
+        # Convolutions are faster in this layout, and choose it by their weights'.
         network.to(self.device).to(memory_format=torch.channels_last).eval()
         if self.precision == "bfloat16":
             network.round_fc()
@@ -91,6 +93,7 @@ class Inference:
 
     def groups(self, size: int) -> list[list[str]]:
         """Return the split's image ids in its order, up to ``size`` neighbours of equal extent in each group."""
+        # Equal extents alone: a padded image would not give what it gives by itself.
         groups: list[list[str]] = []
         last = None
         for id in self.dataset.ids:
@@ -163,6 +166,7 @@ def write_detections(inference: Inference, groups: Sequence[list[str]], read: Ca
             made = detect(group, prepared)
         return made, time.perf_counter() - started
 
+    # Seconds are added up over ranks: they are those of an image, not of the whole split.
     for made, took in inference.results(groups, read, compute):
         for each in made:
             found[each.id] = each.detections

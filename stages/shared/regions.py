@@ -134,6 +134,7 @@ def boxes_of(dataset: Dataset, id: str, proposals: NDArray[np.float32], regresso
         of_object = bx.iou(boxes, objects)  # (R, G)
         overlaps.scatter_reduce_(1, classes.expand(len(boxes), -1), of_object, "amax")
     best, matched = match_rois(boxes, objects)
+    # An object is no example for regressors: its deltas to itself are nought.
     kept = torch.nonzero((best > regressor_iou) & (labels < 0))[:, 0]
     return ImageBoxes(boxes, labels, overlaps, kept, matched[kept])
 
@@ -234,6 +235,7 @@ def svms_and_boxes(svms: Path, network: RegionNetwork) -> Outputs:
 def linear_layer(path: Path, network: RegionNetwork) -> tuple[Tensor, Tensor]:
     """Return the weights and biases of SVMs or regressors, which must be of the network's own features."""
     tensors, description = load_checkpoint(path)
+    # By the file's hash: weights of the same shape fit any network's features, and find nothing on another's.
     if description.get("model") != sha256_file(network.path):
         raise ArtifactError(f"{path.name} was trained on the features of another network than {network.path.name}: "
                             "make it again from this one's features")

@@ -94,6 +94,7 @@ class Step:
     @cached_property
     def config_class(self) -> type[StageConfig]:
         """The dataclass of the stage's config."""
+        # Not get_type_hints: that resolves the result's type too, whose names are those of another module.
         return cast(type, self.stage.__annotations__["config"])
 
     @property

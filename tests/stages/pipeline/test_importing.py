@@ -169,7 +169,7 @@ def test_a_pickle_is_not_executed(run, tmp_path):
 
 def test_unknown_and_missing_files(run, tmp_path):
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(UsageError, match=r"no known format: it ends in one of \.h5"):
+    with pytest.raises(UsageError, match=r"no known format: it must end in one of \.h5"):
         read_proposals(tmp_path / "mine.txt", ())
     with pytest.raises(ArtifactError, match="not there"):
         read_proposals(tmp_path / "none.json", ())
