@@ -23,7 +23,7 @@ class Trunk(nn.Module):
 
     def __init__(self, conv: nn.Sequential) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv: nn.Module = conv
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """Return the feature map of each image, ``Tensor[C, h, w]`` in its own size."""

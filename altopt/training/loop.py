@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from altopt.batches.local_batches import LocalBatches
-from altopt.batches.reading import Prefetcher
+from altopt.batches.reading import Entry, Prefetcher
 from altopt.batches.samples import Batch, Sample, make_batch
 from altopt.config import TrainingConfig
 from altopt.errors import DivergedError
@@ -91,7 +91,7 @@ class LoopRuntime:
     report_every: int = 20
     diverged: Callable[[Batch, int], str] | None = None
     group: SingleProcess = field(default_factory=SingleProcess)
-    batches: LocalBatches[object] | None = None
+    batches: LocalBatches[Entry] | None = None
 
 
 def train(module: LossModule, read: Callable[[int], list[Sample]], config: TrainingConfig, seed: tuple[object, ...],

@@ -18,7 +18,7 @@ from altopt.batches.samples import Sample, make_batch
 from altopt.config import TrainingConfig
 from altopt.machine.distributed import SingleProcess
 from altopt.models.detector import FasterRCNN
-from altopt.models.joint import CoordinatePath
+from altopt.models.joint import CoordinatePath, JointTraining
 from altopt.models.losses import LossModule
 from altopt.training.loop import make_optimizer, state_of, train_step
 from benchmarks.bench.compiled_trunk import CompiledTrunk
@@ -149,12 +149,13 @@ class _Trainings:
 
     def _compiled(self, network: FasterRCNN, config: TrainApproximateJoint, key: tuple[object, ...]) -> nn.Module:
         module = _approximate(network, config, key)
-        module.trunk.conv = CompiledTrunk(network.conv)
-        self.place.watch.watch_module(module.trunk.conv, "trunk")
+        trunk = CompiledTrunk(network.conv)
+        module.trunk.conv = trunk
+        self.place.watch.watch_module(trunk, "trunk")
         return module
 
 
-def _approximate(network: FasterRCNN, config: Any, key: tuple[object, ...]) -> nn.Module:
+def _approximate(network: FasterRCNN, config: Any, key: tuple[object, ...]) -> JointTraining:
     network.samples_per_bin = 0
     return joint_training(network, config, None, key)
 

@@ -33,7 +33,7 @@ from cache.preallocated import growing_path
 from stages.shared.events import Note
 from stages.shared.feature_maps import computed_map, map_shapes, write_maps
 from stages.shared.feature_plan import FOLDER, Decision, decide, gigabytes, sizes_of
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 DIGITS = 16  # of a digest in a file's name
 
@@ -116,6 +116,10 @@ class FeatureStore:
             torch.set_num_threads(self._threads)
             sample = read_sample(self.dataset, id, self.network, flipped=flipped)
             return computed_map(self.conv, sample, self.precision, self.device)
+
+    def added_to(self, facts: Facts) -> Facts:
+        """Return the facts of a training with the store's own; to build it counts as training."""
+        return {**facts, **self.facts, "train_seconds": round(float(str(facts["train_seconds"])) + self.seconds, 2)}
 
     def _find_or_build(self, flips: bool, visits: int) -> None:
         wish = self.runtime.feature_store

@@ -64,8 +64,13 @@ class OnTestSplit(OnTrainSplit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trains(TrainingConfig, OnTrainSplit):
-    """A stage that trains a network."""
+class TrainsOnData(TrainingConfig, ReadsData):
+    """A stage that trains something on the training split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trains(TrainsOnData, OnTrainSplit):
+    """A stage that trains a network of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

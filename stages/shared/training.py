@@ -1,8 +1,8 @@
 """What every trained stage does around the training loop: read weights, freeze, keep snapshots, verify, write."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from altopt.batches.local_batches import LocalBatches
 from altopt.batches.reading import BatchOrder, Entry
-from altopt.batches.samples import Batch, Sample, read_sample
+from altopt.batches.samples import Batch, Sample
 from altopt.batches.sampling import RoISampling, RoIThresholds, has_samples
-from altopt.config import NetworkConfig, RoITraining, TrainingConfig
+from altopt.config import NetworkConfig, RoITraining
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
@@ -26,13 +26,15 @@ from altopt.models.losses import LossModule
 from altopt.models.network_parts import NetworkOfParts
 from altopt.models.region_classifier import RegionClassifier
 from altopt.training.box_statistics import fixed_statistics, measure
-from altopt.training.loop import LoopRuntime, Progress, freeze, layers_named, train
+from altopt.training.loop import LoopRuntime, Progress, layers_named, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
+from cache.files import sha256_text
 from cache.proposals import ProposalFile
+from cache.records import JSON
 from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
 from stages.shared.events import Resumed, TrainingProgress, WeightsDrawn
 from stages.shared.feature_store import FeatureStore
-from stages.shared.stage_config import Trains
+from stages.shared.stage_config import Trains, TrainsOnData
 from stages.shared.step import Runtime
 
 
@@ -72,17 +74,71 @@ def require_same_frame(path: Path, description: dict[str, Any], network: Network
                                 f"says {value}: set network.{name} to what it was, or train the RPN anew")
 
 
-class Training:
-    """One trained stage: its inputs, its key, and the steps that it shares with the others."""
+class TrainedStage:
+    """A stage that trains something: its data, its seed, and the loop with snapshots beside the output."""
 
-    def __init__(self, stage: str, init: Path, out: Path, config: Trains, runtime: Runtime) -> None:
+    def __init__(self, stage: str, out: Path, config: TrainsOnData, runtime: Runtime) -> None:
         self.stage, self.out, self.config, self.runtime = stage, out, config, runtime
-        self.tensors, self.description = load_checkpoint(init)
-        require_network(init, self.description, config.network)
-        self.parts = {name.split(".")[0] for name in self.tensors}
         self.dataset: Dataset = open_dataset(config.data, "train", runtime.data_root)
         self.seed: tuple[object, ...] = (config.seed, stage)
         self.device = device_of(runtime)
+
+    def entries(self, ids: Sequence[str] | None = None) -> list[Entry]:
+        """Return the images, by default all, each followed by its mirror image if the config has ``flips``."""
+        entries = []
+        for id in self.dataset.ids if ids is None else ids:
+            width, height = self.dataset.size(id)
+            for flipped in (False, True) if self.config.flips else (False,):
+                entries.append(Entry(id, flipped, landscape=width >= height))
+        return entries
+
+    def run(self, module: LossModule, entries: list[Entry], read: Callable[[Entry, int], Sample]) -> dict[str, JSON]:
+        """Train on samples that ``read(entry, iteration)`` makes, called from threads; return facts for the record."""
+        config, runtime = self.config, self.runtime
+        batches = LocalBatches(runtime.ranks, BatchOrder(entries, config.images_per_batch, *self.seed))
+        # What adds in a fixed order has to do so from the first iteration, and goes on from no other snapshot.
+        exact: dict[str, JSON] = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+        fingerprint = sha256_text(json.dumps([runtime.inputs_key, asdict(config) | exact], sort_keys=True))
+
+        def read_own(iteration: int) -> list[Sample]:
+            return [read(entry, iteration) for entry in batches[iteration]]
+
+        def report(progress: Progress) -> None:
+            runtime.report(TrainingProgress(
+                progress.iteration, progress.iterations, progress.lr, progress.losses,
+                round(progress.images_per_second, 3), round(progress.wait_share, 4), round(progress.seconds, 3)))
+
+        # A signal that arrives inside a step waits until the step is done and a snapshot is written.
+        with deferred_signals() as stop:
+            seconds = train(module, read_own, config, self.seed, LoopRuntime(
+                device=self.device, workers=runtime.readers, report=report, report_every=runtime.report_every,
+                snapshots=FileSnapshots(snapshot_path(self.out), fingerprint, runtime, stop),
+                diverged=self._keep_batch, group=runtime.ranks, batches=batches))
+        # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes
+        # everywhere.
+        return {"train_seconds": round(seconds, 2), "iterations": config.iterations,
+                "threads": torch.get_num_threads(), "processes": runtime.ranks.count, **exact}
+
+    def _keep_batch(self, batch: Batch, iteration: int) -> str:
+        """Write the batch on which a loss was not finite, and say where."""
+        path = self.out.with_name(f"{self.out.stem}.diverged.safetensors")
+        images = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
+        kept = ({"images": batch.images} if batch.maps is None
+                else {f"features.{number}": features for number, features in enumerate(batch.maps)})
+        save_checkpoint(path, kept, {"iteration": iteration, "images": images})
+        return f" (its {'pixels' if batch.maps is None else 'feature maps'} are in {path.name})"
+
+
+class Training(TrainedStage):
+    """A stage that trains a network of the run from another one's weights."""
+
+    config: Trains
+
+    def __init__(self, stage: str, init: Path, out: Path, config: Trains, runtime: Runtime) -> None:
+        super().__init__(stage, out, config, runtime)
+        self.tensors, self.description = load_checkpoint(init)
+        require_network(init, self.description, config.network)
+        self.parts = {name.split(".")[0] for name in self.tensors}
         self._frozen: dict[str, str] = {}  # module: digest of its weights before training
 
     def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
@@ -96,76 +152,43 @@ class Training:
             raise ArtifactError(f"the initial weights score {len(scores) - 1} classes and the data set has "
                                 f"{num_classes}: train the head anew, or give weights for these classes")
         network = FasterRCNN(self.config.network, num_classes)
-        drawn = network.fill(self.tensors, generator(*self.seed, "weights"), fresh)
-        self.runtime.report(WeightsDrawn(tuple(part for part in drawn if part in parts)))
+        new = network.fill(self.tensors, generator(*self.seed, "weights"), fresh)
+        self.runtime.report(WeightsDrawn(tuple(part for part in new if part in parts)))
         return network
 
     def classifier(self, levels: Sequence[int] = ()) -> RegionClassifier:
         """Return a region classifier with the initial weights; its head, and what does not fit, is re-initialised."""
         classifier = RegionClassifier(self.config.network, len(self.dataset.classes), levels)
-        drawn = classifier.fill(self.tensors, generator(*self.seed, "weights"), fresh=("head",))
-        self.runtime.report(WeightsDrawn(tuple(drawn)))
+        new = classifier.fill(self.tensors, generator(*self.seed, "weights"), fresh=("head",))
+        self.runtime.report(WeightsDrawn(tuple(new)))
         return classifier
 
     def freeze(self, network: NetworkOfParts, others: Sequence[str] = ()) -> None:
         """Freeze the conv layers that the config names, and ``others``, such as fc."""
         frozen = [*(f"conv.{layer}" for layer in layers_named(network.conv, self.config.freeze)), *others]
-        freeze(network, frozen)
+        for name in frozen:
+            network.get_submodule(name).requires_grad_(False)  # no gradient, and so not in the optimizer
         # Taken now: the network may share the memory of the tensors it was filled from, which then change with it.
         self._frozen = {name: digest(network.get_submodule(name).state_dict()) for name in frozen}
 
-    def entries(self) -> list[Entry]:
-        """Return every image of the training split, and with ``flips`` its mirror image."""
-        return entries_of(self.dataset, self.dataset.ids, self.config.flips)
-
-    def run(self, conv: nn.Sequential, module: LossModule, entries: list[Entry],
-            cached: "CachedProposals | None") -> dict[str, Any]:
-        """Train the module on the entries' images, and return facts for the record.
-
-        Where all conv layers are frozen and that pays, what they make of the images is stored and read in their place;
-        to build that store counts as training.
-        """
+    @contextmanager
+    def stored_maps(self, conv: nn.Sequential) -> Iterator[FeatureStore]:
+        """Open what samples are read from: stored maps where all conv layers are frozen and that pays, or images."""
         with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime,
                           precision=self.config.precision, device=self.device) as store:
             if not any(weight.requires_grad for weight in conv.parameters()):
                 store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
-
-            def read(entry: Entry, iteration: int) -> Sample:
-                return store.sample(entry.id, flipped=entry.flipped, proposals=cached.get(entry.id) if cached else None)
-
-            facts = self.run_on(module, entries, read)
-        facts["train_seconds"] = round(facts["train_seconds"] + store.seconds, 2)
-        return facts | store.facts
-
-    def run_at_scales(self, module: LossModule, entries: list[Entry], cached: "CachedProposals",
-                      frames: Sequence[NetworkConfig]) -> dict[str, Any]:
-        """Train on images in one of the frames at each visit, storing nothing, and return facts for the record."""
-        def read(entry: Entry, iteration: int) -> Sample:
-            frame = frames[self.scale(len(frames), entry, iteration)]
-            return read_sample(self.dataset, entry.id, frame, flipped=entry.flipped, proposals=cached.get(entry.id))
-
-        return self.run_on(module, entries, read)
+            yield store
 
     def scale(self, count: int, entry: Entry, iteration: int) -> int:
         """Return which of so many scales an image has at this visit."""
         random = generator(*self.seed, "scale", iteration, entry.id, entry.flipped)
         return int(torch.randint(count, (), generator=random))
 
-    def run_on(self, module: LossModule, entries: list[Entry],
-               read: Callable[[Entry, int], Sample]) -> dict[str, Any]:
-        """Train on samples that ``read(entry, iteration)`` makes, called from threads; return facts for the record."""
-        order = BatchOrder(entries, self.config.images_per_batch, *self.seed)
-        batches = LocalBatches(self.runtime.ranks, order)
-
-        def read_all(iteration: int) -> list[Sample]:
-            return [read(entry, iteration) for entry in batches[iteration]]
-
-        return run_loop(module, read_all, self.config, self.out, self.runtime, self.seed, batches)
-
-    def save(self, network: NetworkOfParts, parts: Sequence[str], **described: Any) -> None:
+    def save(self, network: NetworkOfParts, parts: Sequence[str], **described: JSON) -> None:
         """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it.
 
-        Of several ranks the first one writes, after making sure that all have the same.
+        Of several processes the first one writes, after making sure that all have the same.
         """
         tensors = network.tensors(parts)
         require_alike(self.stage, tensors, self.runtime.ranks)
@@ -177,37 +200,6 @@ class Training:
         classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
         save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | described)
         remove_snapshot(snapshot_path(self.out))
-
-
-def run_loop(module: LossModule, read: Callable[[int], list[Sample]], config: TrainingConfig, out: Path,
-             runtime: Runtime, seed: tuple[object, ...], batches: LocalBatches[Any] | None = None) -> dict[str, Any]:
-    """Run the training loop with snapshots beside ``out`` and reports to the runtime; return facts for the record."""
-    # What adds in a fixed order has to do so from the first iteration, and goes on from no other snapshot.
-    exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
-    text = json.dumps([runtime.inputs_key, asdict(config) | exact], sort_keys=True)
-
-    def report(progress: Progress) -> None:
-        runtime.report(TrainingProgress(
-            progress.iteration, progress.iterations, progress.lr, progress.losses,
-            round(progress.images_per_second, 3), round(progress.wait_share, 4), round(progress.seconds, 3)))
-
-    def keep_batch(batch: Batch, iteration: int) -> str:
-        path = out.with_name(f"{out.stem}.diverged.safetensors")
-        images = [f"{sample.id}{' mirrored' if sample.flipped else ''}" for sample in batch.samples]
-        kept = ({"images": batch.images} if batch.maps is None
-                else {f"features.{number}": features for number, features in enumerate(batch.maps)})
-        save_checkpoint(path, kept, {"iteration": iteration, "images": images})
-        return f" (its {'pixels' if batch.maps is None else 'feature maps'} are in {path.name})"
-
-    # A signal that arrives inside a step waits until the step is done and a snapshot is written.
-    with deferred_signals() as stop:
-        snapshots = FileSnapshots(snapshot_path(out), hashlib.sha256(text.encode()).hexdigest(), runtime, stop)
-        seconds = train(module, read, config, seed, LoopRuntime(
-            device=device_of(runtime), workers=runtime.readers, snapshots=snapshots, report=report,
-            report_every=runtime.report_every, diverged=keep_batch, group=runtime.ranks, batches=batches))
-    # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes everywhere.
-    return {"train_seconds": round(seconds, 2), "iterations": config.iterations, "threads": torch.get_num_threads(),
-            "processes": runtime.ranks.count, **exact}
 
 
 def require_alike(stage: str, tensors: dict[str, Tensor], ranks: SingleProcess) -> None:
@@ -279,15 +271,6 @@ class CachedProposals:
         return self.file.get(id)[0][: self.limit]
 
 
-def entries_of(dataset: Dataset, ids: Sequence[str], flips: bool) -> list[Entry]:
-    """Return the entries of the images, each followed by its mirror image if ``flips``."""
-    entries = []
-    for id in ids:
-        width, height = dataset.size(id)
-        entries += [Entry(id, flipped, width >= height) for flipped in ((False, True) if flips else (False,))]
-    return entries
-
-
 def roi_sampling(config: RoITraining) -> RoISampling:
     """Return how RoIs are drawn: each image of a batch has an equal part of ``rois_per_batch``, and at least one."""
     thresholds = RoIThresholds(config.fg_iou, config.bg_iou_high, config.bg_iou_low)
@@ -305,7 +288,7 @@ def trainable_entries(training: Training, cached: CachedProposals,
     ]
     if not usable:
         raise ArtifactError("no image has a foreground or background RoI: look at the proposals with altopt recall")
-    return entries_of(dataset, usable, training.config.flips), len(dataset.ids) - len(usable)
+    return training.entries(usable), len(dataset.ids) - len(usable)
 
 
 def box_statistics(training: Training, cached: CachedProposals, kind: str, overlap: float) -> tuple[Tensor, Tensor]:

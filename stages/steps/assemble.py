@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.shared.stage_config import StageConfig
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class Assemble(StageConfig):
     """Nothing to choose: the layers go together or they do not."""
 
 
-def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, runtime: Runtime) -> dict[str, Any]:
+def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, runtime: Runtime) -> Facts:
     """Put the RPN's layers on the detector; refuse unless their conv layers are equal to the last bit."""
     from altopt.errors import ArtifactError
     from cache.checkpoints import first_difference, load_checkpoint, save_checkpoint

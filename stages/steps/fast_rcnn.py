@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from altopt.config import SAMPLING, NetworkConfig, RoITraining, setting
 from stages.shared.stage_config import Freeze, TrainsOnImages
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
+    from altopt.batches.reading import Entry
+    from altopt.batches.samples import Sample
     from altopt.models.detector import FasterRCNN
     from altopt.models.fast_rcnn import FastRCNNTraining
 
@@ -72,20 +74,20 @@ class TrainFastRCNNFrozenConv(FastRCNNConfig):
 
 
 def train_fast_rcnn(init: Path, proposals: Path, *, out: Path, config: TrainFastRCNN,
-                    runtime: Runtime) -> dict[str, Any]:
+                    runtime: Runtime) -> Facts:
     """Train Fast R-CNN, and the conv layers under it, from pre-trained weights on cached proposals."""
     return _train("train_fast_rcnn", (init, proposals, out), config, runtime, fresh=("head",),
                   scales=config.network.at_scales(config.scales, config.max_side))
 
 
 def train_classification(init: Path, proposals: Path, *, out: Path, config: TrainClassification,
-                         runtime: Runtime) -> dict[str, Any]:
+                         runtime: Runtime) -> Facts:
     """Train Fast R-CNN as a classifier of RoIs, without its box layer."""
     return train_fast_rcnn(init, proposals, out=out, config=config, runtime=runtime)
 
 
 def train_box_layer(init: Path, proposals: Path, *, out: Path, config: TrainBoxLayer,
-                    runtime: Runtime) -> dict[str, Any]:
+                    runtime: Runtime) -> Facts:
     """Train the box layer of a Fast R-CNN that was trained without; nothing else changes."""
     from altopt.errors import ArtifactError
     from cache.checkpoints import load_checkpoint
@@ -98,7 +100,7 @@ def train_box_layer(init: Path, proposals: Path, *, out: Path, config: TrainBoxL
 
 
 def train_fast_rcnn_frozen_conv(init: Path, proposals: Path, *, out: Path, config: TrainFastRCNNFrozenConv,
-                                runtime: Runtime) -> dict[str, Any]:
+                                runtime: Runtime) -> Facts:
     """Train Fast R-CNN's fully connected layers on the RPN's own conv layers, which do not change."""
     fresh = ("head",) if config.outputs == "re-initialise" else ()
     return _train("train_fast_rcnn_frozen_conv", (init, proposals, out), config, runtime, fresh=fresh)
@@ -106,12 +108,13 @@ def train_fast_rcnn_frozen_conv(init: Path, proposals: Path, *, out: Path, confi
 
 def _train(name: str, paths: tuple[Path, Path, Path], config: FastRCNNConfig, runtime: Runtime, *,
            fresh: tuple[str, ...] = (), others: tuple[str, ...] = (),
-           scales: Sequence[NetworkConfig] = ()) -> dict[str, Any]:
+           scales: Sequence[NetworkConfig] = ()) -> Facts:
     """Train Fast R-CNN on the files of ``paths``: initial weights, proposals, output.
 
     ``fresh`` parts begin with new random weights, ``others`` are frozen beside the conv layers of the config, and
     images are drawn at one of the ``scales`` at each visit, or at the network's own.
     """
+    from altopt.batches.samples import read_sample
     from stages.shared.training import CachedProposals, Training, box_statistics, roi_sampling, trainable_entries
 
     init, proposals, out = paths
@@ -126,12 +129,17 @@ def _train(name: str, paths: tuple[Path, Path, Path], config: FastRCNNConfig, ru
         network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
     network.set_dropout(config.dropout)
     module = fast_rcnn_training(network, config, training.seed)
-    if scales:
-        facts = training.run_at_scales(module, entries, cached, scales)
-    else:
-        facts = training.run(network.conv, module, entries, cached)
+    with training.stored_maps(network.conv) as store:
+        def read(entry: "Entry", iteration: int) -> "Sample":
+            boxes = cached.get(entry.id)
+            if not scales:
+                return store.sample(entry.id, flipped=entry.flipped, proposals=boxes)
+            scale = scales[training.scale(len(scales), entry, iteration)]
+            return read_sample(training.dataset, entry.id, scale, flipped=entry.flipped, proposals=boxes)
+
+        facts = store.added_to(training.run(module, entries, read))
     training.save(network, ["conv", "fc", "head"])
-    return facts | {"images_without_rois": unusable}
+    return {**facts, "images_without_rois": unusable}
 
 
 def fast_rcnn_training(network: "FasterRCNN", config: FastRCNNConfig, seed: tuple[object, ...]) -> "FastRCNNTraining":

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import AnchorTargets, ProposalSettings, RoITraining, setting
 from stages.shared.stage_config import TrainsOnImages
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
     from altopt.models.detector import FasterRCNN
@@ -61,12 +61,12 @@ class TrainExactJoint(JointConfig):
 
 
 def train_approximate_joint(init: Path, *, out: Path, config: TrainApproximateJoint,
-                            runtime: Runtime) -> dict[str, Any]:
+                            runtime: Runtime) -> Facts:
     """Train RPN and Fast R-CNN together with four losses, proposals being constants in the backward pass."""
     return _train("train_approximate_joint", init, out, config, runtime, None, samples_per_bin=0)
 
 
-def train_exact_joint(init: Path, *, out: Path, config: TrainExactJoint, runtime: Runtime) -> dict[str, Any]:
+def train_exact_joint(init: Path, *, out: Path, config: TrainExactJoint, runtime: Runtime) -> Facts:
     """Train RPN and Fast R-CNN together with four losses, proposals having a gradient as all else has."""
     from altopt.models.joint import CoordinatePath
 
@@ -75,7 +75,7 @@ def train_exact_joint(init: Path, *, out: Path, config: TrainExactJoint, runtime
 
 
 def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runtime, path: "CoordinatePath | None",
-           samples_per_bin: int) -> dict[str, Any]:
+           samples_per_bin: int) -> Facts:
     from altopt.training.box_statistics import fixed_statistics
     from stages.shared.training import Training
 
@@ -86,7 +86,9 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
     network.set_dropout(config.dropout)
     network.samples_per_bin = samples_per_bin
     module = joint_training(network, config, path, training.seed)
-    facts = training.run(network.conv, module, training.entries(), None)
+    with training.stored_maps(network.conv) as store:
+        facts = store.added_to(training.run(
+            module, training.entries(), lambda entry, _: store.sample(entry.id, flipped=entry.flipped)))
     pooling = {"samples_per_bin": samples_per_bin} if samples_per_bin else {}
     training.save(network, PARTS, **pooling)
     return facts

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from altopt.config import SHARE, NetworkConfig, TrainingConfig, setting
-from stages.shared.stage_config import ReadsData, StageConfig
-from stages.shared.step import Runtime
+from altopt.config import SHARE, NetworkConfig, setting
+from stages.shared.stage_config import StageConfig, TrainsOnData
+from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
+    from altopt.batches.reading import Entry
     from altopt.batches.samples import Sample
 
 
@@ -20,7 +21,7 @@ class LoadImageNetWeights(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOnCrops(TrainingConfig, ReadsData):
+class PretrainOnCrops(TrainsOnData):
     """Classification of crops, a short stand-in for ImageNet."""
 
     backbone: str
@@ -28,7 +29,7 @@ class PretrainOnCrops(TrainingConfig, ReadsData):
     background: float = setting(0.2, "chosen: enough to learn what noise looks like", **SHARE)
 
 
-def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Runtime) -> dict[str, Any]:
+def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Runtime) -> Facts:
     """Take the network's ImageNet weights from torchvision, with their hash checked."""
     from altopt.models.imagenet import WEIGHTS, download, from_torchvision
     from cache.checkpoints import save_checkpoint
@@ -39,29 +40,25 @@ def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Ru
     return {"file": file}
 
 
-def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -> dict[str, Any]:
+def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -> Facts:
     """Train the network to classify crops of the training split's objects ("stage 0")."""
-    from altopt.batches.reading import BatchOrder
-    from altopt.datasets.opening import open_dataset
     from altopt.machine.randomness import generator
     from altopt.models import backbones
     from altopt.models.classification import CropClassifier, draw_crop
     from altopt.models.network_parts import initialise_all
     from cache.checkpoints import save_checkpoint
     from cache.snapshots import remove_snapshot
-    from stages.shared.training import entries_of, run_loop, snapshot_path
+    from stages.shared.training import TrainedStage, snapshot_path
 
-    seed = (config.seed, "pretrain_on_crops")
-    dataset = open_dataset(config.data, "train", runtime.data_root)
+    training = TrainedStage("pretrain_on_crops", out, config, runtime)
+    dataset = training.dataset
     module = CropClassifier(backbones.build(config.backbone), len(dataset.classes))
-    initialise_all(module, generator(*seed, "weights"))
-    order = BatchOrder(entries_of(dataset, dataset.ids, flips=False), config.images_per_batch, *seed)
+    initialise_all(module, generator(*training.seed, "weights"))
 
-    def read(iteration: int) -> list["Sample"]:
-        return [draw_crop(dataset, entry.id, config.crop_side, config.background, *seed, iteration, position)
-                for position, entry in enumerate(order[iteration])]
+    def read(entry: "Entry", iteration: int) -> "Sample":
+        return draw_crop(dataset, entry.id, config.crop_side, config.background, *training.seed, iteration)
 
-    facts = run_loop(module, read, config, out, runtime, seed)
+    facts = training.run(module, training.entries(), read)
     save_checkpoint(out, module.tensors(), {"network": {"name": config.backbone}, "classes": list(dataset.classes)})
     remove_snapshot(snapshot_path(out))
     return facts

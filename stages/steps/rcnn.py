@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import SHARE, RoITraining, setting
 from stages.shared.stage_config import CachesRegions, DetectsRegions, Trains
 from stages.shared.step import Facts, Runtime
+
+if TYPE_CHECKING:
+    from altopt.batches.reading import Entry
+    from altopt.batches.samples import Sample
 
 SOLVER = "R-CNN finetuning/pascal_finetune_solver"
 METHOD = "rcnn"
@@ -41,7 +45,7 @@ class DetectRCNN(DetectsRegions):
 
 
 def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: TrainOnWarpedRegions,
-                            runtime: Runtime) -> dict[str, Any]:
+                            runtime: Runtime) -> Facts:
     """Fine-tune the network as a classifier of warped regions."""
     from altopt.batches.samples import read_sample
     from altopt.extents import original_frame
@@ -58,11 +62,11 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
     classifier.set_dropout(config.dropout)
     module = WarpedTraining(classifier, config.crop_side, sampling, training.seed)
 
-    def read(entry: Any, iteration: int) -> Any:
+    def read(entry: "Entry", iteration: int) -> "Sample":
         frame = original_frame(config.network, dataset.size(entry.id))
         return read_sample(dataset, entry.id, frame, flipped=entry.flipped, proposals=cached.get(entry.id))
 
-    facts = training.run_on(module, entries, read)
+    facts = training.run(module, entries, read)
     training.save(classifier, ["conv", "fc", "head"], method=METHOD, crop_side=config.crop_side)
     return facts | {"images_without_rois": unusable}
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import AnchorTargets, setting
 from stages.shared.stage_config import Freeze, TrainsOnImages
-from stages.shared.step import Runtime
+from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
     from altopt.models.detector import FasterRCNN
@@ -36,24 +36,26 @@ class TrainRPNFrozenConv(RPNConfig):
     freeze: ClassVar[Freeze] = "all"
 
 
-def train_rpn(init: Path, *, out: Path, config: TrainRPN, runtime: Runtime) -> dict[str, Any]:
+def train_rpn(init: Path, *, out: Path, config: TrainRPN, runtime: Runtime) -> Facts:
     """Train an RPN, and the conv layers under it, from pre-trained weights."""
     return _train("train_rpn", init, out, config, runtime)
 
 
-def train_rpn_frozen_conv(init: Path, *, out: Path, config: TrainRPNFrozenConv, runtime: Runtime) -> dict[str, Any]:
+def train_rpn_frozen_conv(init: Path, *, out: Path, config: TrainRPNFrozenConv, runtime: Runtime) -> Facts:
     """Train an RPN on top of a detector's conv layers, which do not change."""
     return _train("train_rpn_frozen_conv", init, out, config, runtime)
 
 
-def _train(name: str, init: Path, out: Path, config: RPNConfig, runtime: Runtime) -> dict[str, Any]:
+def _train(name: str, init: Path, out: Path, config: RPNConfig, runtime: Runtime) -> Facts:
     from stages.shared.training import Training
 
     training = Training(name, init, out, config, runtime)
     network = training.network(("conv", "rpn"))
     training.freeze(network)
     module = rpn_training(network, config, training.seed)
-    facts = training.run(network.conv, module, training.entries(), None)
+    with training.stored_maps(network.conv) as store:
+        facts = store.added_to(training.run(
+            module, training.entries(), lambda entry, _: store.sample(entry.id, flipped=entry.flipped)))
     kept = [part for part in ("fc", "head") if part in training.parts]
     training.save(network, ["conv", "rpn", *kept])
     return facts

@@ -15,7 +15,7 @@ from altopt.datasets.dataset import Dataset
 from altopt.errors import ResourceError
 from stages.shared.events import ImagesDone
 from stages.shared.stage_config import ReadsData, Split
-from stages.shared.step import Runtime, Step, split_of
+from stages.shared.step import Facts, Runtime, Step, split_of
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -46,12 +46,12 @@ class SelectiveSearchTest(SelectiveSearch):
     split: ClassVar[Split] = "test"
 
 
-def selective_search(*, out: Path, config: SelectiveSearch, runtime: Runtime) -> dict[str, Any]:
+def selective_search(*, out: Path, config: SelectiveSearch, runtime: Runtime) -> Facts:
     """Propose by selective search on every training image; scores are ranks."""
     return _propose_on_split(out, config, runtime)
 
 
-def selective_search_test(*, out: Path, config: SelectiveSearchTest, runtime: Runtime) -> dict[str, Any]:
+def selective_search_test(*, out: Path, config: SelectiveSearchTest, runtime: Runtime) -> Facts:
     """Propose by selective search on every test image; scores are ranks."""
     return _propose_on_split(out, config, runtime)
 
@@ -61,7 +61,7 @@ def search_step(artifact: str) -> Step:
     return Step(artifact, selective_search if split_of(artifact) == "train" else selective_search_test)
 
 
-def _propose_on_split(out: Path, config: SelectiveSearch, runtime: Runtime) -> dict[str, Any]:
+def _propose_on_split(out: Path, config: SelectiveSearch, runtime: Runtime) -> Facts:
     """Write the proposals of the config's split to ``out`` and return facts for the record."""
     from contextlib import closing
 

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from altopt.config import SHARE, Bounds, NetworkConfig, Precision, RoITraining, setting
 from cache.records import JSON
 from stages.shared.stage_config import CachesRegions, DetectsRegions, Freeze, OnTrainSplit, Trains
 from stages.shared.step import Facts, Runtime
+
+if TYPE_CHECKING:
+    from altopt.batches.reading import Entry
+    from altopt.batches.samples import Sample
 
 SCRIPT = "SPP_net Script_spp_voc"
 SCALES = "SPP-net, section 4.2: one scale; five (480, 576, 688, 874, 1200) are a little better and five times the disk"
@@ -58,7 +62,7 @@ class DetectSPPNet(DetectsRegions):
     region_area: int = setting(224 * 224, AREA, at_least=1)
 
 
-def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, runtime: Runtime) -> dict[str, Any]:
+def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, runtime: Runtime) -> Facts:
     """Cache the conv layers' map of every training image, upright and mirrored, at every scale."""
     from altopt.batches.samples import Sample, read_sample
     from cache.checkpoints import digest
@@ -86,7 +90,7 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
 
 
 def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, config: TrainFCLayers,
-                    runtime: Runtime) -> dict[str, Any]:
+                    runtime: Runtime) -> Facts:
     """Fine-tune fc6, fc7 and a softmax on pyramids pooled from stored maps; the conv layers do not change."""
     from altopt.batches.samples import stored_sample
     from altopt.models.region_classifier import PyramidTraining
@@ -105,13 +109,13 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
     with FeatureMapFile(maps) as stored:
         frames = _stored_frames(stored, maps, training.tensors, config.network)
 
-        def read(entry: Any, iteration: int) -> Any:
+        def read(entry: "Entry", iteration: int) -> "Sample":
             scale = training.scale(len(frames), entry, iteration)
             features = stored.get(MapKey(entry.id, entry.flipped, scale))
             return stored_sample(dataset, entry.id, frames[scale], features, flipped=entry.flipped,
                                  proposals=cached.get(entry.id))
 
-        facts = training.run_on(module, entries, read)
+        facts = training.run(module, entries, read)
     training.save(classifier, ["conv", "fc", "head"], method=METHOD, levels=list(config.levels))
     return facts | {"images_without_rois": unusable}
 
