@@ -20,62 +20,51 @@ class KernelGeometry(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer of a block: its name, the names of what has weights in it, and what it makes of a map.
+    """What a layer makes of a map, and the names of what has weights in it.
 
     ``channels`` 0: as many as it is given; without a ``window`` the size stays.
     """
 
-    name: str
-    weights: tuple[str, ...] = ()
     channels: int = 0
     window: KernelGeometry | None = None
+    weights: tuple[str, ...] = ()
 
 
-class Conv(NamedTuple):
-    """A convolution and a ReLU behind it."""
-
-    channels: int
-    window: KernelGeometry | None = None
+def _conv(channels: int, window: KernelGeometry | None = None) -> Layer:
+    return Layer(channels, window, ("",))
 
 
-class Fire(NamedTuple):
-    """SqueezeNet's module of three convolutions."""
+def _fire(channels: int) -> Layer:
+    """Return SqueezeNet's module of three convolutions."""
+    return Layer(channels, None, (".squeeze", ".expand1x1", ".expand3x3"))
 
-    channels: int
 
-
-def _layers(*blocks: Sequence[Conv | Fire | KernelGeometry | None]) -> tuple[Layer, ...]:
-    """Return the layers of conv1, conv2, ... in order; a bare window is a pooling, None a layer that only computes."""
+def _layers(*blocks: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return the layers of conv1, conv2, ... in order, their weights by full names."""
     layers = []
     for number, block in enumerate(blocks, 1):
-        names = (f"conv{number}.{place}" for place in range(2 * len(block)))
-        for part in block:
-            name = next(names)
-            if isinstance(part, Conv):
-                layers += [Layer(name, (name,), part.channels, part.window), Layer(next(names))]
-            elif isinstance(part, Fire):
-                weights = tuple(f"{name}.{each}" for each in ("squeeze", "expand1x1", "expand3x3"))
-                layers.append(Layer(name, weights, part.channels))
-            else:
-                layers.append(Layer(name, window=part))
+        place = 0
+        for layer in block:
+            layers.append(layer._replace(weights=tuple(f"conv{number}.{place}{part}" for part in layer.weights)))
+            place += 2 if layer.weights == ("",) else 1  # the ReLU behind a convolution has a place of its own
     return tuple(layers)
 
 
-_HALF, _THIRD = KernelGeometry(2, 2), KernelGeometry(3, 2)
-_CEIL = KernelGeometry(3, 2, ceil=True)
+_HALF, _THIRD = Layer(0, KernelGeometry(2, 2)), Layer(0, KernelGeometry(3, 2))
+_CEIL = Layer(0, KernelGeometry(3, 2, ceil=True))
 LAYERS = {
     "vgg16": _layers(
-        [Conv(64), Conv(64)], [_HALF, Conv(128), Conv(128)], [_HALF, Conv(256), Conv(256), Conv(256)],
-        [_HALF, Conv(512), Conv(512), Conv(512)], [_HALF, Conv(512), Conv(512), Conv(512)]),
+        [_conv(64), _conv(64)], [_HALF, _conv(128), _conv(128)], [_HALF, _conv(256), _conv(256), _conv(256)],
+        [_HALF, _conv(512), _conv(512), _conv(512)], [_HALF, _conv(512), _conv(512), _conv(512)]),
     "alexnet": _layers(
-        [Conv(64, KernelGeometry(11, 4, 10))], [_THIRD, Conv(192, KernelGeometry(5, 1, 2))], [_THIRD, Conv(384)],
-        [Conv(256)], [Conv(256)]),
+        [_conv(64, KernelGeometry(11, 4, 10))], [_THIRD, _conv(192, KernelGeometry(5, 1, 2))], [_THIRD, _conv(384)],
+        [_conv(256)], [_conv(256)]),
     "squeezenet1_1": _layers(
-        [Conv(64, KernelGeometry(3, 2, 8))], [_CEIL, Fire(128), Fire(128)], [_CEIL, Fire(256), Fire(256)],
-        [_CEIL, Fire(384), Fire(384)], [Fire(512), Fire(512), None]),
+        [_conv(64, KernelGeometry(3, 2, 8))], [_CEIL, _fire(128), _fire(128)], [_CEIL, _fire(256), _fire(256)],
+        [_CEIL, _fire(384), _fire(384)], [_fire(512), _fire(512)]),
     "small": _layers(
-        [Conv(24, KernelGeometry(6, 2, 2))], [_HALF, Conv(32), Conv(32)], [_HALF, Conv(64), Conv(64)],
-        [_HALF, Conv(128), Conv(128)], [Conv(128), Conv(128)]),
+        [_conv(24, KernelGeometry(6, 2, 2))], [_HALF, _conv(32), _conv(32)], [_HALF, _conv(64), _conv(64)],
+        [_HALF, _conv(128), _conv(128)], [_conv(128), _conv(128)]),
 }
 
 

@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import threading
-import time
 from contextlib import suppress
 
 import h5py
@@ -196,13 +195,6 @@ def test_a_file_that_cannot_fit_is_refused_at_once(path):
             PreallocatedWriter(path, "", {}, {"a": {"values": ("float32", (1 << 40, 1024))}}):
         pass
     assert list(path.parent.iterdir()) == []
-
-
-def test_bytes_do_not_depend_on_the_time(path, tmp_path):
-    write(path)
-    time.sleep(0.05)
-    write(tmp_path / "later.safetensors")
-    assert sha256_file(path) == sha256_file(tmp_path / "later.safetensors")
 
 
 def test_unfinished_missing_and_foreign_files(path, tmp_path):

@@ -256,9 +256,10 @@ def test_what_reaches_beyond_plain_data_is_refused(path, make, cause):
         ProposalFile(path)
 
 
-@pytest.mark.parametrize(("name", "value", "cause"), [
-    ("format_version", 2, "format version is 2"), ("settings", "{", "settings is not JSON"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "cause"),
+    [("format_version", 2, "format version is 2"), ("settings", "{", "settings is not JSON")],
+)
 def test_attributes_of_another_kind(path, name, value, cause):
     write(path, [1])
     with h5py.File(path, "a") as file:
