@@ -49,7 +49,7 @@ GROUPS = {
     "look": ("plan", "status", "recall", "probe"),
     "use": ("evaluate", "score", "compare-published"),
     "data": ("fetch-voc07", "proposals"),
-    "keep": ("recipes", "recipe", "bench"),
+    "keep": ("recipes", "recipe"),
 }
 RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
 

@@ -3,7 +3,7 @@
 The tables are those of altopt/models/backbones.py, and tests hold them against the networks.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -86,8 +86,3 @@ def names_matching(weighted: Sequence[str], patterns: Iterable[str]) -> list[str
                              f"{', '.join(weighted)}")
         chosen |= found
     return [name for name in weighted if name in chosen]
-
-
-def leading(flags: Collection[bool]) -> int:
-    """Return how many of the flags are set before the first that is not."""
-    return next((count for count, flag in enumerate(flags) if not flag), len(flags))

@@ -26,7 +26,7 @@ from altopt.models.losses import LossModule
 from altopt.models.network_parts import NetworkOfParts
 from altopt.models.region_classifier import RegionClassifier
 from altopt.training.box_statistics import fixed_statistics, measure
-from altopt.training.loop import LoopRuntime, Progress, layers_named, train
+from altopt.training.loop import LoopRuntime, Progress, freeze, layers_named, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.files import sha256_text
 from cache.proposals import ProposalFile
@@ -166,8 +166,7 @@ class Training(TrainedStage):
     def freeze(self, network: NetworkOfParts, others: Sequence[str] = ()) -> None:
         """Freeze the conv layers that the config names, and ``others``, such as fc."""
         frozen = [*(f"conv.{layer}" for layer in layers_named(network.conv, self.config.freeze)), *others]
-        for name in frozen:
-            network.get_submodule(name).requires_grad_(False)  # no gradient, and so not in the optimizer
+        freeze(network, frozen)
         # Taken now: the network may share the memory of the tensors it was filled from, which then change with it.
         self._frozen = {name: digest(network.get_submodule(name).state_dict()) for name in frozen}
 

@@ -5,7 +5,6 @@ from tiny_runs import open_tiny
 
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
-from stages.pipeline.run import find_step
 from stages.shared.feature_plan import (
     decide,
     foreseen,
@@ -49,12 +48,6 @@ def test_decision(wish, needed, free, visits, used, reason):
 def test_which_stages_freeze_all_conv_layers(tmp_path, sets, outputs):
     run = open_tiny(tmp_path / "tiny", *sets)
     assert [step.output for step in run.recipe.steps if freezes_all(run.recipe.config(step))] == outputs
-
-
-def test_a_stage_that_freezes_nothing_known_foresees_nothing(tmp_path):
-    """The stage itself says what is wrong."""
-    run = open_tiny(tmp_path / "tiny", "train_rpn.freeze=['conv7']")
-    assert foreseen(run.folder, run.recipe.config(find_step(run.recipe.steps, "M1")), None) is None
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0 MB"), (46_080_000, "46 MB"), (999_600_000, "1.0 GB"),

@@ -7,16 +7,17 @@ import pytest
 from altopt.errors import UsageError
 from stages import DETECTIONS, PRETRAINED, SCHEMES
 from stages.shared.events import Note
+from stages.shared.stage_config import StageConfig
 from stages.shared.step import Kind, Runtime, Step, file_name, split_of
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(StageConfig):
     init: str = ""
 
 
 @dataclass(frozen=True)
-class NoInit:
+class NoInit(StageConfig):
     pass
 
 
@@ -44,7 +45,7 @@ def test_init_takes_the_place_of_the_first_input():
 
 
 @pytest.mark.parametrize(("artifact", "name"), [
-    ("M1", "M1.safetensors"), ("P2", "P2.h5"), ("D5", "D5.detections.json"), ("T0", "T0.h5"), ("F1", "F1.h5"),
+    ("M1", "M1.safetensors"), ("P2", "P2.h5"), ("D5", "D5.detections.json"), ("T0", "T0.h5"), ("F1", "F1.safetensors"),
     ("S1", "S1.safetensors"), ("R1", "R1.safetensors"), ("M10", "M10.safetensors"),
 ])
 def test_file_names(artifact, name):

@@ -106,7 +106,7 @@ def test_one_scale_that_is_the_networks_changes_nothing(train):
 
 
 def test_scale_is_drawn_at_each_visit_and_by_key(finished, train, monkeypatch):
-    import stages.shared.training as module
+    import altopt.batches.samples as module
 
     seen = []
     original = module.read_sample
