@@ -35,7 +35,7 @@ def test_more_images_than_there_are_mean_all(altopt, copied):
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["M2"], 4, "M2.safetensors has no rpn layers"), (["M1"], 4, "M1.safetensors has no"),
-    (["P1"], 2, "P1 is no network: choose among M0, M1, M2, M3, M4, M5"), (["M9"], 2, "no stage 'M9'"),
+    (["P1"], 2, "P1 is not a network: choose among M0, M1, M2, M3, M4, M5"), (["M9"], 2, "no stage 'M9'"),
 ])
 def test_what_cannot_be_probed(altopt, copied, arguments, code, words):
     answer = altopt("probe", *arguments, "--run", "tiny")

@@ -374,7 +374,7 @@ def test_names_of_a_step(copied, word, output):
 
 @pytest.mark.parametrize("word", ["8", "-1", "", "M6", "trian_rpn"])
 def test_no_name_of_a_step(copied, word):
-    with pytest.raises(UsageError, match="give 1 to 7, an output such as M2, or a function: ") as caught:
+    with pytest.raises(UsageError, match="give 1 to 7, an output such as M5, or a function: ") as caught:
         find_step(open_tiny(copied).recipe.steps, word)
     assert ("did you mean 'train_rpn'?" in str(caught.value)) == (word == "trian_rpn")
 
@@ -397,9 +397,8 @@ def test_init_is_recorded_and_decides_what_is_stale(finished, copied):
 @pytest.mark.parametrize("init", ["M9", "x", "P1", "M2", "M5", "../M1"])
 def test_init_from_what_can_be_no_input(copied, init):
     """Only networks that are made before the stage."""
-    with pytest.raises(UsageError, match=r"train_fast_rcnn.init = ") as caught:
+    with pytest.raises(UsageError, match=r"train_fast_rcnn.init must be M0 or M1 "):
         open_tiny(copied, f"train_fast_rcnn.init={init}")
-    assert "M0, M1" in str(caught.value)
 
 
 def test_force_makes_the_last_one_anew(finished, copied):

@@ -7,7 +7,6 @@ from altopt.config import NetworkConfig
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.extents import maps_bytes
-from stages.pipeline.run import find_step
 from stages.shared.feature_plan import (
     decide,
     extent,
@@ -67,12 +66,6 @@ def test_layers_in_words(layers, text):
 def test_how_many_layers_each_stage_stores(tmp_path, sets, layers):
     run = open_tiny(tmp_path / "tiny", *sets)
     assert [stored_layers(run.recipe.config(step)) for step in run.recipe.steps] == layers
-
-
-def test_a_stage_that_freezes_nothing_known_foresees_nothing(tmp_path):
-    """The stage itself says what is wrong."""
-    run = open_tiny(tmp_path / "tiny", "train_rpn.freeze=['conv7']")
-    assert foreseen(run.folder, run.recipe.config(find_step(run.recipe.steps, "M1")), None) is None
 
 
 @pytest.mark.parametrize(("size", "text"), [(0, "0 MB"), (46_080_000, "46 MB"), (999_600_000, "1.0 GB"),
