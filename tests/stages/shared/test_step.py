@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from stages.shared.stage_config import StageConfig
 from stages.shared.step import Runtime, Step, file_name
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
     init: str = ""
 
 
-@dataclass(frozen=True)
-class NoInit:
+@dataclass(frozen=True, kw_only=True)
+class NoInit(StageConfig):
     pass
 
 
