@@ -1,6 +1,7 @@
 """The command line: parse, one call, print. Heavy imports happen inside the commands that need them."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
@@ -69,13 +70,21 @@ class Grouped(click.Group):
 class Stages(click.Group):
     """The stages of a run as commands, by number, output or function."""
 
+    arguments: Sequence[str] = ()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as click does, but for options that say whose stages are to be listed."""
+        self.arguments = args
+        listing = bool(args) and args[0].startswith("-") and not {"-h", "--help"}.isdisjoint(args)
+        return super().parse_args(ctx, ["--help"] if listing else args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the numbers; outputs and function names are accepted too."""
-        return [str(number) for number in range(len(find_recipe(()).steps))]
+        return [str(number) for number in range(len(find_recipe(self.arguments).steps))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
-        """Return a stage of the default run."""
-        return self.resolve_command(ctx, [cmd_name])[1]
+        """Return a stage of the run that is listed."""
+        return self.resolve_command(ctx, [cmd_name, *self.arguments])[1]
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str, click.Command, list[str]]:
         """Return the stage that the first word names in the run that the others speak of."""

@@ -108,6 +108,13 @@ def test_help_of_a_stage_is_that_of_the_run(altopt, copied, words, expected):
     assert [each for each in expected if each not in answer.out] == []
 
 
+def test_help_of_stages_lists_those_of_the_run(altopt):
+    text = altopt("stage", "--scheme", "rcnn", "--help").out
+    assert "5  R1: Train a linear regression" in text
+    assert "6  " not in text
+    assert altopt("stage", "--scheme", "rcnn").code == 2
+
+
 def test_help_of_a_stage_that_the_scheme_does_not_have(altopt):
     answer = altopt("stage", "M3", "--scheme", "spp-net", "--help")
     assert (answer.code, answer.out) == (2, "")
