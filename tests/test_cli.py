@@ -135,7 +135,7 @@ def test_run_all_makes_everything_then_nothing(altopt, workplace, finished):
     assert answer.code == 0
     assert hashes(workplace / "runs" / "tiny") == hashes(finished)
     assert "M5 (shared)" in answer.out
-    assert "M2: train_fast_rcnn from M0, P1" in answer.err
+    assert "M2 (4 of 8) train_fast_rcnn from M0, P1: not made yet" in answer.err
     assert "train_fast_rcnn from" not in answer.out
     assert "nothing to do" not in answer.err
     before = {path.name: path.stat().st_mtime_ns for path in Path("runs/tiny").glob("[MPD]*")}
@@ -206,7 +206,7 @@ def test_stage_in_a_fixed_order(altopt, copied, finished):
 def test_stage_with_init_keeps_it_in_the_recipe(altopt, copied):
     answer = altopt("stage", "3", "--run", "tiny", "--init", "m1")
     assert answer.code == 0
-    assert 'init was "", is "M1"' in answer.err
+    assert "starts from M1 instead of M0 (init)" in answer.err
     assert json.loads((copied / "M2.json").read_text())["config"]["init"] == "M1"
     steps = {each["output"]: each for each in json.loads(altopt("status", "--run", "tiny", "--json").out)["steps"]}
     assert steps["M2"]["verdict"] == "done"

@@ -191,7 +191,7 @@ def test_seventh_scheme_is_a_list(altopt, six, monkeypatch):
     answer = altopt("run-all", "--recipe", "six.toml", "--scheme", "rpn-first", "--workers", "0")
     assert answer.code == 0
     assert "M1+M2 (rpn-first)" in answer.out
-    assert "M2: train_fast_rcnn from M1, P1" in answer.err
+    assert "M2 (4 of 4) train_fast_rcnn from M1, P1: not made yet" in answer.err
     assert altopt("run-all", "--run", "six-rpn-first").err == "runs/six-rpn-first is up to date: nothing to do\n"
     first, second = (load_checkpoint(Path(f"runs/six-rpn-first/{name}.safetensors"))[0] for name in ("M1", "M2"))
     assert torch.equal(first["conv.conv2.1.weight"], second["conv.conv2.1.weight"])
@@ -225,7 +225,7 @@ def test_fast_rcnn_from_its_folder_alone(altopt, fast_rcnn):
     assert (answer.code, answer.err) == (0, "M1 is up to date: nothing to do\n")
     answer = altopt("stage", "M1", "--run", folder.name, "--set", "train_fast_rcnn.lr=0.002", "--workers", "0")
     assert answer.code == 0
-    assert "M1: train_fast_rcnn from M0, P0" in answer.err
+    assert "M1 (3 of 3) train_fast_rcnn from M0, P0: lr was 0.001, is 0.002" in answer.err
 
 
 @with_opencv
