@@ -247,7 +247,7 @@ def test_stage_in_a_fixed_order(altopt, copied, finished):
 def test_stage_with_init_keeps_it_in_the_recipe(altopt, copied):
     answer = altopt("stage", "3", "--run", "tiny", "--init", "m1")
     assert answer.code == 0
-    assert 'starts from M1 instead of M0 (init)' in answer.err
+    assert "starts from M1 instead of M0 (init)" in answer.err
     assert json.loads((copied / "M2.json").read_text())["config"]["init"] == "M1"
     steps = {each["output"]: each for each in json.loads(altopt("status", "--run", "tiny", "--json").out)["steps"]}
     assert steps["M2"]["verdict"] == "done"
