@@ -98,7 +98,6 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
     optimizer = make_optimizer(module, config)
     start, spent = _resume(module, optimizer, snapshots)
     meter = _Meter(config, start, spent)
-    compute = ranks.data_parallel(module)
     taken: deque[PendingStep] = deque()
 
     def read_prepared(iteration: int) -> list[Sample]:
@@ -118,7 +117,7 @@ def train(module: nn.Module, read: Callable[[int], list[Sample]], config: Traini
             batch = make_batch(next(ahead), device)
             if slices:
                 batch = slices.begin(batch, iteration)
-            taken.append(train_step(compute, optimizer, batch, config, iteration, key, ranks))
+            taken.append(train_step(module, optimizer, batch, config, iteration, key, ranks))
             done = iteration + 1
             reporting = done % report_every == 0 or done == config.iterations
             settle(0 if reporting else LAG.get(device.type, 0))
@@ -169,7 +168,8 @@ def train_step(module: nn.Module, optimizer: torch.optim.SGD, batch: Batch, conf
         losses: dict[str, Tensor] = module(batch, iteration)
     optimizer.zero_grad(set_to_none=True)
     parts = torch.stack(list(losses.values()))
-    ranks.backward(parts.sum())
+    parts.sum().backward()  # type: ignore[no-untyped-call]
+    ranks.sum_gradients(module.parameters())
     if config.clip_gradient:
         nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.clip_gradient)
     own = parts.detach().double()

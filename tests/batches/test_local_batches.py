@@ -62,9 +62,9 @@ def gradients(ranks, count, precision=torch.float64):
     for module in modules(precision):
         batch = make_batch([sample(number, precision) for number in slices[0]], torch.device("cpu"))
         batch = slices.begin(replace(batch, images=batch.images.to(precision)), 0)
-        compute = ranks.data_parallel(module)
-        total = torch.stack(list(compute(batch, 0).values())).sum()
-        ranks.backward(total)
+        total = torch.stack(list(module(batch, 0).values())).sum()
+        total.backward()
+        ranks.sum_gradients(module.parameters())
         found.append(float(ranks.all_reduce_sum(total.detach().double())))
         for name, parameter in module.named_parameters():
             probe = torch.randn(parameter.shape, generator=generator(name), dtype=torch.float64)
