@@ -31,16 +31,16 @@ def launch(processes: int, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)(str(PROGRAM), *arguments)
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        for rank, code in codes.items():
-            if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
-                raise ResourceError(f"process {rank + 1} of {processes} ended by {signal.Signals(-code).name}: "
-                                    "run the same command again to go on") from None
-        if not {130, -signal.SIGINT}.isdisjoint(codes.values()):
+        rank, failure = next(iter(error.failures.items()))  # as they were seen; their times are equal
+        code = failure.exitcode
+        if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt from None
-        if not {143, -signal.SIGTERM}.isdisjoint(codes.values()):
+        if code in (143, -signal.SIGTERM):
             raise Terminated from None
-        return codes[error.get_first_failure()[0]]
+        if code < 0:
+            raise ResourceError(f"process {rank + 1} of {processes} ended by {signal.Signals(-code).name}: run the "
+                                "same command again to go on") from None
+        return code
     except SignalException as error:
         raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from None
     return 0
