@@ -51,10 +51,10 @@ def start(folder: Path, processes: int, *arguments: str) -> subprocess.Popen[str
 
 
 def start_agent(folder: Path, port: int, *arguments: str) -> subprocess.Popen[str]:
-    """Start torchrun's agent as one of two machines with a process each."""
+    """Start torchrun's agent as one of two machines with a process each; without -- it takes --run for its own."""
     return started(folder, ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
                             f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=altopt", "--local-addr=localhost",
-                            str(PROGRAM), *arguments, "--device", "cpu"])
+                            "--", str(PROGRAM), *arguments, "--device", "cpu"])
 
 
 def started(folder: Path, arguments: list[str]) -> subprocess.Popen[str]:

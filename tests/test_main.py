@@ -14,7 +14,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 @pytest.mark.parametrize("start", [
     ("-m", "altopt", "--version"),
     (str(PROGRAM), "--version"),
-    (*TORCHRUN, "-m", "altopt", "--version"),
+    (*TORCHRUN, "-m", "--", "altopt", "--version"),
     (str(PROGRAM), "run-all", "--processes", "2", "--recipe", "none.toml"),
 ], ids=["python -m", "its path", "torchrun -m", "--processes"])
 def test_it_works_from_a_folder_with_a_command_line_of_its_own(tmp_path, start):

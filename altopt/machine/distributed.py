@@ -24,6 +24,8 @@ Value = TypeVar("Value")
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+SIGNALS = {KeyboardInterrupt: 130, Terminated: Terminated.exit_code}
+
 
 class OtherRankError(Exception):
     """The command ends because of another rank or a signal, and who knows more says why; ``exit_code`` is theirs."""
@@ -111,19 +113,15 @@ def join_processes() -> Iterator[SingleProcess]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield SingleProcess()
         return
+    ranks = None
     try:
         from altopt.machine.process_group import ProcessGroup
 
         ranks = ProcessGroup()
-        try:
-            yield ranks
-            ranks.end()
-        except Exception as error:
-            code = ranks.fail(error)
-            if code is None:
-                raise
-            raise OtherRankError(code) from None
-    except KeyboardInterrupt:
-        raise OtherRankError(130) from None
-    except Terminated as stopped:
-        raise OtherRankError(stopped.exit_code) from None
+        yield ranks
+        ranks.end()
+    except BaseException as error:
+        code = ranks.fail(error) if ranks else SIGNALS.get(type(error))
+        if code is None:
+            raise
+        raise OtherRankError(code) from None

@@ -23,7 +23,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from altopt.errors import LostError, ResourceError
-from altopt.machine.distributed import SingleProcess, Value
+from altopt.machine.distributed import SIGNALS, SingleProcess, Value
+from altopt.machine.interruption import Terminated
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 30  # beats without one, after which a rank counts as lost
@@ -117,17 +118,24 @@ class ProcessGroup(SingleProcess):
     def end(self) -> None:
         """Leave with the others, whose work is done too."""
         self.all_gather(None)  # a rank that goes earlier would break the connections of those still at work
-        self._stop_watching()
+        self._left.set()
+        self._watch.join()
         dist.destroy_process_group()
 
-    def fail(self, error: Exception) -> int | None:
+    def fail(self, error: BaseException) -> int | None:
         """Leave because of an error; return the code to exit with in silence, or None where it is here to say why."""
-        if isinstance(error, LostError):
-            # Whoever ended the connection may have said why. If it died, torchrun says so and stops this wait.
-            self._over.wait(GRACE)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to all when one has ended
-        speaks, code = self._put_down(getattr(error, "exit_code", 1))
-        self._stop_watching()
+        try:
+            if isinstance(error, LostError):
+                # Whoever ended the connection may have said why. If it died, torchrun says so and ends this wait.
+                self._over.wait(GRACE)
+        except (KeyboardInterrupt, Terminated) as signalled:
+            error = signalled
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to all when one has ended
+        speaks, code = False, SIGNALS.get(type(error))
+        if code is None:
+            speaks, code = self._put_down(getattr(error, "exit_code", 1))
+        self._left.set()
         return None if speaks else code
 
     def _put_down(self, code: int) -> tuple[bool, int]:
@@ -143,10 +151,6 @@ class ProcessGroup(SingleProcess):
         if self._unanswered:  # so nobody can agree: one of each machine speaks
             return os.environ.get("LOCAL_RANK", "0") == "0", code
         return first == mine, int(json.loads(first)[1])
-
-    def _stop_watching(self) -> None:
-        self._left.set()
-        self._watch.join()
 
     def _keep_watch(self) -> None:
         """Give signs of life until this rank leaves; end it if others are lost and it does not notice by itself."""
