@@ -6,7 +6,7 @@ What torchrun ends by itself was measured with workers that only exchange number
 |---|---|---|
 | a rank, SIGKILL | ends the others in 0.3 s | - |
 | its own launcher, SIGTERM | passes it on | - |
-| its own launcher, SIGKILL | the ranks work on for ever | one second, and five of grace |
+| its own launcher, SIGKILL | nothing in 75 s | 1 s, and 5 of grace |
 | a rank, SIGSTOP | nothing in 75 s | 30 s, and 5 of grace; torchrun kills the stopped one 30 s later |
 | a rank of another machine, while rank 0 works alone | nothing in 75 s | the next exchange |
 | another machine falls silent | nothing in 75 s | 30 s, and 5 of grace |
@@ -132,7 +132,7 @@ def test_a_job_that_is_stopped_as_a_whole_goes_on(begin):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("machine", [0, 1])
 def test_a_machine_that_falls_silent_is_missed(copied, machine, number):
-    """Two agents stand for two machines; one of them is lost with its rank. Machine 0 keeps the store."""
+    """Two agents stand for two machines; one of them is lost with its rank. Either may keep the store."""
     port = free_port()
     agents = {}
     begun = [start_agent(copied.parents[1], port, *ENDLESS) for _ in range(2)]
@@ -146,8 +146,12 @@ def test_a_machine_that_falls_silent_is_missed(copied, machine, number):
             os.kill(process, number)
         _, said = left[0].communicate(timeout=90)
         assert not works(left[1])
-        line, = (line for line in said.splitlines() if line.startswith("altopt: "))
-        assert line.endswith("run the same command again to go on")
+        lines = [line for line in said.splitlines() if line.startswith("altopt: ")]
+        if "RendezvousConnectionError" in said:  # the lost agent kept the store, so torchrun missed it, and says so
+            assert not lines
+        else:
+            assert len(lines) == 1
+            assert lines[0].endswith("run the same command again to go on")
     finally:
         for agent, process in agents.values():
             for each in filter(works, (agent.pid, process)):
