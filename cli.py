@@ -515,7 +515,10 @@ def exit_code(arguments: list[str]) -> int:
     try:
         with join_processes() as ranks:
             if ranks.first:
-                code = main.main(arguments, prog_name="altopt", standalone_mode=False, obj=ranks)
+                try:
+                    code = main.main(arguments, prog_name="altopt", standalone_mode=False, obj=ranks)
+                except click.Abort:  # what click makes of Ctrl-C, which join_processes has to know by its own name
+                    raise KeyboardInterrupt from None
                 ranks.announce(None)
                 return code if isinstance(code, int) else 0  # what ctx.exit() was given
             from stages.pipeline.run import help_rank_0
@@ -530,7 +533,7 @@ def exit_code(arguments: list[str]) -> int:
         return error.exit_code
     except AltoptError as error:
         return complain(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         return complain("stopped by Ctrl-C; run the same command again to go on", 130)
     except Terminated:
         return complain("stopped by SIGTERM; run the same command again to go on", 143)

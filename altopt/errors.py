@@ -41,6 +41,10 @@ class ResourceError(AltoptError):
     exit_code = 6
 
 
+class LostError(ResourceError):
+    """The connection to another process of the same command broke."""
+
+
 class DownloadError(AltoptError):
     """Something that could not be fetched."""
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from altopt.errors import LostError
+
 
 class Terminated(BaseException):
     """SIGTERM as an exception; the command line exits with 143."""
@@ -52,6 +54,9 @@ def deferred_signals() -> Iterator[Stop]:
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except LostError:
+        stop.raise_it()  # torchrun sends SIGTERM because a process died, and says so: no reason to say it twice
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

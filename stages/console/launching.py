@@ -1,4 +1,4 @@
-"""Starting a command as several processes of this machine: torchrun's launcher, without its report of failures."""
+"""Starting a command as several processes of this machine: torchrun, with one line in place of its report."""
 
 import logging
 import os
@@ -8,13 +8,16 @@ import uuid
 from pathlib import Path
 
 from altopt.errors import ResourceError
+from altopt.machine.interruption import Terminated
+
+PROGRAM = Path(__file__).parents[2] / "altopt" / "__main__.py"  # by its path: an altopt/ of the user's may lie nearer
 
 
-def launch(processes: int, script: Path, arguments: list[str]) -> int:
+def launch(processes: int, arguments: list[str]) -> int:
     """Run the command as so many processes and return the exit code of the one that failed first, or 0.
 
-    Ctrl-C and SIGTERM are passed on, and 30 seconds later what is still there is killed. Raises ``ResourceError`` for a
-    process that died by itself.
+    Ctrl-C and SIGTERM are passed on, and 30 seconds later what is still there is killed; then they are raised here, as
+    the processes do not speak of them. Raises ``ResourceError`` for a process that died by itself.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,14 +29,18 @@ def launch(processes: int, script: Path, arguments: list[str]) -> int:
     config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                           local_addr="localhost", max_restarts=0, signals_to_handle="SIGTERM,SIGINT")
     try:
-        elastic_launch(config, sys.executable)(str(script), *arguments)
+        elastic_launch(config, sys.executable)(str(PROGRAM), *arguments)
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        for rank, code in codes.items():
-            if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
-                raise ResourceError(f"process {rank + 1} of {processes} ended by {signal.Signals(-code).name}, perhaps "
-                                    "for want of memory: run the same command again to go on") from None
-        return codes[error.get_first_failure()[0]]
+        rank, failure = next(iter(error.failures.items()))  # as they were seen; their times are equal
+        code = failure.exitcode
+        if code in (130, -signal.SIGINT):
+            raise KeyboardInterrupt from None
+        if code in (143, -signal.SIGTERM):
+            raise Terminated from None
+        if code < 0:
+            raise ResourceError(f"process {rank + 1} of {processes} ended by {signal.Signals(-code).name}: run the "
+                                "same command again to go on") from None
+        return code
     except SignalException as error:
-        return 128 + int(error.sigval)
+        raise (KeyboardInterrupt if error.sigval == signal.SIGINT else Terminated) from None
     return 0

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from stages.pipeline.run import Run
     from stages.shared.step import Runtime
 
-COMMAND_LINE = Path(__file__).parents[2] / "cli.py"
 FC = TypeVar("FC", bound=Callable[..., object])
 
 
@@ -77,7 +76,7 @@ def start_processes(ctx: click.Context, parameter: click.Parameter, count: int) 
     if count > 1 and "WORLD_SIZE" not in os.environ and not ctx.resilient_parsing:
         from stages.console.launching import launch
 
-        ctx.exit(launch(count, COMMAND_LINE, sys.argv[1:]))
+        ctx.exit(launch(count, sys.argv[1:]))
     return count
 
 

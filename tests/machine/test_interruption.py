@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from altopt.errors import LostError
 from altopt.machine.interruption import Terminated, deferred_signals, raise_on_sigterm
 
 BOTH = pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
@@ -71,6 +72,17 @@ def test_error_of_the_block_comes_before_a_signal_held_back(handlers):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
+        block()
+    assert {each: signal.getsignal(each) for each in handlers} == handlers
+
+
+def test_but_not_a_lost_process_which_is_what_torchrun_sends_sigterm_for(handlers):
+    def block():
+        with deferred_signals():
+            signal.raise_signal(signal.SIGTERM)
+            raise LostError
+
+    with pytest.raises(Terminated):
         block()
     assert {each: signal.getsignal(each) for each in handlers} == handlers
 

@@ -1,23 +1,18 @@
 """Stages by several processes: what they make does not depend on how many there are, and none is left behind."""
 
 import json
-import os
 import shutil
-import signal
-import time
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import region_runs
 import torch
-from rank_runs import in_ranks, kill, ranks_of, start
+from rank_runs import in_ranks
 from tiny_runs import hashes, link_or_copy, open_tiny, write_recipe
 
 from altopt.machine.distributed import SingleProcess
 from cache.checkpoints import load_checkpoint, save_checkpoint
-from cache.files import sha256_file
 from stages.pipeline.evaluation import detection_steps
 from stages.pipeline.recipe import read_recipe
 from stages.pipeline.run import Run, help_rank_0
@@ -123,66 +118,6 @@ def test_region_schemes_too(tmp_path, scheme):
     after = region_runs.hashes(tmp_path, scheme)
     assert {name for name in before if before[name] != after[name]} <= {"M1"}
     assert difference(tmp_path, alone, "M1") < 1e-5
-
-
-LONG = ("stage", "1", "--run", "tiny", "--force", "--set", "train_rpn.iterations=60", "--snapshot-seconds", "0",
-        "--log-every", "1")
-
-
-def wait_for_iteration(folder, iteration, launcher):
-    """Return once the log tells of an iteration of the training that has just been started."""
-    log = folder / "log.jsonl"
-    began = log.read_text().count("\n")
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and launcher.poll() is None:
-        events = [json.loads(line) for line in log.read_text().splitlines()[began:]]
-        if any(event["event"] == "progress" and event["iteration"] >= iteration for event in events):
-            return
-        time.sleep(0.02)
-    raise AssertionError(launcher.communicate())
-
-
-def complaints(text):
-    return [line for line in text.splitlines() if line.startswith("altopt: ")]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job_with_a_reason(copied, rank):
-    launcher = start(copied.parents[1], 2, *LONG)
-    wait_for_iteration(copied, 3, launcher)
-    processes = ranks_of(launcher)
-    kill(processes[rank])
-    began = time.monotonic()
-    _, said = launcher.communicate(timeout=60)
-    assert time.monotonic() - began < 60
-    assert launcher.returncode == 6
-    assert complaints(said)
-    assert all("run the same command again" in line for line in complaints(said))
-    assert "Traceback" not in said
-    assert not any(Path(f"/proc/{process}").exists() for process in processes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_job_killed_and_then_terminated_goes_on_to_the_same_bytes(copied, count):
-    """In batches of as many images, of which none has all: a sum of three has an order."""
-    command = (*LONG, "--set", f"train_rpn.images_per_batch={count}")
-    uninterrupted = start(copied.parents[1], count, *command)
-    uninterrupted.communicate(timeout=300)
-    expected = sha256_file(copied / file_name("M1"))
-    for number, iteration, code in ((signal.SIGKILL, 20, 6), (signal.SIGTERM, 40, 143)):
-        launcher = start(copied.parents[1], count, *command)
-        wait_for_iteration(copied, iteration, launcher)
-        os.kill(ranks_of(launcher)[1], number)
-        _, said = launcher.communicate(timeout=60)
-        assert launcher.returncode == code
-        assert "M1: goes on after iteration" in said or number == signal.SIGKILL
-    assert complaints(said) == ["altopt: stopped by SIGTERM; run the same command again to go on"]
-    last = start(copied.parents[1], count, *command)
-    _, said = last.communicate(timeout=300)
-    assert "M1: goes on after iteration" in said
-    assert (uninterrupted.returncode, last.returncode) == (0, 0)
-    assert sha256_file(copied / file_name("M1")) == expected
 
 
 @pytest.mark.slow
