@@ -60,7 +60,7 @@ def start(folder: Path, processes: int, *arguments: str) -> subprocess.Popen[str
 def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
     """Return the process ids of a launcher's ranks, rank 0 first."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    held = {}
+    held: dict[int, int] = {}
     for child in map(int, children):
         environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         held |= {int(each[5:]): child for each in environment if each.startswith(b"RANK=")}

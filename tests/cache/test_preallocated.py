@@ -3,6 +3,7 @@ import os
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ from altopt.errors import ArtifactError, ResourceError
 from cache.files import sha256_file
 from cache.preallocated import Column, PreallocatedFile, PreallocatedWriter, growing_path
 
-INDEX = {"names": ["a", "bä", ""], "ends": np.array([2, 5, 5], np.int64)}
+INDEX: dict[str, Any] = {"names": ["a", "bä", ""], "ends": np.array([2, 5, 5], np.int64)}
 COLUMNS = {"values": Column(np.float32, (5, 3)), "marks": Column(np.uint16, (5,)), "empty": Column(np.float32, (0, 7))}
 ROWS = {0: (0, 2), 1: (2, 5), 2: (5, 5)}
 
@@ -23,8 +24,8 @@ def path(tmp_path):
 
 
 def writer(path, attributes=None, index=None, columns=None):
-    return PreallocatedWriter(path, attributes or {"about": "tests", "settings": {"b": 1, "a": [2]}}, index or INDEX,
-                              columns or COLUMNS, 3)
+    return PreallocatedWriter(path, attributes or {"about": "tests", "settings": {"b": 1, "a": [2]}},
+                              INDEX if index is None else index, columns or COLUMNS, 3)
 
 
 def values(begin, end):
@@ -135,9 +136,9 @@ def test_threads_write_side_by_side(path):
             thread.start()
         for thread in threads:
             thread.join()
-    with PreallocatedFile(path, {}) as file:
+    with PreallocatedFile(path, {}) as read:
         expected = np.repeat(np.arange(count), 10)[:, None]
-        assert (file.all("values") == expected).all()
+        assert (read.all("values") == expected).all()
 
 
 @pytest.mark.parametrize("rows", [(4, (2, 3)), (0, (2, 4))])

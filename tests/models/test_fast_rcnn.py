@@ -148,7 +148,7 @@ def test_background_alone_has_a_zero_box_loss_with_a_gradient():
     logits, normalised = head(torch.randn(5, 6, generator=generator(7)))
     losses = roi_losses(head, logits, normalised, background(5))
     assert losses["box"].item() == 0
-    sum(losses.values()).backward()
+    torch.stack(list(losses.values())).sum().backward()
     assert head.bbox_pred.weight.grad.eq(0).all()
     assert head.cls_score.weight.grad.any()
 
@@ -158,7 +158,7 @@ def test_no_rois_give_zero_not_nan():
     logits, normalised = head(torch.zeros(0, 6))
     losses = roi_losses(head, logits, normalised, background(0))
     assert [losses["cls"].item(), losses["box"].item()] == [0, 0]
-    sum(losses.values()).backward()
+    torch.stack(list(losses.values())).sum().backward()
     assert head.cls_score.weight.grad.eq(0).all()
 
 
@@ -204,7 +204,7 @@ def test_losses_are_divided_by_the_rois_of_the_whole_batch():
 def test_every_part_gets_a_gradient():
     training = training_of()
     losses = training(batch_of(sample_of(random_boxes(2), random_boxes(60, 1))), 0)
-    sum(losses.values()).backward()
+    torch.stack(list(losses.values())).sum().backward()
     assert losses["box"].item() > 0
     for parameter in training.parameters():
         assert parameter.grad.isfinite().all()
@@ -215,7 +215,7 @@ def test_every_part_gets_a_gradient():
 def test_images_without_objects_or_proposals(objects, proposals):
     training = training_of()
     losses = training(batch_of(sample_of(random_boxes(objects), random_boxes(proposals, 1))), 0)
-    sum(losses.values()).backward()
+    torch.stack(list(losses.values())).sum().backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(parameter.grad.isfinite().all() for parameter in training.parameters())
 

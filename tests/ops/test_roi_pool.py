@@ -16,7 +16,7 @@ STRIDE = 16
 WAYS = {"one thread": (1, False), "three threads": (3, False), "fixed order": (1, True)}
 
 
-@pytest.fixture(params=WAYS.values(), ids=WAYS, autouse=True)
+@pytest.fixture(params=list(WAYS.values()), ids=list(WAYS), autouse=True)
 def each_way(request, monkeypatch):
     """Every test holds for torchvision's kernel, also divided among threads, and for the way of fixed order on CUDA."""
     threads, in_order = request.param

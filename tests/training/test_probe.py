@@ -44,7 +44,7 @@ def by_hand(batches: list[Batch], block: str, share: float, *names: str) -> torc
     module = module_of()
     for number, batch in enumerate(batches):
         losses = module.losses(batch, number, share)
-        sum(losses[name] for name in names).backward()
+        torch.stack([losses[name] for name in names]).sum().backward()
     return torch.cat([parameter.grad.flatten() for name, parameter in module.conv.named_parameters()
                       if name.startswith(block)]).double()
 

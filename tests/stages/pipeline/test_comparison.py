@@ -98,9 +98,10 @@ def test_table_fits_into_160_columns_and_never_cuts_a_name():
                    bytes=200 * 2**30, iterations=240_000, test_seconds=47.123)
     table = rows([replace(long, name=scheme, seed=seed) for scheme in SLIDES for seed in (1, 2)])
     for width, folded in ((160, False), (80, True)):
-        console = Console(file=io.StringIO(), width=width)
+        file = io.StringIO()
+        console = Console(file=file, width=width)
         console.print(comparison_table(HEADINGS, printed(table)))
-        lines = console.file.getvalue().splitlines()
+        lines = file.getvalue().splitlines()
         assert all(any(line.startswith(f"{scheme} ") for line in lines) for scheme in SLIDES)
         assert (len(lines) > 1 + len(printed(table))) == folded
 
@@ -136,8 +137,13 @@ def test_given_artifacts_that_cannot_be(word, schemes, message):
 def compared(folder, names, seeds=(1,), report=None, **options):
     runtime = Runtime(device="cpu", workers=0, snapshot_seconds=1000, report=report or Reports())
     variants = [each if isinstance(each, Variant) else Variant(each, each) for each in names]
+
+    def working_in(run):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return nullcontext()
+
     return list(outcomes(folder / "all", str(folder / "tiny.toml"), variants, seeds, (), runtime,
-                         working_in=lambda run: nullcontext(run.folder.mkdir(parents=True, exist_ok=True)), **options))
+                         working_in=working_in, **options))
 
 
 def test_outcome_counts_what_the_records_say(copied):
