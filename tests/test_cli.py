@@ -100,7 +100,7 @@ def test_help_of_stages_lists_all_eight(altopt):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["pln"], "Did you mean 'plan'?"),
     (["run_all"], "Did you mean 'run-all'?"),
-    (["xyz"], "Commands are bench, beside, "),
+    (["xyz"], "Commands are beside, "),
     (["stage", "trian_rpn"], "did you mean 'train_rpn'?"),
     (["stage", "9"], "give 1 to 7"),
     (["plan", "--recipe", "shaps"], "did you mean 'shapes'?"),
