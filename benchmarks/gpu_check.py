@@ -113,8 +113,11 @@ def run_part(part: Part, out: Path, limit: float) -> Outcome:
 
 def line_of(outcome: Outcome) -> str:
     """Return an outcome in words."""
-    how = "stopped at its limit" if outcome.code is None else f"exit code {outcome.code}"
-    return f"{outcome.name}: {'no time was left' if outcome.seconds == 0 else how}, {outcome.seconds:.1f} s"
+    if outcome.code is not None:
+        how = f"exit code {outcome.code}"
+    else:
+        how = "stopped at its limit" if outcome.seconds else "no time was left"
+    return f"{outcome.name}: {how}, {outcome.seconds:.1f} s"
 
 
 def write_summary(out: Path, outcomes: Sequence[Outcome]) -> None:

@@ -1,6 +1,7 @@
 """SPP-net and slow R-CNN on a few small images, stage function by stage function, each writing into one folder."""
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ TRAINING: dict[str, Any] = {"iterations": 4, "lr": 0.001, "lr_steps": (3,), "ima
                             "rois_per_batch": 16}
 SHARED: dict[str, Any] = {"network": NETWORK, "data": DATA}
 
-STAGES = {
+STAGES: dict[str, list[tuple[str, Callable[..., dict[str, Any]], tuple[str, ...], Any]]] = {
     "spp_net": [
         ("F1", cache_conv_features, ("M0",), CacheConvFeatures(**SHARED, scales=(64, 96), max_side=200)),
         ("M1", train_fc_layers, ("M0", "F1", "P0"), TrainFCLayers(**SHARED, **TRAINING)),

@@ -98,7 +98,7 @@ def door(name):
 
 def arrows(top, place):
     """Return each (from, to) between two places of a top-level folder, with the imports that make it."""
-    found = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for name, targets in GRAPH.items():
         for target in targets:
             if {name.split(".")[0], target.split(".")[0]} == {top} and place(name) != place(target):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def server() -> Iterator[Server]:
 def serve(server: Server, archives: dict[str, bytes]) -> str:
     """Serve the archives with byte ranges; return the options of fetch-voc07."""
     for name, content in archives.items():
-        server.url(f"/{name}", lambda handler, content=content: handler.ranged(content))
+        server.url(f"/{name}", partial(Handler.ranged, content=content))
     return f"--manifest small.toml --mirror {server.url('/')}"
 
 

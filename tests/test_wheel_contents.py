@@ -5,8 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-from tests.wheel_contents import PACKAGES, expected, main, problems
+from wheel_contents import PACKAGES, expected, main, problems
 
 ROOT = Path(__file__).parents[1]
 

@@ -90,9 +90,13 @@ def measure(plan: Plan, command: str, say: Callable[[str], None]) -> dict[str, A
 def set_tf32(wanted: str) -> None:
     """Let products and convolutions of float32 on a GPU round to TF32 or not; "torch" leaves both as torch has them."""
     if wanted != "torch":
-        precision = "tf32" if wanted == "on" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = precision
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        for switch in float32_switches():
+            switch.fp32_precision = "tf32" if wanted == "on" else "ieee"
+
+
+def float32_switches() -> list[Any]:
+    """Return where torch keeps, as ``fp32_precision``, how a GPU multiplies matrices and convolves."""
+    return [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
 
 
 def _measured(plan: Plan, network: str, size: tuple[int, int], say: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def test_an_exception_arrives_in_its_turn_and_as_it_is(workers):
 
 
 def test_it_reads_ahead_but_not_without_end():
-    made = []
+    made: list[int] = []
     with Prefetcher(made.append, range(10_000), 2) as ahead:
         next(ahead)
         deadline = time.monotonic() + 5
@@ -127,7 +127,8 @@ def test_work_is_done_by_threads_or_in_place():
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_closing_drops_the_rest_and_leaves_no_thread(workers):
-    before, made = threading.active_count(), []
+    made: list[int] = []
+    before = threading.active_count()
 
     def interrupted() -> None:
         with Prefetcher(made.append, range(1000), workers) as ahead:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from drawn_dataset import DrawnDataset
 
 from altopt.batches.samples import PIXEL_MEAN, PIXEL_STD, Sample, make_batch, read_sample, resized, to_original
 from altopt.config import NetworkConfig
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class OneImage:
+class OneImage(DrawnDataset):
     """A data set of one image, black with its objects painted white."""
 
     width: int
@@ -119,10 +120,10 @@ def test_a_one_pixel_object_keeps_its_pixel():
     assert sample.gt_boxes.tolist() == [[189, 117, 192, 120]]
 
 
-def test_reading_changes_nothing_of_the_data_sets():
+def test_reading_changes_nothing_of_the_data_sets(monkeypatch):
     objects, proposals = OneImage(64, 40, [BOX]).objects("one"), np.array([BOX], dtype=np.float32)
     dataset = OneImage(64, 40, [BOX])
-    dataset.objects = lambda image_id: objects
+    monkeypatch.setattr(dataset, "objects", lambda image_id: objects)
     sample = read_sample(dataset, "one", frame(40), proposals=proposals)
     sample.gt_boxes.add_(1)
     sample.proposals.add_(1)

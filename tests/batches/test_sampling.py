@@ -1,5 +1,6 @@
 """Labels and samples against the rules of Faster R-CNN (3.1.2, 3.1.3) and Fast R-CNN (2.3), written as slow loops."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -68,13 +69,13 @@ def test_labels_of_random_anchors_follow_the_rules(seed, border):
         assert overlaps[matched[n]] == max(overlaps)
 
 
-def labelled(anchors: list[list[float]], objects: list[list[float]]) -> list[int]:
+def labelled(anchors: Sequence[Sequence[float]], objects: Sequence[Sequence[float]]) -> list[int]:
     return label_anchors(torch.tensor(anchors), torch.tensor(objects).reshape(-1, 4), (100, 100), 0.7, 0.3)[0].tolist()
 
 
 def test_all_anchors_that_tie_for_an_object_are_positive():
-    anchors = [[0.0, 0, 20, 20], [40, 0, 60, 20], [0, 40, 20, 60]]
-    assert labelled(anchors, [[10, 0, 50, 20], [80, 80, 90, 90]]) == [1, 1, 0]
+    anchors: list[list[float]] = [[0, 0, 20, 20], [40, 0, 60, 20], [0, 40, 20, 60]]
+    assert labelled(anchors, [[10.0, 0, 50, 20], [80, 80, 90, 90]]) == [1, 1, 0]
 
 
 def test_the_limits_belong_to_positive_and_to_ignored():
@@ -97,7 +98,7 @@ def test_an_object_that_no_anchor_touches_promotes_nothing():
 
 
 def test_anchors_across_the_border_neither_compete_nor_win():
-    anchors = [[-1.0, 0, 10, 10], [90, 90, 100, 100], [90, 90, 101, 100], [3, 0, 13, 10]]
+    anchors: list[list[float]] = [[-1.0, 0, 10, 10], [90, 90, 100, 100], [90, 90, 101, 100], [3, 0, 13, 10]]
     assert labelled(anchors, [[0, 0, 10, 10]]) == [-1, 0, -1, 1]  # 7 / 13 wins, for the better one lies outside
 
 

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.bench import stage_contenders, torchvision_contenders
 from benchmarks.bench.__main__ import main
-from benchmarks.bench.measuring import CONTENDERS, make_plan, measure, set_tf32
+from benchmarks.bench.measuring import CONTENDERS, float32_switches, make_plan, measure, set_tf32
 from benchmarks.bench.stopwatch import PARTS, Stopwatch
 from benchmarks.bench.watching import watched
 from benchmarks.bench.workplace import Workplace
@@ -158,7 +158,7 @@ def test_words_that_mean_nothing_are_usage_errors(capsys, option, word, said):
 
 @pytest.mark.parametrize(("wanted", "precision"), [("on", "tf32"), ("off", "ieee")])
 def test_tf32_is_switched_for_products_and_convolutions(wanted, precision):
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    places = float32_switches()
     before = [place.fp32_precision for place in places]
     try:
         set_tf32(wanted)

@@ -57,7 +57,12 @@ def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     calls = []
     replace = os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append(Path(f"/proc/self/fd/{fd}").readlink().name))
-    monkeypatch.setattr(os, "replace", lambda *args: (calls.append("replace"), replace(*args)))
+
+    def replaced(*args):
+        calls.append("replace")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", replaced)
     with atomic_path(path) as temporary:
         temporary.write_text("x")
     assert calls == [temporary.name, "replace", tmp_path.name]

@@ -74,7 +74,7 @@ def test_an_interrupted_writer_is_continued(path, tmp_path):
 
 def test_threads_read_one_file(path):
     write(path)
-    wrong = []
+    wrong: list[object] = []
     with FeatureMapFile(path) as file:
         def work():
             wrong.extend(key for _ in range(20) for key in KEYS if not torch.equal(file.get(key), map_of(key)))

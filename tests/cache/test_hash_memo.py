@@ -14,7 +14,12 @@ def hashed(monkeypatch):
     """The names of the files whose content was read for a hash, in order."""
     names = []
     original = files._hash
-    monkeypatch.setattr(files, "_hash", lambda path: (names.append(path.name), original(path))[1])
+
+    def hashed(path):
+        names.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(files, "_hash", hashed)
     return names
 
 

@@ -3,6 +3,7 @@ import json
 import os
 import threading
 from contextlib import suppress
+from typing import Any
 
 import h5py
 import numpy as np

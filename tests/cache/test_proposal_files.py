@@ -351,8 +351,10 @@ def test_threads_share_one_file(path):
     file.close()
     sums = []
     threads = [threading.Thread(target=lambda: sums.append(read_sum(file))) for _ in range(8)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert sums == [expected_sum(50)] * 8
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from altopt.training import loop
+from benchmarks.bench.measuring import float32_switches
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
@@ -17,7 +18,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Let a GPU multiply float32 as such and not as TF32, which has ten bits."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    places = float32_switches()
     before = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = "ieee"

@@ -69,7 +69,7 @@ def test_ground_truth_is_that_of_the_file(tmp_path):
     annotations = [annotation(i, 1, [i, 2, 3, 4], 7 if i % 2 else 3, area=6.0, iscrowd=i % 2) for i in (1, 2)]
     truth = to_coco(data_set(tmp_path, *annotations))
     assert truth["images"] == [{"id": 1, "width": 30, "height": 20}]
-    assert truth["categories"] == sorted(CATEGORIES, key=lambda category: category["id"])
+    assert truth["categories"] == sorted(CATEGORIES, key=lambda category: str(category["id"]))
     assert truth["annotations"] == [{**entry, "difficult": 0} for entry in annotations]
 
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loopback import Handler, Server, serving
@@ -257,7 +258,11 @@ def test_redirect_in_a_circle_ends(server: Server, tmp_path: Path) -> None:
 
 def test_silence_is_timed_out(server: Server, tmp_path: Path) -> None:
     awake = threading.Event()
-    url = server.url("/silent", lambda handler: awake.wait(10) and None)
+
+    def silent(handler: Handler) -> None:
+        awake.wait(10)
+
+    url = server.url("/silent", silent)
     try:
         assert "timed out (3 times)" in failure([url], tmp_path, timeout=0.05)
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,7 +216,7 @@ def test_offline_says_everything_that_is_to_be_brought(server: str, tmp_path: Pa
 
 def test_half_done_extraction_is_redone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archives = make_both(tmp_path / "brought")
-    options = {"archives": archives, "archive_files": sorted((tmp_path / "brought").iterdir())}
+    options: dict[str, Any] = {"archives": archives, "archive_files": sorted((tmp_path / "brought").iterdir())}
     root = tmp_path / "data"
 
     def killed(*_: object) -> None:
@@ -240,7 +241,7 @@ def test_half_done_extraction_is_redone(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("damage", ["removed", "emptied"])
 def test_damage_after_extraction_is_repaired(tmp_path: Path, damage: str) -> None:
     archives = make_both(tmp_path / "brought")
-    options = {"archives": archives, "archive_files": sorted((tmp_path / "brought").iterdir())}
+    options: dict[str, Any] = {"archives": archives, "archive_files": sorted((tmp_path / "brought").iterdir())}
     obtain(tmp_path / "data", **options)
     before = changes(tmp_path / "data" / FOLDER / "Annotations")
     image = tmp_path / "data" / FOLDER / "JPEGImages/000001.jpg"

@@ -11,10 +11,11 @@ from altopt.evaluation.detections import Detections
 from altopt.evaluation.ground_truth import ImageObjects
 
 Box = Sequence[float]
+Boxes = Sequence[Box] | np.ndarray
 
 
 def objects(
-    boxes: Sequence[Box],
+    boxes: Boxes,
     labels: Sequence[int] | None = None,
     difficult: Sequence[int] = (),
     crowd: Sequence[int] = (),
@@ -31,7 +32,7 @@ def objects(
     )
 
 
-def detections(boxes: Sequence[Box], scores: Sequence[float], labels: Sequence[int] | None = None) -> Detections:
+def detections(boxes: Boxes, scores: Sequence[float] | np.ndarray, labels: Sequence[int] | None = None) -> Detections:
     return Detections(
         np.array(boxes, np.float32).reshape(-1, 4),
         np.array(scores, np.float32),
@@ -50,7 +51,7 @@ def random_samples(seed: int, images: int, classes: int) -> tuple[dict[str, Imag
     random = np.random.default_rng(seed)
     truth, found = {}, {}
     for image in range(images):
-        count, guesses = random.integers(0, 5), random.integers(0, 9)
+        count, guesses = int(random.integers(0, 5)), int(random.integers(0, 9))
         boxes = random_boxes(random, count)
         difficult = np.flatnonzero(random.random(count) < 0.25).tolist()
         truth[str(image)] = objects(boxes, random.integers(0, classes, count).tolist(), difficult)
@@ -61,13 +62,13 @@ def random_samples(seed: int, images: int, classes: int) -> tuple[dict[str, Imag
     return truth, found
 
 
-def slow_iou(first: Box, second: Box, extent: float = 0.0) -> float:
+def slow_iou(first: Box | np.ndarray, second: Box | np.ndarray, extent: float = 0.0) -> float:
     width = min(first[2], second[2]) - max(first[0], second[0]) + extent
     height = min(first[3], second[3]) - max(first[1], second[1]) + extent
     if width <= 0 or height <= 0:
         return 0.0
     areas = [(box[2] - box[0] + extent) * (box[3] - box[1] + extent) for box in (first, second)]
-    return width * height / (sum(areas) - width * height)
+    return float(width * height / (sum(areas) - width * height))
 
 
 def write_json(path: Path, document: Any) -> Path:

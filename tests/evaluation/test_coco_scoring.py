@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def slow_coco_ap(truth, found, threshold):
     positives = sum(map(len, free.values()))
     trues, points = 0, []
     for rank, (_, image, box) in enumerate(ranked, start=1):
-        best = max(free[image], key=lambda other, box=box: slow_iou(other, box), default=None)
+        best = max(free[image], key=partial(slow_iou, box), default=None)
         if best is not None and slow_iou(best, box) >= threshold - 1e-10:
             free[image].remove(best)
             trues += 1

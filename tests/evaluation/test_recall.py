@@ -155,9 +155,9 @@ def test_images_are_not_kept():
 
 def test_equals_the_loop_over_images():
     random = np.random.default_rng(5)
-    images = [
-        (np.array(random_boxes(random, random.integers(0, 8), 150)).reshape(-1, 4),
-         np.array(random_boxes(random, random.integers(0, 60), 150)).reshape(-1, 4))
+    images: list[tuple[np.ndarray, np.ndarray]] = [
+        (np.array(random_boxes(random, int(random.integers(0, 8)), 150)).reshape(-1, 4),
+         np.array(random_boxes(random, int(random.integers(0, 60)), 150)).reshape(-1, 4))
         for _ in range(30)
     ]
     recall = proposal_recall(images, limits=(5, 50))

@@ -1,11 +1,13 @@
 """The one entry to the scorers: options, refusals, and two COCO files scored by each protocol."""
 
+from typing import Any, cast
+
 import pytest
 from evaluation_samples import detections, objects, write_json
 
 from altopt.errors import UsageError
 from altopt.evaluation.scoring import PROTOCOLS, score, score_files
-from altopt.evaluation.voc import VocRules
+from altopt.evaluation.voc import VocRules, VocScore
 
 TRUTH = {"1": objects([[0, 0, 10, 10]])}
 HALF = {"1": detections([[0, 0, 10, 5]], [1])}
@@ -21,8 +23,9 @@ def test_each_protocol_has_its_rules():
 
 
 def test_options_reach_the_rules():
-    options = {"iou": 0.4, "strict": False, "plus_one": True, "devkit_rounding": True}
+    options: dict[str, Any] = {"iou": 0.4, "strict": False, "plus_one": True, "devkit_rounding": True}
     result = score("voc10", TRUTH, HALF, ["thing"], **options)
+    assert isinstance(result, VocScore)
     assert result.rules == VocRules("voc10", 0.4, strict=False, plus_one=True, devkit_rounding=True)
     assert score("voc07", TRUTH, HALF, ["thing"], strict=False).map == pytest.approx(1)
 
@@ -41,7 +44,7 @@ def test_meaningless_thresholds(iou):
 
 def test_unknown_protocol():
     with pytest.raises(UsageError, match="unknown protocol 'voc12': choose one of voc07, voc10, coco"):
-        score("voc12", TRUTH, HALF, ["thing"])
+        score(cast(Any, "voc12"), TRUTH, HALF, ["thing"])
 
 
 def test_files(tmp_path):

@@ -92,6 +92,7 @@ def test_batches_are_cut_evenly_and_a_rank_without_entries_counts_nothing(three)
 def test_the_reason_of_one_is_the_end_of_all():
     with pytest.raises((DataError, OtherRankError)) as caught:
         in_ranks(2, fails)
+    assert isinstance(caught.value, DataError | OtherRankError)
     assert caught.value.exit_code == 3
 
 

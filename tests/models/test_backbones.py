@@ -142,7 +142,9 @@ def test_features_are_those_of_torchvisions_network_with_other_padding(name, pad
     conv.load_state_dict({key.removeprefix("conv."): value for key, value in tensors.items()
                           if key.startswith("conv.")}, assign=True)
     features = copy.copy(features) if name == "squeezenet1_1" else features[:-1]  # the last pooling is left out
-    features[0].padding = (padding, padding)
+    first = features[0]
+    assert isinstance(first, torch.nn.Conv2d)
+    first.padding = (padding, padding)
     image = torch.randn(2, 3, 64, 80, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         ours, theirs = conv(image), features(image)

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class Ruler:
+class Ruler(DrawnDataset):
     """A data set of one image whose colours say where a pixel lies: red is 4 x, green 4 y, blue 255."""
 
     boxes: list[list[float]]
@@ -44,7 +44,7 @@ def shown(pixels: torch.Tensor) -> tuple[float, float, float, float]:
     return red.min().item(), green.min().item(), red.max().item() + 1, green.max().item() + 1
 
 
-BOXES = [[4.0, 5, 24, 18], [30, 20, 59, 47], [2, 40, 6, 44]]
+BOXES: list[list[float]] = [[4, 5, 24, 18], [30, 20, 59, 47], [2, 40, 6, 44]]
 
 
 def test_crops_show_their_object_and_stay_inside():
@@ -54,7 +54,7 @@ def test_crops_show_their_object_and_stay_inside():
         assert sample.pixels.shape == (3, 32, 32)
         assert sample.pixels.dtype == torch.uint8
         assert sample.pixels[2].eq(255).all()  # nothing of the outside, which were black
-        label = sample.gt_labels.item()
+        label = int(sample.gt_labels.item())
         labels.add(label)
         x1, y1, x2, y2 = BOXES[label - 1]
         left, top, right, bottom = shown(sample.pixels)
@@ -177,7 +177,7 @@ def test_loss_is_the_softmax_over_the_crops_labels():
     with torch.no_grad():
         loss = losses_of(module, batch)["cls"].item()
         odds = torch.exp(module.score(module.conv(batch.images).mean(dim=(2, 3))).double())
-    labels = [sample.gt_labels.item() for sample in samples]
+    labels = [int(sample.gt_labels.item()) for sample in samples]
     expected = -sum(torch.log(odds[k, label] / odds[k].sum()).item() for k, label in enumerate(labels)) / 6
     assert loss == pytest.approx(expected, rel=1e-4)
     assert module.score.out_features == 6  # background and five classes

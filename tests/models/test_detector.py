@@ -79,7 +79,7 @@ def test_every_tensor_of_a_checkpoint_is_plain(tensors):
     assert {"head.bbox_means", "head.bbox_stds", "conv.conv1.0.weight", "fc.fc6.weight"} <= set(tensors)
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in tensors.values())
     network = network_of(tensors).to(memory_format=torch.channels_last)
-    assert not network.conv.conv2[1].weight.is_contiguous()
+    assert not network.conv.get_parameter("conv2.1.weight").is_contiguous()
     assert all(tensor.is_contiguous() for tensor in network.tensors(PARTS).values())
 
 
@@ -105,8 +105,8 @@ def test_missing_parts_are_drawn_and_named(tensors):
 def test_fully_connected_layers_are_drawn_by_he(tensors):
     network = FasterRCNN(NETWORK, CLASSES)
     assert network.fill(only(tensors, "conv"), generator(1)) == ["rpn", "fc", "head"]
-    assert network.fc.fc6.weight.std().item() == pytest.approx((2 / (128 * 36)) ** 0.5, rel=0.02)
-    assert network.fc.fc7.bias.eq(0).all()
+    assert network.fc.get_parameter("fc6.weight").std().item() == pytest.approx((2 / (128 * 36)) ** 0.5, rel=0.02)
+    assert network.fc.get_parameter("fc7.bias").eq(0).all()
 
 
 def test_fresh_parts_are_drawn_although_they_are_there(tensors):
@@ -139,7 +139,7 @@ def test_what_is_drawn_depends_on_the_generator_alone(tensors):
     again.fill(given, generator("a"))
     other.fill(given, generator("b"))
     assert equal(one.tensors(PARTS), again.tensors(PARTS))
-    assert not torch.equal(one.fc.fc6.weight, other.fc.fc6.weight)
+    assert not torch.equal(*(each.fc.get_parameter("fc6.weight") for each in (one, other)))
 
 
 def test_missing_convolutions_are_an_error(tensors):

@@ -176,7 +176,7 @@ def test_background_alone_has_a_zero_box_loss_with_a_gradient():
     logits, normalised = head(torch.randn(5, 6, generator=generator(7)))
     losses = means(fast_rcnn_losses(head, logits, normalised, [background(5)]))
     assert losses["box"].item() == 0
-    sum(losses.values()).backward()
+    torch.stack(list(losses.values())).sum().backward()
     assert head.bbox_pred.weight.grad.eq(0).all()
     assert head.cls_score.weight.grad.any()
 
@@ -186,7 +186,7 @@ def test_no_rois_give_zero_not_nan():
     logits, normalised = head(torch.zeros(0, 6))
     losses = means(fast_rcnn_losses(head, logits, normalised, [background(0)]))
     assert [losses["cls"].item(), losses["box"].item()] == [0, 0]
-    sum(losses.values()).backward()
+    torch.stack(list(losses.values())).sum().backward()
     assert head.cls_score.weight.grad.eq(0).all()
 
 

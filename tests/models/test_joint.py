@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ OBJECTS = torch.tensor([[20.0, 20, 60, 60], [70, 10, 100, 74], [1, 50, 90, 95]])
 NONE = torch.zeros(0, 4)
 
 
-def network_of(samples_per_bin: int) -> SimpleNamespace:
+def network_of(samples_per_bin: int) -> Any:
     """The four parts in double precision, with weights that move anchors by a fifth of their size."""
     network = SimpleNamespace(
         conv=nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Tanh()), rpn=RPNHead(4, NETWORK),
@@ -89,7 +90,7 @@ def by_hand(training: JointTraining, batch: Batch, iteration: int, samples_per_b
         drawn.append(sample_anchors(sample, anchors, ANCHORS, *SEED, "anchors", iteration))
     boxes = [chosen.rois for chosen in rois]
     if samples_per_bin:
-        pooled = roi_sample(features, boxes, 3, 1 / 16, samples_per_bin)
+        pooled = roi_sample(features, regions, 3, 1 / 16, samples_per_bin)
     else:
         pooled = roi_pool(features, boxes, 3, 1 / 16)
     of_detector = fast_rcnn_losses(training.head, *training.head(training.fc(pooled.flatten(1))), rois)
@@ -104,7 +105,8 @@ def with_share(training: JointTraining, batch: Batch, iteration: int, share: flo
 def gradients(training: JointTraining, losses: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     """Return the gradient of the sum of the named losses, or of all, for every parameter; 0 where there is none."""
     parameters = dict(training.named_parameters())
-    found = torch.autograd.grad(sum(losses[name] for name in names or losses), list(parameters.values()),
+    total = torch.stack([losses[name] for name in names or losses]).sum()
+    found = torch.autograd.grad(total, list(parameters.values()),
                                 retain_graph=True, allow_unused=True, materialize_grads=True)
     return dict(zip(parameters, found, strict=True))
 

@@ -1,6 +1,8 @@
 """The RPN: how its outputs are laid out, its losses, and the proposals it makes."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,11 +272,11 @@ def test_proposals_against_the_loop(rule, scale):
     assert (scores.diff() <= 0).all()
 
 
-def proposed(anchors: list[list[float]], scores: list[float], scale: float = 1.0, deltas: torch.Tensor | None = None,
-             **rule: float) -> tuple[list[list[float]], torch.Tensor]:
+def proposed(anchors: Sequence[Sequence[float]], scores: Sequence[float], scale: float = 1.0,
+             deltas: torch.Tensor | None = None, **rule: Any) -> tuple[list[list[float]], torch.Tensor]:
     logits = torch.stack([torch.zeros(len(scores)), torch.tensor(scores)], dim=1)
     shifts = torch.zeros(len(scores), 4) if deltas is None else deltas
-    settings = ProposalSettings(**{"pre_nms": 0, "nms": 0.7, "post_nms": 2000, "min_side": 16, **rule})
+    settings = ProposalSettings(**({"pre_nms": 0, "nms": 0.7, "post_nms": 2000, "min_side": 16} | rule))
     boxes, found = make_proposals(logits, shifts, torch.tensor(anchors).reshape(-1, 4),
                                   sample_of(OBJECTS, scale=scale), settings)
     return boxes.tolist(), found
@@ -285,7 +287,7 @@ def test_anchors_across_the_border_are_clipped_and_take_part():
 
 
 def test_the_least_side_counts_original_pixels():
-    anchors = [[0.0, 0, 31, 40], [50, 0, 82, 32]]
+    anchors: list[list[float]] = [[0, 0, 31, 40], [50, 0, 82, 32]]
     assert len(proposed(anchors, [2.0, 1])[0]) == 2
     assert proposed(anchors, [2.0, 1], scale=2.0)[0] == [[50, 0, 82, 32]]
 
@@ -304,7 +306,7 @@ def test_small_boxes_are_dropped_before_the_cut_and_the_cut_comes_before_suppres
 
 def test_suppression_is_strictly_above_the_limit():
     """IoU 0.5 of 100 x 50 and 50 x 50."""
-    anchors = [[0.0, 0, 100, 50], [0, 0, 50, 50]]
+    anchors: list[list[float]] = [[0.0, 0, 100, 50], [0, 0, 50, 50]]
     assert len(proposed(anchors, [2.0, 1], nms=0.5)[0]) == 2
     assert len(proposed(anchors, [2.0, 1], nms=0.49)[0]) == 1
 

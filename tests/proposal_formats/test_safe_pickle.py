@@ -146,7 +146,7 @@ def test_raw_bytes_are_never_taken_for_objects(load):
 
 def test_lists_within_lists_are_read_once(load):
     """Six times twenty lists in one list: a few bytes that stand for sixty million, were each read anew."""
-    nested = [BOX]
+    nested: list[object] = [BOX]
     for _ in range(6):
         nested = [nested] * 20
     read = load(nested)

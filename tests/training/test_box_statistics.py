@@ -43,13 +43,14 @@ def numpy_deltas(proposals: np.ndarray, objects: np.ndarray, labels: np.ndarray)
 @pytest.mark.parametrize("flips", [False, True])
 def test_measured_statistics_are_numpys(flips):
     pairs = []
-    for proposals, objects, labels, width in images(12):
-        proposals, objects, labels = proposals.double().numpy(), objects.double().numpy(), labels.numpy()
+    for image_proposals, image_objects, image_labels, width in images(12):
+        proposals, objects = (each.double().numpy() for each in (image_proposals, image_objects))
+        labels = image_labels.numpy()
         pairs += numpy_deltas(proposals, objects, labels)
         if flips:
             mirrored = [np.stack([width - b[:, 2], b[:, 1], width - b[:, 0], b[:, 3]], axis=1)
                         for b in (proposals, objects)]
-            pairs += numpy_deltas(*mirrored, labels)
+            pairs += numpy_deltas(mirrored[0], mirrored[1], labels)
     means, stds = measure(images(12), CLASSES, 0.5, flips)
     assert means.shape == stds.shape == (CLASSES + 1, 4)
     assert means.dtype == stds.dtype == torch.float32

@@ -20,8 +20,8 @@ from altopt.training.loop import LoopRuntime, Progress, freeze, layers_named, le
 CPU = torch.device("cpu")
 
 
-def config(**settings: object) -> TrainingConfig:
-    return TrainingConfig(**{"iterations": 7, "lr": 0.05, "lr_steps": (4,), "images_per_batch": 2, **settings})
+def config(**settings: Any) -> TrainingConfig:
+    return replace(TrainingConfig(iterations=7, lr=0.05, lr_steps=(4,), images_per_batch=2), **settings)
 
 
 class Classifier(LossModule):
@@ -66,7 +66,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def trained(settings: TrainingConfig, module: Classifier | None = None, **options: object) -> dict[str, Tensor]:
+def trained(settings: TrainingConfig, module: Classifier | None = None, **options: Any) -> dict[str, Tensor]:
     module = module or Classifier()
     train(module, read, settings, (3, "test"), LoopRuntime(device=CPU, **options))
     return weights(module)
@@ -163,7 +163,7 @@ def test_frozen_blocks_stay_bit_equal_and_out_of_the_optimizer():
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed >= names
     assert not any(name.startswith("conv.conv1") for name in changed)
-    assert module.conv.conv1.weight.grad is None
+    assert module.conv.get_parameter("conv1.weight").grad is None
 
 
 def test_each_iteration_trains_on_its_own_images():
@@ -217,7 +217,8 @@ class Kept:
     """Snapshots in memory, taken after every iteration."""
 
     def __init__(self, begin: tuple[int, dict[str, Tensor], float] | None = None) -> None:
-        self.begin, self.states = begin, {}
+        self.begin = begin
+        self.states: dict[int, tuple[int, dict[str, Tensor], float]] = {}
 
     def load(self) -> tuple[int, dict[str, Tensor], float] | None:
         return self.begin
@@ -288,7 +289,8 @@ class Breaking(Classifier):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_before_its_step(value):
-    module, kept, batches = Breaking(value), [], []
+    kept: list[Any] = []
+    module, batches = Breaking(value), []
 
     def diverged(batch: Batch, iteration: int) -> str:
         batches.append((batch, iteration))

@@ -70,13 +70,13 @@ def test_trains_again_after_enough_new_negatives():
     assert trainings == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_overlapping_regions_are_no_negatives():
+def test_overlapping_regions_are_no_negatives(monkeypatch):
     rows = cloud((0, 0), 6, 1)
     svms = [MinedSVM(cloud((3, 3), 5, 2), RULE, 3), MinedSVM(cloud((3, -3), 5, 4), RULE, 3)]
     overlaps = np.array([[0, 1], [0.29, 0], [0.3, 0], [0.9, 0], [1, 0.29999], [0, 0.31]], np.float32)
-    seen = [[], []]
+    seen: list[list[np.ndarray]] = [[], []]
     for svm, kept in zip(svms, seen, strict=True):
-        svm.see = lambda features, scores, kept=kept: kept.append(features)
+        monkeypatch.setattr(svm, "see", lambda features, scores, kept=kept: kept.append(features))
     mine(svms, rows, overlaps)
     np.testing.assert_array_equal(seen[0][0], rows[[0, 1, 5]])
     np.testing.assert_array_equal(seen[1][0], rows[[1, 2, 3, 4]])

@@ -43,10 +43,11 @@ def text_of(reporter):
 
 
 def printed(*tables, width=160):
-    console = Console(file=io.StringIO(), width=width)
+    file = io.StringIO()
+    console = Console(file=file, width=width)
     for table in tables:
         console.print(table)
-    return console.file.getvalue()
+    return file.getvalue()
 
 
 def test_number():

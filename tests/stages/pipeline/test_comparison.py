@@ -99,9 +99,10 @@ def test_table_fits_into_160_columns_and_never_cuts_a_name():
                    bytes=200 * 2**30, iterations=240_000, test_seconds=47.123)
     table = rows([replace(long, name=scheme, seed=seed) for scheme in SLIDES for seed in (1, 2)])
     for width, folded in ((160, False), (80, True)):
-        console = Console(file=io.StringIO(), width=width)
+        file = io.StringIO()
+        console = Console(file=file, width=width)
         console.print(comparison_table(HEADINGS, printed(table)))
-        lines = console.file.getvalue().splitlines()
+        lines = file.getvalue().splitlines()
         assert all(any(line.startswith(f"{scheme} ") for line in lines) for scheme in SLIDES)
         assert (len(lines) > 1 + len(printed(table))) == folded
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import ARTIFACTS, TINY, hashes, make_all, open_tiny, reasons, verdicts, write_recipe
+from tiny_runs import ARTIFACTS, TINY, Reports, hashes, make_all, open_tiny, reasons, verdicts, write_recipe
 
 from altopt.errors import ArtifactError, UsageError
 from cache.checkpoints import load_checkpoint, save_checkpoint
@@ -20,6 +20,11 @@ ALL_DONE = dict.fromkeys(ARTIFACTS, "done")
 
 def step_of(run, word):
     return find_step(run.recipe.steps, word)
+
+
+def reports_of(run):
+    assert isinstance(run.runtime.report, Reports)
+    return run.runtime.report
 
 
 def only(folder, *artifacts, records=True):
@@ -409,7 +414,7 @@ def test_force_makes_the_last_one_anew(finished, copied):
     assert run_one(run, step_of(run, "M1"), force=False) == []
     assert [step.output for step in run_one(run, step_of(run, "M1"), force=True)] == ["M1"]
     assert (copied / "M1.safetensors").stat().st_mtime_ns > before
-    assert "asked for with --force" in run.runtime.report.texts()
+    assert "asked for with --force" in reports_of(run).texts()
     assert hashes(copied) == hashes(finished)
 
 
@@ -471,7 +476,7 @@ def test_reports_are_kept_in_the_log(finished):
 def test_reports_say_why(copied):
     run = open_tiny(copied, "train_rpn_frozen_conv.lr=0.01")
     make_all(run)
-    assert run.runtime.report.texts()[0] == "lr was 0.001, is 0.01"
+    assert reports_of(run).texts()[0] == "lr was 0.001, is 0.01"
 
 
 def test_warnings_of_the_data_set_come_once(copied, monkeypatch):

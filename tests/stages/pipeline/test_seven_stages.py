@@ -267,7 +267,7 @@ def test_assembly_of_a_missing_file(finished, tmp_path, missing):
     paths = [tmp_path / "no.safetensors" if name == missing else finished / f"{name}.safetensors"
              for name in ("M4", "M3")]
     with pytest.raises(ArtifactError, match=r"no\.safetensors is missing"):
-        assemble(*paths, tmp_path / "M5.safetensors")
+        assemble(paths[0], paths[1], tmp_path / "M5.safetensors")
 
 
 def test_networks_say_what_they_are(finished):

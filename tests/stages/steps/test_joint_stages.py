@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import signal
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from stages.shared.step import Runtime, Step
 from stages.steps.detect import detect_shared
 from stages.steps.joint import PARTS, train_approximate_joint, train_exact_joint
 
-STAGES = [train_approximate_joint, train_exact_joint]
+STAGES: list[Callable[..., dict[str, Any]]] = [train_approximate_joint, train_exact_joint]
 EACH_STAGE = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 
 

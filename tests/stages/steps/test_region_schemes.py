@@ -214,7 +214,7 @@ def by_hand(folder, scheme, id):
     """The best box of an image and its score, from all proposals one by one."""
     svms, regressors = (load_checkpoint(folder / file_name(name))[0] for name in ("S1", "R1"))
     network = network_of(folder, read_description(folder / "M1.safetensors").get("levels", ()))
-    best = (None, -np.inf)
+    best = (np.zeros(4), -np.inf)
     for row in ProposalFile(folder / "T0.h5").get(id)[0]:
         box = torch.from_numpy(row)[None]
         pooled = pooled_by_hand(network, scheme, id, box)
@@ -245,7 +245,7 @@ def test_training_on_stored_maps_is_training_on_fresh_ones(made):
     with FeatureMapFile(folder / "F1.safetensors") as maps, ProposalFile(folder / "P0.h5") as proposals:
         stored, fresh = [], []
         for scale, id in enumerate(TRAIN.ids[:2]):
-            given = {"flipped": True, "proposals": proposals.get(id)[0]}
+            given: dict[str, Any] = {"flipped": True, "proposals": proposals.get(id)[0]}
             stored.append(stored_sample(TRAIN, id, frames[scale], maps.get(MapKey(id, True, scale)), **given))
             fresh.append(read_sample(TRAIN, id, frames[scale], **given))
     for one, other in zip(stored, fresh, strict=True):

@@ -106,9 +106,14 @@ def test_stopped_and_gone_on_with(tmp_path, whole):
     reports = Reports()
     calls = []
     original = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation
+
+    def counted():
+        calls.append(1)
+        return original()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation",
-                      lambda: calls.append(1) or original())
+                      counted)
         search(tmp_path / "P0.h5", report=reports)
     assert len(calls) == 1  # of four images three were done
     assert [event.done for event in reports.events] == [1, 2, 3, 4]
