@@ -3,7 +3,6 @@ import json
 import os
 import threading
 from contextlib import suppress
-from typing import Any
 
 import h5py
 import numpy as np

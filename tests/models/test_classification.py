@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from drawn_dataset import DrawnDataset
 from loss_values import losses_of
 from torch import nn
 

@@ -90,7 +90,7 @@ def by_hand(training: JointTraining, batch: Batch, iteration: int, samples_per_b
         drawn.append(sample_anchors(sample, anchors, ANCHORS, *SEED, "anchors", iteration))
     boxes = [chosen.rois for chosen in rois]
     if samples_per_bin:
-        pooled = roi_sample(features, regions, 3, 1 / 16, samples_per_bin)
+        pooled = roi_sample(features, boxes, 3, 1 / 16, samples_per_bin)
     else:
         pooled = roi_pool(features, boxes, 3, 1 / 16)
     of_detector = fast_rcnn_losses(training.head, *training.head(training.fc(pooled.flatten(1))), rois)

@@ -3,6 +3,7 @@
 import math
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
