@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isfinite, isnan
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack, cast, get_args
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -86,7 +86,6 @@ def _problem(value: object, bounds: Bounds, values: dict[str, object]) -> str | 
 
 SHARE = Bounds(at_least=0, at_most=1)
 SIZES = Bounds(above=0, non_empty=True, distinct=True)
-NETWORKS = ("vgg16", "alexnet", "squeezenet1_1", "small")
 SAMPLING = "Fast R-CNN, section 2.3, as R-CNN and SPP-net before it"
 SOLVER = "py-faster-rcnn models/pascal_voc/VGG16/faster_rcnn_alt_opt/*solver*.pt"
 
@@ -95,6 +94,7 @@ SOLVER = "py-faster-rcnn models/pascal_voc/VGG16/faster_rcnn_alt_opt/*solver*.pt
 class NetworkConfig:
     """The network, and the frame in which it sees images and places anchors."""
 
+    # A new one has layers in altopt/layers.py and a function in altopt/models/backbones.py.
     name: Literal["vgg16", "alexnet", "squeezenet1_1", "small"] = setting("vgg16", "the network of the paper")
     short_side: int = setting(600, "Faster R-CNN, section 3.3; py-faster-rcnn TRAIN.SCALES", at_least=16)
     max_side: int = setting(1000, "py-faster-rcnn TRAIN.MAX_SIZE", at_least="short_side")
@@ -107,6 +107,8 @@ class NetworkConfig:
         """Return the network with the frame of each scale, which is the length of an image's shorter side."""
         return [replace(self, short_side=scale, max_side=max_side) for scale in scales]
 
+
+NETWORKS: tuple[str, ...] = get_args(NetworkConfig.__annotations__["name"])
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import pytest
@@ -479,7 +478,7 @@ def test_full_disk_exits_with_6(altopt, copied, monkeypatch):
 
 def test_download_that_fails_exits_with_7(altopt, workplace, monkeypatch):
     url = "http://127.0.0.1:9/squeezenet1_1-b8a52dc0.pth"
-    monkeypatch.setattr("altopt.models.imagenet.WEIGHTS", {"squeezenet1_1": SimpleNamespace(url=url)})
+    monkeypatch.setattr("altopt.models.imagenet.imagenet_url", lambda name: url)
     monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))
     write_recipe(workplace / "squeeze.toml", TINY.partition("[pretrain_on_crops]")[0].replace(
         '"small"', '"squeezenet1_1"'))

@@ -9,11 +9,12 @@ down, so their first layer pads 8 px more.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import torchvision
 from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import WeightsEnum
 
 from altopt.models.dropout import FullyConnected
 
@@ -22,29 +23,36 @@ STRIDE = 16  # pixels of the input for one cell of the last feature map; the sam
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """``conv``: image to features, a sequence of named blocks; ``fc``: pooled RoIs to vectors of ``hidden_size``."""
+    """``conv``: image to features, a sequence of named blocks; ``fc``: pooled RoIs to vectors of ``hidden_size``.
+
+    ``imagenet`` are torchvision's weights, in whose ``classifier`` fc6 and fc7 stand at these places.
+    """
 
     conv: nn.Sequential
     fc: FullyConnected
     channels: int
     roi_size: int
     hidden_size: int
+    imagenet: WeightsEnum | None = None
+    classifier: Mapping[str, int] = field(default_factory=dict)
 
 
 def vgg16() -> Backbone:
     """VGG-16 (Simonyan and Zisserman): conv1 to conv5 without the last pooling, fc6 and fc7, RoI pool 7 x 7."""
-    layers = list(torchvision.models.vgg16(weights=None).features)[:-1]
-    return Backbone(_blocks(_split_at_pools(layers)), FullyConnected(512 * 7 * 7, 4096), 512, 7, 4096)
+    layers = list(models.vgg16(weights=None).features)[:-1]
+    return Backbone(_blocks(_split_at_pools(layers)), FullyConnected(512 * 7 * 7, 4096), 512, 7, 4096,
+                    models.VGG16_Weights.IMAGENET1K_V1, {"fc6": 0, "fc7": 3})
 
 
 def alexnet() -> Backbone:
     """AlexNet as torchvision has it: conv1 to conv5 without the last pooling, fc6 and fc7, RoI pool 6 x 6."""
-    features = list(torchvision.models.alexnet(weights=None).features)
+    features = list(models.alexnet(weights=None).features)
     conv1 = features[0]
     assert isinstance(conv1, nn.Conv2d)
     conv1.padding = (10, 10)
     blocks = [features[0:2], features[2:5], features[5:8], features[8:10], features[10:12]]
-    return Backbone(_blocks(blocks), FullyConnected(256 * 6 * 6, 4096), 256, 6, 4096)
+    return Backbone(_blocks(blocks), FullyConnected(256 * 6 * 6, 4096), 256, 6, 4096,
+                    models.AlexNet_Weights.IMAGENET1K_V1, {"fc6": 1, "fc7": 4})
 
 
 def squeezenet1_1() -> Backbone:
@@ -53,12 +61,13 @@ def squeezenet1_1() -> Backbone:
     Its ImageNet features are large, with a root mean square of 11 to 13 on photographs, and nothing normalises them.
     Divided by 16 they suit layers re-initialised; without that the first gradients are 17 times as long.
     """
-    features = list(torchvision.models.squeezenet1_1(weights=None).features)
+    features = list(models.squeezenet1_1(weights=None).features)
     conv1 = features[0]
     assert isinstance(conv1, nn.Conv2d)
     conv1.padding = (8, 8)
     blocks = [features[0:2], features[2:5], features[5:8], features[8:11], [*features[11:13], Divide(16)]]
-    return Backbone(_blocks(blocks), FullyConnected(512 * 6 * 6, 512), 512, 6, 512)
+    return Backbone(_blocks(blocks), FullyConnected(512 * 6 * 6, 512), 512, 6, 512,
+                    models.SqueezeNet1_1_Weights.IMAGENET1K_V1)
 
 
 def small() -> Backbone:
@@ -90,12 +99,14 @@ class Divide(nn.Module):
         return features / self.by
 
 
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "vgg16": vgg16, "alexnet": alexnet, "squeezenet1_1": squeezenet1_1, "small": small,
+}
+
+
 def build(name: str) -> Backbone:
     """Return the network of that name; its name is checked where a recipe is read."""
-    networks: dict[str, Callable[[], Backbone]] = {
-        "vgg16": vgg16, "alexnet": alexnet, "squeezenet1_1": squeezenet1_1, "small": small,
-    }
-    return networks[name]()
+    return BACKBONES[name]()
 
 
 def _blocks(blocks: list[list[nn.Module]]) -> nn.Sequential:

@@ -6,28 +6,27 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-from torch import Tensor, nn
-from torchvision import models
+from torch import Tensor
 
 from altopt.errors import ArtifactError, DownloadError
 from altopt.models import backbones
 
-# The positions of fc6 and fc7 in torchvision's classifiers; SqueezeNet has none.
-FULLY_CONNECTED = {"vgg16": {"fc6": 0, "fc7": 3}, "alexnet": {"fc6": 1, "fc7": 4}}
 
-WEIGHTS: dict[str, models.WeightsEnum] = {
-    "vgg16": models.VGG16_Weights.IMAGENET1K_V1,
-    "alexnet": models.AlexNet_Weights.IMAGENET1K_V1,
-    "squeezenet1_1": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
-}
+def imagenet_url(name: str) -> str:
+    """Return where torchvision's weights of a network lie. Raises ``ArtifactError`` for one that has none."""
+    with torch.device("meta"):  # without memory: only the description is wanted
+        weights = backbones.build(name).imagenet
+    if weights is None:
+        raise ArtifactError(f"torchvision has no ImageNet weights of {name}: pre-train it (a table pretrain_on_crops "
+                            "in the recipe), or bring some with --from M0=FILE")
+    return str(weights.url)
 
 
-def download(name: str, url: str = "") -> dict[str, Tensor]:
+def download(name: str, url: str) -> dict[str, Tensor]:
     """Return torchvision's state dict for a network, from its cache or its host; the file's hash is checked.
 
-    ``url`` stands in for torchvision's own; its file name must end in the hash as theirs do. Raises ``DownloadError``.
+    The file's name must end in the hash as torchvision's do. Raises ``DownloadError``.
     """
-    url = url or WEIGHTS[name].url
     try:
         _check_cached(url.rsplit("/", 1)[1])
         state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
@@ -58,41 +57,27 @@ def from_torchvision(name: str, state: Mapping[str, Tensor], source: str) -> dic
 
     ``source`` names the file in messages. Raises ``ArtifactError`` for a tensor that is missing or of another shape.
     """
-    names = _conv_names(name)
-    names |= {f"classifier.{position}": f"fc.{layer}" for layer, position in FULLY_CONNECTED.get(name, {}).items()}
-    shapes = _shapes(name)
-    tensors = {}
-    for theirs, ours in names.items():
-        for kind in ("weight", "bias"):
-            tensor = state.get(f"{theirs}.{kind}")
-            if tensor is None:
-                raise ArtifactError(f"{source} has no tensor {theirs}.{kind}: it is not a torchvision {name}")
-            if tensor.shape != shapes[f"{ours}.{kind}"]:
-                raise ArtifactError(f"{source}: {theirs}.{kind} is {tuple(tensor.shape)}, and {name} needs "
-                                    f"{tuple(shapes[f'{ours}.{kind}'])}")
-            tensors[f"{ours}.{kind}"] = tensor.float()
-    return tensors
-
-
-def _conv_names(name: str) -> dict[str, str]:
-    """Return {torchvision's module: ours}: our blocks are slices of its ``features``, in order."""
-    with torch.device("meta"):
-        conv = backbones.build(name).conv
-    names: dict[str, str] = {}
-    position = 0
-    for block, layers in conv.named_children():
-        for number, layer in layers.named_children():
-            for inner, module in layer.named_modules():
-                if isinstance(module, nn.Conv2d):
-                    suffix = f".{inner}" if inner else ""
-                    names[f"features.{position}{suffix}"] = f"conv.{block}.{number}{suffix}"
-            position += 1
-    return names
-
-
-def _shapes(name: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         backbone = backbones.build(name)
-    parts = {"conv": backbone.conv, "fc": backbone.fc}
-    return {f"{part}.{key}": tensor.shape
-            for part, module in parts.items() for key, tensor in module.state_dict().items()}
+    names = {f"fc.{ours}": f"classifier.{place}" for ours, place in backbone.classifier.items()}
+    position = 0  # in torchvision's ``features``, of which our blocks are slices, in order
+    for block, layers in backbone.conv.named_children():
+        for number, _ in layers.named_children():
+            names[f"conv.{block}.{number}"] = f"features.{position}"
+            position += 1
+    tensors = {}
+    for part, module in (("conv", backbone.conv), ("fc", backbone.fc)):
+        for key, wanted in module.state_dict().items():
+            # The longest of our names that the key begins with: what is inside a layer has torchvision's own names.
+            ours = next((each for each in names if f"{part}.{key}".startswith(f"{each}.")), None)
+            if ours is None:
+                continue  # SqueezeNet's classifier has no fc6 and fc7: they begin with new random weights
+            theirs = names[ours] + f"{part}.{key}".removeprefix(ours)
+            tensor = state.get(theirs)
+            if tensor is None:
+                raise ArtifactError(f"{source} has no tensor {theirs}: it is not a torchvision {name}")
+            if tensor.shape != wanted.shape:
+                raise ArtifactError(f"{source}: {theirs} is {tuple(tensor.shape)}, and {name} needs "
+                                    f"{tuple(wanted.shape)}")
+            tensors[f"{part}.{key}"] = tensor.float()
+    return tensors

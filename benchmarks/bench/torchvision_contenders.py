@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from altopt.batches.samples import Sample
-from altopt.models.torchvision_detector import torchvision_detector, torchvision_input
 from benchmarks.bench.contender import Contender, Identity, Precision
 from benchmarks.bench.stopwatch import Stopwatch
+from benchmarks.bench.torchvision_detector import torchvision_detector, torchvision_input
 from benchmarks.bench.workplace import Workplace
 from stages.shared.detection import Detect
 from stages.steps.joint import TrainApproximateJoint

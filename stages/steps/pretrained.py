@@ -31,11 +31,12 @@ class PretrainOnCrops(TrainsOnData):
 
 def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Runtime) -> Facts:
     """Take the network's ImageNet weights from torchvision, with their hash checked."""
-    from altopt.models.imagenet import WEIGHTS, download, from_torchvision
+    from altopt.models.imagenet import download, from_torchvision, imagenet_url
     from cache.checkpoints import save_checkpoint
 
-    file = WEIGHTS[config.backbone].url.rsplit("/", 1)[-1]
-    tensors = from_torchvision(config.backbone, download(config.backbone), file)
+    url = imagenet_url(config.backbone)
+    file = url.rsplit("/", 1)[-1]
+    tensors = from_torchvision(config.backbone, download(config.backbone, url), file)
     save_checkpoint(out, tensors, {"network": {"name": config.backbone}, "classes": []})
     return {"file": file}
 

@@ -7,8 +7,8 @@ from altopt.machine.randomness import generator
 from altopt.models import backbones
 from altopt.models.detector import FasterRCNN
 from altopt.models.network_parts import initialise
-from altopt.models.torchvision_detector import torchvision_detector, torchvision_input
 from altopt.training.loop import freeze
+from benchmarks.bench.torchvision_detector import torchvision_detector, torchvision_input
 
 CONFIG = NetworkConfig(name="small", short_side=64, max_side=96, anchor_scales=(1.0, 2.0), rpn_channels=128)
 
