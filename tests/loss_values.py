@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from altopt.batches.samples import Batch
@@ -22,3 +23,8 @@ def means(losses: Mapping[str, Loss]) -> dict[str, Tensor]:
 def losses_of(module: LossModule, batch: Batch, iteration: int = 0) -> dict[str, Tensor]:
     """Return the losses of a batch of samples that are not prepared."""
     return means(module(prepared(module, batch, iteration)))
+
+
+def total(losses: Mapping[str, Tensor]) -> Tensor:
+    """Return what a step goes down: the sum of the losses."""
+    return torch.stack([*losses.values()]).sum()

@@ -20,7 +20,7 @@ from cache.checkpoints import save_checkpoint
 from cache.files import sha256_file
 from cache.proposals import ProposalWriter
 from stages.shared.events import Event
-from stages.shared.step import Runtime, file_name
+from stages.shared.step import Facts, Runtime, file_name
 from stages.steps.fast_rcnn import TrainFastRCNN, train_fast_rcnn
 from stages.steps.fast_rcnn_regions import CachePooledFeatures, DetectWithSVMs, cache_pooled_features, detect_with_svms
 from stages.steps.rcnn import (
@@ -49,7 +49,7 @@ TRAINING: dict[str, Any] = {"iterations": 4, "lr": 0.001, "lr_steps": (3,), "ima
                             "rois_per_batch": 16}
 SHARED: dict[str, Any] = {"network": NETWORK, "data": DATA}
 
-STAGES: dict[str, list[tuple[str, Callable[..., dict[str, Any]], tuple[str, ...], Any]]] = {
+STAGES: dict[str, list[tuple[str, Callable[..., Facts], tuple[str, ...], Any]]] = {
     "spp_net": [
         ("F1", cache_conv_features, ("M0",), CacheConvFeatures(**SHARED, scales=(64, 96), max_side=200)),
         ("M1", train_fc_layers, ("M0", "F1", "P0"), TrainFCLayers(**SHARED, **TRAINING)),
@@ -122,9 +122,10 @@ def make(folder: Path, artifact: str, scheme: str, report: Any = None, changes: 
     settings: dict[str, Any] = {"device": "cpu", "snapshot_seconds": 0, "report_every": 1} | runtime
     stage, inputs, config = next(each[1:] for each in STAGES[scheme] if each[0] == artifact)
     with torch.random.fork_rng():
-        return partial(stage, *(folder / file_name(name) for name in inputs))(
+        facts = partial(stage, *(folder / file_name(name) for name in inputs))(
             out=folder / file_name(artifact), config=replace(config, **(changes or {})),
             runtime=Runtime(report=report or (lambda event: None), **settings))
+    return dict(facts)
 
 
 def make_all(folder: Path, scheme: str, **runtime: Any) -> dict[str, dict[str, Any]]:

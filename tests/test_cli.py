@@ -55,7 +55,8 @@ def example_words():
 @pytest.mark.parametrize("words", list(example_words()))
 def test_examples_are_understood(words):
     """Parsed, not run."""
-    context, rest, command = click.Context(cli.main), list(words), cli.main
+    context, rest = click.Context(cli.main), list(words)
+    command: click.Command | None = cli.main
     while isinstance(command, click.Group):
         _, command, rest = command.resolve_command(context, rest)
         context = click.Context(command, parent=context)

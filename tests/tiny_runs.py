@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cache.files import sha256_file
-from stages.pipeline.recipe import read_recipe
+from stages.pipeline.recipe import Recipe, read_recipe
 from stages.pipeline.run import Run
 from stages.shared.events import Event
-from stages.shared.step import Runtime, file_name
+from stages.shared.step import Runtime, Step, file_name
+
+Kind = TypeVar("Kind")
+SomeEvent = TypeVar("SomeEvent", bound=Event)
 
 ARTIFACTS = ("M0", "M1", "P1", "M2", "M3", "P2", "M4", "M5")
 STAGES = ("pretrain_on_crops", "train_rpn", "generate_proposals", "train_fast_rcnn", "train_rpn_frozen_conv",
@@ -67,7 +70,7 @@ class Reports:
     def texts(self) -> list[str]:
         return [text for event in self.events if (text := getattr(event, "text", "") or getattr(event, "why", ""))]
 
-    def of(self, kind: type[Event]) -> list[Any]:
+    def of(self, kind: type[SomeEvent]) -> list[SomeEvent]:
         return [event for event in self.events if isinstance(event, kind)]
 
 
@@ -84,6 +87,13 @@ def open_tiny(folder: Path, *sets: str, recipe: Path | None = None, report: Any 
         write_recipe(recipe)
     settings: dict[str, Any] = {"device": "cpu", "snapshot_seconds": 1000, "report_every": 1} | runtime
     return Run(folder, read_recipe(str(recipe), sets), Runtime(report=report or Reports(), **settings))
+
+
+def config_as(kind: type[Kind], recipe: Recipe, step: Step) -> Kind:
+    """The config of a step, which is of this kind."""
+    config = recipe.config(step)
+    assert isinstance(config, kind)
+    return config
 
 
 def make_all(run: Run) -> list[str]:

@@ -2,11 +2,10 @@
 
 from collections import OrderedDict
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from loss_values import losses_of, prepared
+from loss_values import losses_of, prepared, total
 from rank_runs import in_ranks
 
 from altopt.batches.local_batches import LocalBatches
@@ -114,7 +113,7 @@ def deviations(group):
             for count in (5, group.count - 1) if group.count > 1 and precision == torch.float64 else (5,):
                 expected = losses_of(module, batch_of(range(count), precision))
                 module.zero_grad()
-                sum(expected.values()).backward()
+                total(expected).backward()
                 alone = gradients(module)
                 batches = LocalBatches(group, [range(count)])
                 batch = prepared(module, batch_of(batches[0], precision))
@@ -146,9 +145,11 @@ def test_processes_take_the_step_of_the_whole_batch(processes):
     (2, 3, [[], [0], [1]]), (1, 3, [[], [], [0]]),
 ])
 def test_parts_are_neighbours_and_together_the_batch(entries, processes, parts):
-    order = [["another"], list(range(entries))]
+    order = [[-1], list(range(entries))]
     for rank, own in enumerate(parts):
-        batches = LocalBatches(SimpleNamespace(rank=rank, count=processes), order)
+        group = SingleProcess()
+        group.rank, group.count = rank, processes
+        batches = LocalBatches(group, order)
         assert batches[1] == (own or [0])  # one for whom nothing is left does as the others do
         assert batches.idle(1) == (not own)
         assert batches.size(1) == entries

@@ -195,9 +195,15 @@ def test_a_batch_of_stored_maps_brings_those_and_blank_images():
 
 def test_everything_of_a_sample_is_pinned_or_moved(monkeypatch):
     """No GPU here: what is asked of the tensors is counted."""
-    pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.shape), tensor)[1])
-    anchors = AnchorSample(*(torch.zeros(n, dtype=torch.int64) for n in (11, 11, 12)), torch.zeros(12, 4))
+    pinned: list[torch.Size] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    used, labels, positive = (torch.zeros(n, dtype=torch.int64) for n in (11, 11, 12))
+    anchors = AnchorSample(used, labels, positive, torch.zeros(12, 4))
     rois = RoISample(torch.zeros(13, 4), torch.zeros(13, dtype=torch.int64), torch.zeros(13, 4), 2, 99)
     sample = Sample("one", False, torch.zeros(3, 8, 6, dtype=torch.uint8), 1.0, torch.zeros(2, 4),
                     torch.zeros(2, dtype=torch.int64), torch.zeros(14, 4), anchors=anchors, rois=rois)

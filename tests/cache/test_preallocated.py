@@ -162,8 +162,9 @@ def test_threads_write_and_read_side_by_side(path):
             thread.start()
         for thread in threads:
             thread.join()
-    with PreallocatedFile(path) as file:
-        assert all(file.whole(unit) and (file.units[unit]["values"] == int(unit)).all() for unit in file.units)
+    with PreallocatedFile(path) as written:
+        assert all(written.whole(unit) and (written.units[unit]["values"] == int(unit)).all()
+                   for unit in written.units)
 
 
 @pytest.mark.parametrize("values", [np.zeros((2, 4), np.float32), np.zeros((3, 3), np.float32), np.zeros((2, 3))])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.records import Record, differences, plain, read_record, renamed, write_record
+from cache.records import JSON, Record, differences, plain, read_record, renamed, write_record
 
 
 def record(**changes):
@@ -161,8 +161,8 @@ def test_plain():
 
 
 def test_differences_in_words():
-    old = {"lr": 0.001, "sampling": {"batch": 256, "fg": 0.5}, "gone": "x"}
-    new = {"lr": 0.01, "sampling": {"batch": 128, "fg": 0.5, "iou": [0.3, 0.7]}}
+    old: dict[str, JSON] = {"lr": 0.001, "sampling": {"batch": 256, "fg": 0.5}, "gone": "x"}
+    new: dict[str, JSON] = {"lr": 0.01, "sampling": {"batch": 128, "fg": 0.5, "iou": [0.3, 0.7]}}
     assert differences(old, new) == [
         "lr was 0.001, is 0.01",
         "sampling.batch was 256, is 128",

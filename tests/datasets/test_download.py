@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loopback import Handler, Server, serving
@@ -32,8 +33,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
 
 
-def get(urls: list[str], folder: Path, **options: object) -> bytes:
-    settings = {"size": SIZE, "sha256": SHA256, "timeout": 5.0, **options}
+def get(urls: list[str], folder: Path, **options: Any) -> bytes:
+    settings: dict[str, Any] = {"size": SIZE, "sha256": SHA256, "timeout": 5.0, **options}
     path = fetch(urls, folder / "file.tar", **settings)
     assert path == folder / "file.tar"
     assert not (folder / "file.tar.part").exists()

@@ -79,7 +79,8 @@ def understood(words: list[str], whole: bool = True) -> None:
 
     What is not ``whole`` may lack arguments.
     """
-    context, rest, command = click.Context(cli.main, **cli.main.context_settings), list(words), cli.main
+    context, rest = click.Context(cli.main, **cli.main.context_settings), list(words)
+    command: click.Command | None = cli.main
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         _, command, rest = command.resolve_command(context, rest)
         assert command is not None

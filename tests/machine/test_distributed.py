@@ -6,11 +6,8 @@ from rank_runs import in_ranks
 from torch import nn
 
 from altopt.batches.local_batches import LocalBatches
-from altopt.batches.samples import Batch
 from altopt.errors import DataError
 from altopt.machine.distributed import OtherRankError, SingleProcess, join_processes
-
-BATCH = Batch([], torch.zeros(0, 3, 8, 8))
 
 
 def exchanged(ranks):
@@ -41,13 +38,9 @@ def left_early(ranks):
 
 
 def slices(ranks):
-    """What a rank works on, and the weight of two RoIs for each entry, for batches of 1 to 5 entries."""
+    """What a rank works on, and whether it counts nothing, for batches of 1 to 5 entries."""
     divided = LocalBatches(ranks, [list("abcde"[:count]) for count in range(1, 6)])
-    found = []
-    for iteration in range(5):
-        divided.begin(BATCH, iteration)
-        found.append(("".join(divided[iteration]), divided.weight(2 * len(divided[iteration]))))
-    return found
+    return [("".join(divided[iteration]), divided.idle(iteration)) for iteration in range(5)]
 
 
 def fails(ranks):
@@ -83,9 +76,9 @@ def test_rank_0_gets_what_all_make_in_order(three):
 
 def test_batches_are_cut_evenly_and_a_rank_without_entries_counts_nothing(three):
     assert [each["slices"] for each in three] == [
-        [("a", 0), ("a", 0), ("a", 1 / 6), ("a", 1 / 8), ("a", 1 / 10)],
-        [("a", 0), ("a", 1 / 4), ("b", 1 / 6), ("b", 1 / 8), ("bc", 1 / 10)],
-        [("a", 1 / 2), ("b", 1 / 4), ("c", 1 / 6), ("cd", 1 / 8), ("de", 1 / 10)],
+        [("a", True), ("a", True), ("a", False), ("a", False), ("a", False)],
+        [("a", True), ("a", False), ("b", False), ("b", False), ("bc", False)],
+        [("a", False), ("b", False), ("c", False), ("cd", False), ("de", False)],
     ]
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from altopt.batches.samples import Sample
 from altopt.batches.sampling import RoISampling, RoIThresholds
@@ -17,10 +18,12 @@ def layers_of(p: float = 0.5) -> FullyConnected:
     """Return layers that pass on what they are given, so that what is left of ones is the product of two masks."""
     layers = FullyConnected(WIDTH, WIDTH)
     with torch.no_grad():
-        for layer in (layers.fc6, layers.fc7):
-            layer.weight.copy_(torch.eye(WIDTH))
-            layer.bias.zero_()
-    layers.drop6.p = layers.drop7.p = p
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(torch.eye(WIDTH))
+                layer.bias.zero_()
+            elif isinstance(layer, nn.Dropout):
+                layer.p = p
     return layers.train()
 
 
@@ -38,7 +41,9 @@ def left_of(images: list[RoISample], layers: FullyConnected) -> list[torch.Tenso
 def alone(layer: str) -> FullyConnected:
     """Return layers of which one drops."""
     layers = layers_of()
-    layers.get_submodule("drop7" if layer == "drop6" else "drop6").p = 0.0
+    other = layers.get_submodule("drop7" if layer == "drop6" else "drop6")
+    assert isinstance(other, nn.Dropout)
+    other.p = 0.0
     return layers
 
 

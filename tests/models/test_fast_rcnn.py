@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from loss_values import losses_of, means
+from loss_values import losses_of, means, total
 from torch import nn
 
 from altopt.batches.samples import Batch, Sample
@@ -192,7 +192,9 @@ def test_no_rois_give_zero_not_nan():
 
 def training_of(head: FastRCNNHead | None = None, count: int = 16) -> FastRCNNTraining:
     conv, fc = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16)), FullyConnected(4 * 2 * 2, 6)
-    fc.drop6.p = fc.drop7.p = 0.0
+    for layer in fc:
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
     random = generator("layers")
     with torch.no_grad():
         for parameter in [*conv.parameters(), *fc.parameters()]:
@@ -234,7 +236,7 @@ def test_losses_are_divided_by_the_rois_of_the_whole_batch():
 def test_every_part_gets_a_gradient():
     training = training_of()
     losses = losses_of(training, batch_of(sample_of(random_boxes(2), random_boxes(60, 1))))
-    sum(losses.values()).backward()
+    total(losses).backward()
     assert losses["box"].item() > 0
     for parameter in training.parameters():
         assert parameter.grad.isfinite().all()
@@ -245,7 +247,7 @@ def test_every_part_gets_a_gradient():
 def test_images_without_objects_or_proposals(objects, proposals):
     training = training_of()
     losses = losses_of(training, batch_of(sample_of(random_boxes(objects), random_boxes(proposals, 1))))
-    sum(losses.values()).backward()
+    total(losses).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(parameter.grad.isfinite().all() for parameter in training.parameters())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_values import losses_of, means, prepared
+from loss_values import losses_of, means, prepared, total
 from torch import Tensor, nn
 
 from altopt.batches import sampling
@@ -88,12 +88,13 @@ def by_hand(training: JointTraining, batch: Batch, iteration: int, samples_per_b
                              random=generator(*SEED, "rois", iteration, sample.id, sample.flipped))
         rois.append(chosen)
         drawn.append(sample_anchors(sample, anchors, ANCHORS, *SEED, "anchors", iteration))
-    boxes = [chosen.rois for chosen in rois]
+    regions = [chosen.rois for chosen in rois]
     if samples_per_bin:
-        pooled = roi_sample(features, boxes, 3, 1 / 16, samples_per_bin)
+        pooled = roi_sample(features, regions, 3, 1 / 16, samples_per_bin)
     else:
-        pooled = roi_pool(features, boxes, 3, 1 / 16)
-    of_detector = fast_rcnn_losses(training.head, *training.head(training.fc(pooled.flatten(1))), rois)
+        pooled = roi_pool(features, regions, 3, 1 / 16)
+    scores, offsets = training.head(training.fc(pooled.flatten(1)))
+    of_detector = fast_rcnn_losses(training.head, scores, offsets, rois)
     return means(rpn_losses(list(zip(logits, deltas, strict=True)), drawn, sigma=3.0) | of_detector)
 
 
@@ -234,7 +235,8 @@ def test_the_limit_holds_for_each_image():
 
 def test_the_convolutional_layers_run_once_for_all_losses():
     training, calls = exact_of(), []
-    training.trunk.conv[0].register_forward_hook(lambda layer, images, features: calls.append(len(features)))
+    first = next(training.trunk.conv.children())
+    first.register_forward_hook(lambda layer, images, features: calls.append(len(features)))
     losses_of(training, BATCH)
     assert calls == [2]
     losses_of(training, batch_of(sample_of(), sample_of(id="narrow", width=96)))
@@ -274,7 +276,7 @@ def test_proposals_follow_the_rpn_of_the_moment():
 def test_images_without_objects_or_proposals(make, samples):
     training = make(proposals=replace(PROPOSALS, min_side=18))
     losses = losses_of(training, batch_of(*samples))
-    sum(losses.values()).backward()
+    total(losses).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in training.parameters())
 
@@ -284,7 +286,7 @@ def test_bfloat16_gives_losses_and_gradients_in_single_precision(make):
     training, expected = make().float(), losses_of(make(), BATCH)
     with torch.autocast("cpu", torch.bfloat16):
         losses = losses_of(training, Batch(BATCH.samples, BATCH.images.float()))
-    sum(losses.values()).backward()
+    total(losses).backward()
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     for name in ("rpn_cls", "rpn_box"):
         assert losses[name].item() == pytest.approx(expected[name].item(), rel=0.05)

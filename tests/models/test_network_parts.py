@@ -1,5 +1,7 @@
 """Filling networks of any parts: from checkpoints, with layers that a network may have or lack."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ IDS = ["FasterRCNN", "RegionClassifier"]
 
 def with_norms(kind: type[nn.Module], backbone: backbones.Backbone) -> backbones.Backbone:
     for block in backbone.conv:
-        block.add_module("norm", kind(next(layer.out_channels for layer in reversed(block)
+        block.add_module("norm", kind(next(layer.out_channels for layer in reversed([*block.children()])
                                            if isinstance(layer, nn.Conv2d))))
     return backbone
 
@@ -60,7 +62,7 @@ class Nameless(nn.Module):
         self.weight = nn.Parameter(torch.ones(3))
 
 
-def with_layer(layer: type[nn.Module], part: str) -> RegionClassifier:
+def with_layer(layer: Callable[[], nn.Module], part: str) -> RegionClassifier:
     network = RegionClassifier(NETWORK, 3)
     with torch.device("meta"):
         network.get_submodule(part).add_module("more", layer())
@@ -71,8 +73,9 @@ def test_new_layers_begin_as_they_say_themselves():
     network = with_layer(lambda: nn.BatchNorm1d(4), "head")
     given = conv_tensors(network)
     assert network.fill(given, generator("rest")) == ["fc.fc6", "fc.fc7", "head.cls_score", "head.more"]
-    assert network.head.more.weight.tolist() == network.head.more.running_var.tolist() == [1] * 4
-    assert network.head.more.bias.tolist() == network.head.more.running_mean.tolist() == [0] * 4
+    found = network.tensors(["head"])
+    assert found["head.more.weight"].tolist() == found["head.more.running_var"].tolist() == [1] * 4
+    assert found["head.more.bias"].tolist() == found["head.more.running_mean"].tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("layer", [Nameless, lambda: FrozenBatchNorm2d(4)], ids=["parameter", "buffers"])
@@ -97,14 +100,14 @@ def test_layers_of_another_shape_are_drawn_and_the_others_kept():
     tensors = whole.tensors(["conv", "fc", "head"])
     network = RegionClassifier(NETWORK, 3, levels=(3, 2, 1))
     assert network.fill(tensors, generator("pyramid")) == ["fc.fc6"]
-    assert network.fc.fc6.weight.shape == (256, 128 * 14)
+    assert network.get_parameter("fc.fc6.weight").shape == (256, 128 * 14)
     assert network.pooled_size == 128 * 14
     assert network.hidden_size == 256
-    assert torch.equal(network.fc.fc7.weight, tensors["fc.fc7.weight"])
+    assert torch.equal(network.get_parameter("fc.fc7.weight"), tensors["fc.fc7.weight"])
     assert all(parameter.requires_grad for parameter in network.parameters())
     again = RegionClassifier(NETWORK, 3)
     assert again.fill(tensors, generator("again"), fresh=("fc",)) == ["fc.fc6", "fc.fc7"]
-    assert torch.equal(again.head.cls_score.weight, tensors["head.cls_score.weight"])
+    assert torch.equal(again.get_parameter("head.cls_score.weight"), tensors["head.cls_score.weight"])
 
 
 def test_rounded_layers_compute_what_autocast_makes_of_them():
@@ -117,6 +120,6 @@ def test_rounded_layers_compute_what_autocast_makes_of_them():
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected = layers.eval().fc(input)
         layers.round_fc()
-        assert layers.fc.fc6.weight.dtype == torch.bfloat16
+        assert layers.get_parameter("fc.fc6.weight").dtype == torch.bfloat16
         assert torch.equal(layers.fc(input), expected)
     assert expected.any()

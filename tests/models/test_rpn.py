@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loss_values import losses_of
+from loss_values import losses_of, total
 from torch import nn
 
 from altopt.batches.samples import Batch, Sample
@@ -197,7 +197,7 @@ def test_a_image_without_objects_teaches_background_only():
 def test_images_with_and_without_objects_make_one_batch():
     training = training_of()
     losses = losses_of(training, batch_of(sample_of(OBJECTS), sample_of(torch.zeros(0, 4), "two")))
-    sum(losses.values()).backward()
+    total(losses).backward()
     assert losses["rpn_box"].item() > 0
     assert all(gradient.isfinite().all() for gradient in gradients(training).values())
 
@@ -205,7 +205,7 @@ def test_images_with_and_without_objects_make_one_batch():
 def test_a_image_smaller_than_every_anchor_gives_zero_not_nan():
     training = training_of()
     losses = losses_of(training, batch_of(sample_of(torch.tensor([[2.0, 2, 9, 9]]), width=16, height=16)))
-    sum(losses.values()).backward()
+    total(losses).backward()
     assert [losses["rpn_cls"].item(), losses["rpn_box"].item()] == [0, 0]
     assert all(gradient.eq(0).all() for gradient in gradients(training).values())
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from loss_values import losses_of
+from loss_values import losses_of, total
 
 from altopt.batches.samples import Sample, make_batch
 from altopt.batches.sampling import RoISampling, RoIThresholds
@@ -165,7 +165,7 @@ def test_losses_and_gradients_are_equal_with_stored_maps(conv, samples, make, pr
             assert all(sample.features is None or sample.features.dtype == precision for sample in each)
             module = make(conv)
             losses = losses_of(module, make_batch(each, CPU))
-            sum(losses.values()).backward()
+            total(losses).backward()
             gradients = [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
             assert all(gradient.any() for gradient in gradients)
             results.append([*losses.values(), *gradients])

@@ -105,7 +105,7 @@ class Asking(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = Counter()
+        self.asked = Counter[str]()
 
     def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
         name = op.overloadpacket.__name__

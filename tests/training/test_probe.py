@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_values import means, prepared
+from loss_values import means, prepared, total
 
 from altopt.batches.samples import Batch, Sample, make_batch
 from altopt.batches.sampling import RoISampling, RoIThresholds
@@ -53,7 +53,7 @@ def by_hand(batches: list[Batch], block: str, share: float, *names: str) -> torc
     module = module_of()
     for batch in images(module, *batches):
         losses = means(module.losses(batch, share))
-        sum(losses[name] for name in names).backward()
+        total({name: losses[name] for name in names}).backward()
     return torch.cat([parameter.grad.flatten() for name, parameter in module.trunk.conv.named_parameters()
                       if name.startswith(block)]).double()
 

@@ -125,11 +125,13 @@ def test_summary_shows_scores_recall_and_times(copied):
 
 
 def test_summary_of_nothing_is_shown_too():
-    assert "total" in printed(*summary_tables({"scores": [], "recall": {}, "stages": {}}))
+    assert "total" in printed(*summary_tables(
+        {"recipe": "tiny", "folder": "runs/tiny", "scores": [], "recall": {}, "stages": {}}))
 
 
 def test_scores_by_class():
-    text = printed(score_table({"classes": {"dog": {"ap": 0.5}, "[/cat]": {"ap": None}}, "map": 0.5}))
+    text = printed(score_table({"protocol": "voc07", "convention": "",
+                                "classes": {"dog": {"ap": 0.5}, "[/cat]": {"ap": None}}, "map": 0.5}))
     assert [line.split() for line in text.splitlines()] == [
         ["class", "AP"], ["dog", "0.500"], ["[/cat]", "-"], ["mean", "0.500"]]
 

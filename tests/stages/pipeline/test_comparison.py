@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from stages.pipeline.comparison import (
     write,
 )
 from stages.pipeline.variants import Variant
+from stages.shared.events import Reason
 from stages.shared.step import Runtime
 
 ONE = Outcome("rcnn", "rcnn", 1, map=0.5, training=100.0, pretraining=7.0, proposals=40.0, fine_tuning=60.0,
@@ -139,7 +140,13 @@ def compared(folder, names, seeds=(1,), report=None, **options):
     runtime = Runtime(device="cpu", workers=0, snapshot_seconds=1000, report=report or Reports())
     variants = [each if isinstance(each, Variant) else Variant(each, each) for each in names]
     return list(outcomes(Comparison(folder / "all", str(folder / "tiny.toml"), variants, seeds, **options), runtime,
-                         working_in=lambda run: nullcontext(run.folder.mkdir(parents=True, exist_ok=True))))
+                         working_in))
+
+
+@contextmanager
+def working_in(run):
+    run.folder.mkdir(parents=True, exist_ok=True)
+    yield
 
 
 def test_outcome_counts_what_the_records_say(copied):
@@ -162,7 +169,7 @@ def test_joint_schemes_take_over_m0_and_seeds_do_not(workplace):
     results = compared(workplace, ["approximate-joint", "exact-joint"], (1, 2), reports)
     assert [(each.scheme, each.seed) for each in results] == [
         ("approximate-joint", 1), ("exact-joint", 1), ("approximate-joint", 2), ("exact-joint", 2)]
-    taken = [event for event in reports.events if "taken over" in getattr(event, "text", "")]
+    taken = [event for event in reports.of(Reason) if "taken over" in event.text]
     assert [(event.artifact, Path(event.text.split()[-1]).name) for event in taken] == [
         ("M0", "approximate-joint-1"), ("M0", "approximate-joint-2")]
     again = Reports()
@@ -177,7 +184,7 @@ def test_variants_of_one_scheme_share_what_their_settings_do_not_touch(workplace
     assert [(each.name, each.scheme, each.iterations) for each in results] == [
         ("approximate-joint", "approximate-joint", results[0].iterations), ("short", "approximate-joint", 1)]
     assert results[0].iterations > 1
-    taken = [event.artifact for event in reports.events if "taken over" in getattr(event, "text", "")]
+    taken = [event.artifact for event in reports.of(Reason) if "taken over" in event.text]
     assert taken == ["M0"]
     first, second = rows(results)
     assert first["slides"]["map"] == SLIDES["approximate-joint"].map

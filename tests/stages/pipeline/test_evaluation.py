@@ -2,7 +2,7 @@ import json
 import shutil
 
 import pytest
-from tiny_runs import hashes, open_tiny
+from tiny_runs import config_as, hashes, open_tiny
 
 import stages.pipeline.evaluation
 from altopt.datasets.voc import VOC_CLASSES
@@ -15,6 +15,7 @@ from stages.console.reporting import beside_table
 from stages.pipeline.evaluation import beside_published, detection_step, evaluate, recall, summary
 from stages.pipeline.recipe import read_recipe
 from stages.pipeline.run import Run
+from stages.shared.detection import Detect
 from stages.shared.step import Runtime
 
 
@@ -40,7 +41,8 @@ def test_nothing_else_can_be_evaluated(tmp_path, word):
 
 def test_scores_of_both_networks(finished, copied):
     run = open_tiny(copied)
-    dataset = stages.pipeline.evaluation.open_dataset(run.recipe.config(detection_step(run, "M5")).data, "test", None)
+    config = config_as(Detect, run.recipe, detection_step(run, "M5"))
+    dataset = stages.pipeline.evaluation.open_dataset(config.data, "test", None)
     for word, name in (("M1+M2", "M1+M2 (unshared)"), ("M5", "M5 (shared)")):
         result = evaluate(run, detection_step(run, word), "voc07")
         assert (result["name"], result["protocol"], result["images"]) == (name, "voc07", 4)

@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import fields
 
 import pytest
-from tiny_runs import TINY, write_recipe
+from tiny_runs import TINY, config_as, write_recipe
 
 from altopt.config import bounds_of
 from altopt.errors import UsageError
@@ -21,8 +21,13 @@ from stages.pipeline.recipe import (
     read_recipe,
     stage_tables,
 )
+from stages.shared.detection import Detect
+from stages.steps.pretrained import LoadImageNetWeights
+from stages.steps.rcnn import DetectRCNN
 
 PACKAGED = pytest.mark.parametrize("path", packaged().values(), ids=packaged())
+# A plain type: mypy takes no protocol's class for hashable.
+TABLES: dict[str, type] = {**SHARED, **stage_tables()}
 SETTING = re.compile(r"\w+ = ")
 
 
@@ -112,7 +117,7 @@ def test_settings_with_odd_values_keep_their_text_and_source(tmp_path, tiny):
 def test_infinity_where_it_has_a_meaning(tmp_path):
     path = str(write_recipe(tmp_path / "tiny.toml"))
     recipe = read_recipe(path, ["detect_rcnn.score=-inf"], "rcnn")
-    assert recipe.config(recipe.detections[-1]).score == -math.inf
+    assert config_as(DetectRCNN, recipe, recipe.detections[-1]).score == -math.inf
     again = read_recipe(str(write_recipe(tmp_path / "again.toml", recipe.text())))
     assert configs(again) == configs(recipe)
 
@@ -134,7 +139,7 @@ def test_comment_behind_a_list_of_several_lines_is_its_source(tmp_path):
 def test_words_of_older_recipes(tmp_path):
     text = TINY + '[detect]\nper_picture = 7  # few\n[train_fast_rcnn_frozen_conv]\noutputs = "draw-anew"  # old\n'
     recipe = read_recipe(str(write_recipe(tmp_path / "old.toml", text)))
-    assert recipe.config(recipe.detections[-1]).per_image == 7
+    assert config_as(Detect, recipe, recipe.detections[-1]).per_image == 7
     assert recipe.resolved()["detect"]["per_image"] == Value(7, "few")
     assert settings_of(recipe, "M4")["outputs"] == Value("re-initialise", "old")
     assert read_recipe(str(tmp_path / "old.toml"), ["detect.per_picture=8"]).tables["detect"]["per_image"] == 8
@@ -163,7 +168,7 @@ def test_table_of_a_pretraining_chooses_it(tmp_path, tiny):
     text = TINY.partition("[pretrain_on_crops]")[0].replace('"small"', '"squeezenet1_1"')
     recipe = read_recipe(str(write_recipe(tmp_path / "other.toml", text)))
     assert recipe.pretrained is PRETRAINED[0]
-    assert recipe.config(recipe.pretrained).backbone == "squeezenet1_1"
+    assert config_as(LoadImageNetWeights, recipe, recipe.pretrained).backbone == "squeezenet1_1"
 
 
 def test_name_is_the_title_or_the_file(tmp_path, tiny):
@@ -256,7 +261,7 @@ def test_file_that_is_not_text(tmp_path):
 
 def out_of_bounds(recipe):
     """An assignment for every bound of every field of every table, just outside it, and the words that say so."""
-    for table, cls in (SHARED | stage_tables()).items():
+    for table, cls in TABLES.items():
         values = vars(recipe.build(cls, table))
         for name, value in values.items():
             bounds = bounds_of(cls, name)
@@ -265,6 +270,7 @@ def out_of_bounds(recipe):
                 limit = bounds.get(word)
                 if limit is not None:
                     number = values[limit] if isinstance(limit, str) else limit
+                    assert isinstance(number, int | float)
                     yield table, name, written(number + step), f"be {word.replace('_', ' ')} {limit}"
             if isinstance(value, float):
                 yield table, name, "nan", "be a finite number"
@@ -293,7 +299,7 @@ def test_every_value_outside_its_bounds_is_refused(tmp_path):
 
 
 def test_every_number_and_every_list_has_bounds():
-    free = {(table, each.name) for table, cls in (SHARED | stage_tables()).items() for each in fields(cls)
+    free = {(table, each.name) for table, cls in TABLES.items() for each in fields(cls)
             if not bounds_of(cls, each.name) and each.name not in FILLED_IN
             and type(each.default) not in (str, bool) and each.name != "format"}
     assert free == set()

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import ARTIFACTS, TINY, Reports, hashes, make_all, open_tiny, reasons, verdicts, write_recipe
+from tiny_runs import ARTIFACTS, TINY, Reports, config_as, hashes, make_all, open_tiny, reasons, verdicts, write_recipe
 
 from altopt.errors import ArtifactError, UsageError
 from cache.checkpoints import load_checkpoint, save_checkpoint
@@ -12,6 +12,7 @@ from cache.records import RENAMED, read_record
 from stages.pipeline.evaluation import summary
 from stages.pipeline.recipe import read_recipe
 from stages.pipeline.run import Run, find_step, import_given, open_folder, run_one
+from stages.shared.events import Caution
 from stages.shared.step import Runtime, file_name
 from stages.steps.rpn import TrainRPN
 
@@ -483,11 +484,11 @@ def test_warnings_of_the_data_set_come_once(copied, monkeypatch):
     from altopt.datasets.shapes import ShapesDataset
 
     monkeypatch.setattr(ShapesDataset, "check", lambda dataset: [f"{dataset.name}: beware"])
-    run = open_tiny(copied)
+    reports = Reports()
+    run = open_tiny(copied, report=reports)
     for word in ("P1", "P2"):
         run.make(step_of(run, word))
-    assert [event.text for event in run.runtime.report.events if event.kind == "warning"] == [
-        "shapes train:6: beware"]
+    assert [event.text for event in reports.of(Caution)] == ["shapes train:6: beware"]
 
 
 def test_folder_keeps_its_recipe_for_later(workplace):
@@ -499,7 +500,7 @@ def test_folder_keeps_its_recipe_for_later(workplace):
     first.keep_recipe()
     later = open_folder(None, "tiny", [], None, runtime)
     assert later.recipe.config(later.recipe.steps[1]) == first.recipe.config(first.recipe.steps[1])
-    assert later.recipe.config(later.recipe.steps[1]).lr == 0.5
+    assert config_as(TrainRPN, later.recipe, later.recipe.steps[1]).lr == 0.5
     assert open_folder(None, None, [], None, runtime).folder.name == "shapes"
 
 

@@ -15,6 +15,7 @@ from altopt.errors import ArtifactError
 from altopt.machine.interruption import Terminated
 from cache.checkpoints import load_checkpoint, read_description, save_checkpoint
 from cache.proposals import ProposalFile
+from stages.shared.events import Resumed, TrainingProgress
 from stages.shared.step import Runtime, file_name
 from stages.steps.assemble import Assemble, add_rpn_layers
 
@@ -129,7 +130,7 @@ def test_interrupted_and_continued_gives_the_same_bytes(finished, copied, artifa
     """A signal is held back until a snapshot is written, whatever the clock says."""
     before = signal.getsignal(signal.SIGTERM)
     (copied / file_name(artifact)).unlink()
-    reports = Reports(at=lambda event: event.kind == "progress" and event.iteration == 2,
+    reports = Reports(at=lambda event: isinstance(event, TrainingProgress) and event.iteration == 2,
                       act=lambda: signal.raise_signal(number))
     with pytest.raises(error):
         make_all(open_tiny(copied, report=reports, snapshot_seconds=seconds))
@@ -137,15 +138,15 @@ def test_interrupted_and_continued_gives_the_same_bytes(finished, copied, artifa
     assert not (copied / file_name(artifact)).exists()
     again = Reports()
     assert make_all(open_tiny(copied, report=again, snapshot_seconds=seconds)) == [artifact]
-    assert [event.iteration for event in again.events if event.kind == "resumed"] == [2]
-    assert [event.iteration for event in again.events if event.kind == "progress"] == [3, 4]
+    assert [event.iteration for event in again.of(Resumed)] == [2]
+    assert [event.iteration for event in again.of(TrainingProgress)] == [3, 4]
     assert hashes(copied) == hashes(finished)
     assert not list(copied.glob("*.snapshot.*"))
 
 
 def test_in_a_fixed_order_the_cpu_gives_the_same_bytes_and_goes_on_from_no_other_snapshot(finished, copied):
     (copied / "M2.safetensors").unlink()
-    reports = Reports(at=lambda event: event.kind == "progress" and event.iteration == 2,
+    reports = Reports(at=lambda event: isinstance(event, TrainingProgress) and event.iteration == 2,
                       act=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         make_all(open_tiny(copied, report=reports))
@@ -165,12 +166,12 @@ def test_exception_inside_a_stage_leaves_the_snapshot_before_it(finished, copied
     def interrupt():
         raise KeyboardInterrupt
 
-    reports = Reports(at=lambda event: event.kind == "progress" and event.iteration == 3, act=interrupt)
+    reports = Reports(at=lambda event: isinstance(event, TrainingProgress) and event.iteration == 3, act=interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_all(open_tiny(copied, report=reports, snapshot_seconds=0))
     again = Reports()
     assert make_all(open_tiny(copied, report=again)) == ["M2"]
-    assert [event.iteration in (1, 2) for event in again.events if event.kind == "resumed"] == [True]
+    assert [event.iteration in (1, 2) for event in again.of(Resumed)] == [True]
     assert hashes(copied) == hashes(finished)
 
 

@@ -18,6 +18,7 @@ from cache.features import FeatureMapFile, FeatureMapWriter
 from cache.files import sha256_file
 from cache.preallocated import growing_path
 from stages.pipeline.run import find_step
+from stages.shared.events import ImagesDone
 from stages.shared.feature_plan import FOLDER
 from stages.shared.feature_store import FeatureStore
 from stages.shared.inference import Inference
@@ -215,7 +216,7 @@ def test_without_a_digest_of_the_data_nothing_is_stored(folder):
 
 
 def test_interrupted_while_building_it_goes_on(folder, without):
-    reports = Reports(at=lambda event: event.kind == "images" and event.what == "maps"
+    reports = Reports(at=lambda event: isinstance(event, ImagesDone) and event.what == "maps"
                       and event.done == 4, act=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         make_all(opened(folder, feature_store="on", report=reports, workers=2))
@@ -254,7 +255,7 @@ def test_the_digest_is_of_all_that_maps_depend_on(folder):
                      path(max_side=99)]
     assert path(anchor_scales=(1.0,)) == same  # maps know no anchors
     with torch.no_grad():
-        conv[4][0].bias[0] += 1
+        conv.get_parameter("conv5.0.bias")[0] += 1
     assert len({same, *others, path()}) == 7
     assert growing_path(same) != same
 
@@ -267,7 +268,7 @@ def values_of(path):
 def rewritten(path, value):
     """The same store with one value in the place of all maps."""
     with FeatureMapFile(path) as file:
-        shapes = {key: tuple(file.get(key).shape) for key in file.keys}
+        shapes = {key: (channels, h, w) for key in file.keys for channels, h, w in [file.get(key).shape]}
         description = {name: file.description[name] for name in ("conv", "dataset", "settings")}
     with FeatureMapWriter(path, description, shapes, "float32") as writer:
         for key, shape in shapes.items():

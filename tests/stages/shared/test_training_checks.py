@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny_runs import open_tiny
+from tiny_runs import config_as, open_tiny
 
 from stages.pipeline.run import find_step
+from stages.shared.stage_config import Trains
 from stages.shared.training import Training
 
 
@@ -12,7 +13,7 @@ from stages.shared.training import Training
 def test_a_frozen_layer_that_changed_is_noticed(finished, tmp_path, name):
     """Also a bias, whose memory the network shares with the tensors it was filled from."""
     run = open_tiny(finished)
-    config = run.recipe.config(find_step(run.recipe.steps, "M3"))
+    config = config_as(Trains, run.recipe, find_step(run.recipe.steps, "M3"))
     training = Training("train_rpn_frozen_conv", finished / "M2.safetensors", tmp_path / "M3.safetensors", config,
                         run.runtime)
     network = training.network(("conv", "rpn"))

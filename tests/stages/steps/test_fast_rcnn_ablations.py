@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_runs import Reports, open_tiny
+from tiny_runs import Reports, config_as, open_tiny
 
 from altopt.errors import ArtifactError
 from cache.checkpoints import load_checkpoint
 from cache.files import sha256_file
 from stages import SCHEMES
+from stages.shared.stage_config import ReadsData
 from stages.shared.step import Runtime, Step
 from stages.steps.fast_rcnn import train_box_layer, train_classification, train_fast_rcnn
 from stages.steps.fast_rcnn_regions import cache_pooled_features, detect_on_proposals, detect_with_svms
@@ -49,8 +50,9 @@ def given(finished, tmp_path):
     from altopt.datasets.opening import open_dataset
     from cache.proposals import ProposalWriter
 
-    data = open_tiny(tmp_path / "tiny").recipe.config(Step("D1", detect_on_proposals, "M1", "T0")).data
-    dataset = open_dataset(data, "test", finished)
+    step = Step("D1", detect_on_proposals, "M1", "T0")
+    config = config_as(ReadsData, open_tiny(tmp_path / "tiny").recipe, step)
+    dataset = open_dataset(config.data, "test", finished)
     with ProposalWriter(tmp_path / "T0.h5", {}) as writer:
         for id in dataset.ids:
             width, height = dataset.size(id)

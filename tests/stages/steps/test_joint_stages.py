@@ -4,23 +4,24 @@ import dataclasses
 import json
 import signal
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Reports, open_tiny
+from tiny_runs import Reports, config_as, open_tiny
 
 from altopt.errors import ArtifactError, UsageError
 from altopt.machine.determinism import fixed_order
 from cache.checkpoints import load_checkpoint, read_description, save_checkpoint
 from cache.files import sha256_file
 from stages import DETECTIONS
+from stages.shared.detection import Detect
+from stages.shared.events import Resumed, TrainingProgress, WeightsDrawn
 from stages.shared.inference import Inference
-from stages.shared.step import Runtime, Step
+from stages.shared.step import Facts, Runtime, Step
 from stages.steps.detect import detect_shared
 from stages.steps.joint import PARTS, train_approximate_joint, train_exact_joint
 
-STAGES: list[Callable[..., dict[str, Any]]] = [train_approximate_joint, train_exact_joint]
+STAGES: list[Callable[..., Facts]] = [train_approximate_joint, train_exact_joint]
 EACH_STAGE = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
 
 
@@ -87,24 +88,24 @@ def test_in_a_fixed_order_the_cpu_gives_the_same_bytes(finished, trained, stage,
 @EACH_STAGE
 def test_interrupted_and_continued_gives_the_same_bytes(finished, trained, stage, tmp_path):
     out = tmp_path / "out.safetensors"
-    stop = Reports(at=lambda event: event.kind == "progress" and event.iteration == 2,
+    stop = Reports(at=lambda event: isinstance(event, TrainingProgress) and event.iteration == 2,
                    act=lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         made(finished, stage, out, stop)
     assert not out.exists()
     again = Reports()
     made(finished, stage, out, again)
-    assert [event.iteration for event in again.events if event.kind == "resumed"] == [2]
+    assert [event.iteration for event in again.of(Resumed)] == [2]
     assert sha256_file(out) == sha256_file(trained[stage])
 
 
 def test_the_loop_reports_four_losses(finished, tmp_path):
     reports = Reports()
     made(finished, train_exact_joint, tmp_path / "out.safetensors", reports, iterations=1)
-    progress = [event for event in reports.events if event.kind == "progress"]
+    progress = reports.of(TrainingProgress)
     assert len(progress) == 1
     assert {"rpn_cls", "rpn_box", "cls", "box"} == progress[0].losses.keys()
-    assert [event.drawn for event in reports.events if event.kind == "weights"] == [("rpn", "fc", "head")]
+    assert [event.drawn for event in reports.of(WeightsDrawn)] == [("rpn", "fc", "head")]
 
 
 def test_the_coordinate_path_is_off_before_its_warmup_ends(finished, trained, tmp_path):
@@ -126,7 +127,7 @@ def test_a_limit_on_the_coordinate_gradient_is_part_of_the_result(finished, trai
 def test_training_goes_on_from_a_network_with_all_parts(finished, tmp_path):
     reports = Reports()
     made(finished, train_approximate_joint, tmp_path / "out.safetensors", reports, init="M5", iterations=0)
-    assert [event.drawn for event in reports.events if event.kind == "weights"] == [()]
+    assert [event.drawn for event in reports.of(WeightsDrawn)] == [()]
     changed = difference(finished / "M5.safetensors", tmp_path / "out.safetensors")
     assert changed <= {"head.bbox_means", "head.bbox_stds", "head.bbox_pred.weight", "head.bbox_pred.bias"}
 
@@ -137,9 +138,12 @@ def test_unknown_blocks_cannot_be_frozen(finished, tmp_path):
 
 
 def detections(folder, network, out):
-    config = dataclasses.replace(open_tiny(folder / "tiny").recipe.config(DETECTIONS["alternating"][1]), score=0.0)
-    facts = detect_shared(network, out=out, config=config, runtime=Runtime(device="cpu", data_root=folder))
-    assert 0 <= facts["recall_at_0.5"] <= 1
+    config = config_as(Detect, open_tiny(folder / "tiny").recipe, DETECTIONS["alternating"][1])
+    facts = detect_shared(network, out=out, config=dataclasses.replace(config, score=0.0),
+                          runtime=Runtime(device="cpu", data_root=folder))
+    recall = facts["recall_at_0.5"]
+    assert isinstance(recall, float)
+    assert 0 <= recall <= 1
     return json.loads(out.read_text())
 
 
@@ -156,7 +160,7 @@ def test_a_network_detects_with_the_op_that_it_was_trained_with(trained, tmp_pat
     other = tmp_path / "pooled.safetensors"
     save_checkpoint(other, tensors, description)
     assert detections(tmp_path, exact, tmp_path / "a.json") != detections(tmp_path, other, tmp_path / "b.json")
-    config = open_tiny(tmp_path / "tiny").recipe.config(DETECTIONS["alternating"][1])
+    config = config_as(Detect, open_tiny(tmp_path / "tiny").recipe, DETECTIONS["alternating"][1])
     runtime = Runtime(device="cpu", data_root=tmp_path)
     networks = Inference([(exact, PARTS), (other, PARTS)], config, runtime, split="test").networks
     assert [network.samples_per_bin for network in networks] == [2, 0]

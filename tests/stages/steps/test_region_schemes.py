@@ -27,6 +27,7 @@ from cache.checkpoints import load_checkpoint, read_description
 from cache.features import FeatureMapFile, MapKey
 from cache.proposals import ProposalFile
 from cache.region_features import RegionFeatureFile
+from stages.shared.events import TrainingProgress
 from stages.shared.regions import boxes_of
 from stages.shared.step import Runtime, file_name
 from stages.steps.spp_net import TrainFCLayers, train_fc_layers
@@ -71,7 +72,7 @@ def test_stopped_in_every_stage_and_continued_gives_the_same_bytes(made, tmp_pat
         again = Stopping("never", 0)
         facts = make(tmp_path, artifact, scheme, report=again)
         if artifact == "M1":
-            assert [event.iteration for event in again.seen if event.kind == "progress"] == [3, 4]
+            assert [event.iteration for event in again.seen if isinstance(event, TrainingProgress)] == [3, 4]
         assert facts.get("maps_found", facts.get("images_found", 2)) >= 2
     assert hashes(tmp_path, scheme) == hashes(made[0][scheme], scheme)
     assert not list(tmp_path.glob("*.growing.*"))

@@ -13,6 +13,7 @@ from altopt.datasets.dataset import DataConfig
 from altopt.errors import ResourceError, UsageError
 from cache.files import sha256_file
 from cache.proposals import ProposalFile
+from stages.shared.events import ImagesDone
 from stages.shared.step import Runtime
 from stages.steps.selective_search import (
     SelectiveSearch,
@@ -64,7 +65,7 @@ def stop_after(count):
     def act():
         raise KeyboardInterrupt
 
-    return Reports(at=lambda event: event.done == count, act=act)
+    return Reports(at=lambda event: isinstance(event, ImagesDone) and event.done == count, act=act)
 
 
 def test_every_image_in_order_with_ranks(whole):
@@ -79,8 +80,10 @@ def test_every_image_in_order_with_ranks(whole):
         assert (boxes >= 0).all()
         assert (boxes <= [96, 80, 96, 80]).all()
     with ProposalFile(whole) as file:
-        assert file.attributes["settings"]["mode"] == "fast"
-        assert file.attributes["settings"]["by"].startswith("OpenCV ")
+        settings = file.attributes["settings"]
+    assert isinstance(settings, dict)
+    assert settings["mode"] == "fast"
+    assert settings["by"].startswith("OpenCV ")
     assert [path.name for path in whole.parent.iterdir()] == ["P0.h5"]
 
 
@@ -90,8 +93,7 @@ def test_facts_and_progress(tmp_path):
     assert list(read(tmp_path / "T0.h5")) == ["test-00000", "test-00001"]
     assert facts["images"] == 2
     assert facts["proposals"] == sum(len(scores) for _, scores in read(tmp_path / "T0.h5").values())
-    assert [(event.kind, event.done, event.total) for event in reports.events] == [
-        ("images", 1, 2), ("images", 2, 2)]
+    assert reports.events == [ImagesDone(1, 2), ImagesDone(2, 2)]
 
 
 def test_processes_give_the_same_bytes(tmp_path, whole):
@@ -116,7 +118,7 @@ def test_stopped_and_gone_on_with(tmp_path, whole):
                       counted)
         search(tmp_path / "P0.h5", report=reports)
     assert len(calls) == 1  # of four images three were done
-    assert [event.done for event in reports.events] == [1, 2, 3, 4]
+    assert [event.done for event in reports.of(ImagesDone)] == [1, 2, 3, 4]
     assert sha256_file(tmp_path / "P0.h5") == sha256_file(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["P0.h5"]
 
