@@ -27,6 +27,7 @@ class LocalBatches(Generic[Item]):
 
         One for which nothing is left works on the first entry, so that all do the same; what it finds counts nothing.
         """
+        # Each process could read all entries and take its own; so only what it trains on is read.
         batch = self.order[iteration]
         return list(batch[self._own(len(batch))] or batch[:1])
 

@@ -36,7 +36,7 @@ class BatchOrder:
     def __init__(self, entries: Sequence[Entry], batch: int, *key: object) -> None:
         self.entries, self.batch, self.key = entries, batch, key
         self.batches_per_epoch = -(-len(entries) // batch)
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)  # readers are an epoch ahead at its end
 
     def __getitem__(self, iteration: int) -> list[Entry]:
         """Return the entries of an iteration, counted from 0."""
@@ -70,7 +70,7 @@ class Prefetcher(Iterator[Made]):
         self._items = iter(items)
         self._pool = single_threads(workers, "altopt-reader") if workers else None
         self._pending: deque[Future[Made]] = deque()
-        for _ in range(2 * workers):
+        for _ in range(2 * workers):  # one in the making and one ready for each reader
             self._submit()
 
     def _submit(self) -> None:

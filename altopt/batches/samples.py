@@ -103,9 +103,10 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
     width = image.shape[1]
     scale = scale_of((width, image.shape[0]), network.short_side, network.max_side)
     pixels = resized(image, scale)
+    # Mirrored after it was resized: then the mirror image is the image mirrored, to the last bit.
     if flipped:
         pixels = pixels[:, ::-1]
-    turned = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    turned = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, H, W)
     return _sample(dataset, id, flipped, turned, scale, width, proposals)
 
 
@@ -115,16 +116,17 @@ def stored_sample(dataset: Dataset, id: str, network: NetworkConfig, features: T
     extent = dataset.size(id)
     scale = scale_of(extent, network.short_side, network.max_side)
     width, height = input_size(extent, scale)
-    blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, height, width)
+    blank = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, height, width)  # a size without memory
     return _sample(dataset, id, flipped, blank, scale, extent[0], proposals, features)
 
 
 def _sample(dataset: Dataset, id: str, flipped: bool, pixels: Tensor, scale: float, width: int,
             proposals: np.ndarray | None, features: Tensor | None = None) -> Sample:
-    objects = dataset.objects(id).usable()
+    objects = dataset.objects(id).usable()  # difficult ones are not trained on, as py-faster-rcnn has it
 
     def framed(boxes: np.ndarray) -> Tensor:
-        original = torch.from_numpy(np.array(boxes, dtype=np.float32)).reshape(-1, 4)
+        # A copy: what a data set or a file keeps must not change with a tensor that is made of it.
+        original = torch.from_numpy(np.array(boxes, dtype=np.float32)).reshape(-1, 4)  # (K, 4)
         return (bx.flip(original, width) if flipped else original) * scale
 
     return Sample(
@@ -159,7 +161,7 @@ def make_batch(samples: list[Sample], device: torch.device, iteration: int = 0) 
     moved = []
     for image, sample in zip(images, samples, strict=True):
         pixels = sample.pixels.to(device, non_blocking=True)
-        # Normalised on the device: a quarter of the bytes travel there.
+        # Normalised on the device, to which a quarter of the bytes then travel; zero is the mean colour.
         image[:, : pixels.shape[1], : pixels.shape[2]] = (pixels - mean) / std
         moved.append(sample.moved(pixels, device))
     return Batch(moved, images, iteration=iteration)
@@ -168,6 +170,7 @@ def make_batch(samples: list[Sample], device: torch.device, iteration: int = 0) 
 @cache
 def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of pixels in 0..255, ``Tensor[3, 1, 1]`` each; made once, as copies to a GPU wait."""
+    # Made in inference mode first, they could not be used in training afterwards.
     with torch.inference_mode(False):
         mean, std = (torch.tensor(each).mul(255)[:, None, None].to(device) for each in (PIXEL_MEAN, PIXEL_STD))
     return mean, std

@@ -35,6 +35,7 @@ def label_anchors(anchors: Tensor, gt_boxes: Tensor, size: tuple[float, float], 
     best, matched = overlaps.max(dim=1)
     best_of_object = overlaps.max(dim=0).values  # (G,)
     promoted = ((overlaps == best_of_object) & (best_of_object > 0)).any(dim=1)
+    # Positives are written last, so they win (py-faster-rcnn: RPN_CLOBBER_POSITIVES False).
     labels[competing & (best < negative)] = 0
     labels[competing & (promoted | (best >= positive))] = 1
     return labels, matched
@@ -44,6 +45,7 @@ def choose(candidates: Tensor, count: int, random: torch.Generator) -> Tensor:
     """Return ``count`` of the candidates (or all, if fewer), drawn without replacement: int64 ``Tensor[<=count]``."""
     if len(candidates) <= count:
         return candidates
+    # Drawn on the CPU, so that every device draws the same.
     order = torch.randperm(len(candidates), generator=random)[:count]
     return candidates[order.to(candidates.device)]
 
@@ -88,13 +90,13 @@ def sample_rois(proposals: Tensor, gt_boxes: Tensor, gt_labels: Tensor, *, count
 
     Where the proposals require a gradient, the RoIs and their deltas are differentiable in them; the choice is not.
     """
-    rois = torch.cat([gt_boxes, proposals])
+    rois = torch.cat([gt_boxes, proposals])  # (G + K, 4)
     overlap, matched = match_rois(rois.detach(), gt_boxes)
     fg = torch.nonzero(overlap >= thresholds.fg)[:, 0]
     bg = torch.nonzero((overlap < thresholds.bg_high) & (overlap >= thresholds.bg_low))[:, 0]
     fg = choose(fg, round(fg_fraction * count), random)
     bg = choose(bg, count - len(fg), random)
-    kept = torch.cat([fg, bg])
+    kept = torch.cat([fg, bg])  # (R,), foreground first: losses take the first rows without a mask
     labels = torch.zeros(len(kept), dtype=torch.int64, device=rois.device)
     deltas = rois.new_zeros(len(kept), 4)
     if len(fg):

@@ -49,7 +49,7 @@ def alexnet() -> Backbone:
     features = list(models.alexnet(weights=None).features)
     conv1 = features[0]
     assert isinstance(conv1, nn.Conv2d)
-    conv1.padding = (10, 10)
+    conv1.padding = (10, 10)  # 8 more than its own, see above
     blocks = [features[0:2], features[2:5], features[5:8], features[8:10], features[10:12]]
     return Backbone(_blocks(blocks), FullyConnected(256 * 6 * 6, 4096), 256, 6, 4096,
                     models.AlexNet_Weights.IMAGENET1K_V1, {"fc6": 1, "fc7": 4})
@@ -64,7 +64,7 @@ def squeezenet1_1() -> Backbone:
     features = list(models.squeezenet1_1(weights=None).features)
     conv1 = features[0]
     assert isinstance(conv1, nn.Conv2d)
-    conv1.padding = (8, 8)
+    conv1.padding = (8, 8)  # 8 more than its own, see above
     blocks = [features[0:2], features[2:5], features[5:8], features[8:11], [*features[11:13], Divide(16)]]
     return Backbone(_blocks(blocks), FullyConnected(512 * 6 * 6, 512), 512, 6, 512,
                     models.SqueezeNet1_1_Weights.IMAGENET1K_V1)

@@ -76,8 +76,8 @@ def draw_crop(dataset: Dataset, id: str, side: int, background: float, *key: obj
     Its longer side fills between a third and all of the crop, off-centre. With probability ``background``, or when the
     image has no usable object, the crop is a random square that no object's centre lies in (label 0).
     """
-    random = generator(*key, id)
-    draw = torch.rand(8, generator=random).tolist()
+    # All that may be drawn is drawn at once, so that a choice does not shift what the others get.
+    draw = torch.rand(8, generator=generator(*key, id)).tolist()
     image, objects = dataset.image(id), dataset.objects(id).usable()
     height, width = image.shape[:2]
     label, square = 0, _background_square(objects.boxes, width, height, draw)

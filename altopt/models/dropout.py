@@ -40,7 +40,8 @@ def _mask(hidden: Tensor, probability: float, rois: Sequence[RoISample], layer: 
     """Return what to multiply ``Tensor[R, D]`` by: 0 where it is dropped, 1 / (1 - probability) elsewhere."""
     masks = []
     for each in rois:
+        # A generator of its own: torch's would make a mask depend on what was drawn before.
         random = torch.Generator(hidden.device).manual_seed(seed_of(each.dropout_seed, layer))
-        mask = hidden.new_empty(len(each.labels), hidden.shape[1])
+        mask = hidden.new_empty(len(each.labels), hidden.shape[1])  # (R_b, D)
         masks.append(mask.bernoulli_(1 - probability, generator=random))
     return torch.cat(masks) / (1 - probability)

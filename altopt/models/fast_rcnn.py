@@ -122,10 +122,10 @@ def postprocess_detections(logits: Tensor, deltas: Tensor, rois: Tensor, size: t
     the result in the input frame, whose ``size`` is (width, height). Classes count from 0. Suppression is class by
     class; the cut to ``settings.per_image`` is over all classes.
     """
-    scores = logits.softmax(dim=1)[:, 1:]  # (R, K)
+    scores = logits.softmax(dim=1)[:, 1:]  # (R, K): background is no detection
     deltas = deltas[:, 1:] if settings.regress_boxes else torch.zeros_like(deltas[:, 1:])
     boxes = bx.clip(bx.decode(deltas, rois), size)  # (R, K, 4)
-    roi, label = torch.nonzero(scores > settings.score, as_tuple=True)
+    roi, label = torch.nonzero(scores > settings.score, as_tuple=True)  # one RoI may be several classes
     boxes, scores = boxes[roi, label], scores[roi, label]
     kept = torchvision.ops.batched_nms(boxes, scores, label, settings.nms)[: settings.per_image]
     return boxes[kept], scores[kept], label[kept]

@@ -28,7 +28,7 @@ def download(name: str, url: str) -> dict[str, Tensor]:
     The file's name must end in the hash as torchvision's do. Raises ``DownloadError``.
     """
     try:
-        _check_cached(url.rsplit("/", 1)[1])
+        _check_cached(url.rsplit("/", 1)[1])  # torch checks only what it has just fetched
         state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True, progress=False
         )

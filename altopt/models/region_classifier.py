@@ -93,6 +93,7 @@ class WarpedTraining(RegionTraining):
         """Return ``cls``, the softmax loss over the sampled regions of prepared samples."""
         rois = roi_samples(batch)
         images = own_images(batch)  # of each: (3, H, W)
+        # One pass of all layers for all crops of the batch: (R, 3, S, S)
         crops = torch.cat([warp(image, each.rois, self.side) for image, each in zip(images, rois, strict=True)])
         pooled = self.pool_crops(crops)  # (R, E)
         return {"cls": softmax_loss(self.head(self.fc(pooled, rois)), rois)}

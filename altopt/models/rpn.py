@@ -42,7 +42,7 @@ class RPNHead(nn.Module):
 
         As in py-faster-rcnn the first A score channels are background and the next A object.
         """
-        hidden = F.relu(self.conv(features))
+        hidden = F.relu(self.conv(features))  # (B, rpn_channels, H, W)
         logits = self.cls_score(hidden).unflatten(1, (2, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)  # (B, N, 2)
         deltas = self.bbox_pred(hidden).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)  # (B, N, 4)
         return at_least_float(logits), at_least_float(deltas)
@@ -62,7 +62,7 @@ def all_anchors(network: NetworkConfig, height: int, width: int, device: torch.d
 
     Those of the last sizes are kept: to make them on a GPU, it would have to wait for numbers from the processor.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # they are kept, and training may be the next to ask for them
         reference = reference_anchors(network.anchor_base, network.anchor_ratios, network.anchor_scales)
         return shifted_anchors(reference.to(device), height, width, STRIDE)
 
@@ -117,8 +117,8 @@ def sample_anchors(sample: Sample, anchors: Tensor, sampling: AnchorSampling, *s
     labels, matched = label_anchors(anchors, sample.gt_boxes, sample.size, sampling.positive, sampling.negative)
     labels = subsample_labels(labels, sampling.per_image, sampling.positive_fraction,
                               generator(*seed, sample.id, sample.flipped))
-    used = torch.nonzero(labels >= 0)[:, 0]
-    positive = torch.nonzero(labels == 1)[:, 0]
+    used = torch.nonzero(labels >= 0)[:, 0]  # (M,)
+    positive = torch.nonzero(labels == 1)[:, 0]  # (F,)
     deltas = bx.encode(sample.gt_boxes[matched[positive]], anchors[positive])
     return AnchorSample(used, labels[used], positive, deltas)
 
@@ -142,9 +142,10 @@ def decode_proposals(logits: Tensor, deltas: Tensor, anchors: Tensor, sample: Sa
 
 def filter_proposals(boxes: Tensor, scores: Tensor, sample: Sample, settings: ProposalSettings) -> Tensor:
     """Return which of an image's boxes, ``Tensor[N, 4]``, become proposals: int64 ``Tensor[K]``, best first."""
-    usable = bx.large_enough(boxes, settings.min_side * sample.scale) & scores.isfinite()
+    # Sides are compared in pixels of the original image. A delta may overflow early in training: no box comes of it.
+    usable = bx.large_enough(boxes, settings.min_side * sample.scale) & scores.isfinite()  # (N,)
     candidates = torch.nonzero(usable)[:, 0]
-    order = scores[candidates].argsort(descending=True, stable=True)
+    order = scores[candidates].argsort(descending=True, stable=True)  # equal scores: the same order everywhere
     if settings.pre_nms:
         order = order[: settings.pre_nms]
     candidates = candidates[order]

@@ -67,6 +67,7 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.SGD
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
+            # Caffe multiplies the rate of biases by 2, and decays them as it does weights.
             kind = (name.startswith(CONV), name.endswith("bias"))
             groups.setdefault(kind, []).append(parameter)
     return torch.optim.SGD([{
@@ -179,12 +180,12 @@ def train_step(module: LossModule, optimizer: torch.optim.SGD, batch: Batch, con
     # A loss is a mean over the images or RoIs of the whole batch; this process has its part of the sum.
     parts = torch.stack([(0.0 if idle else 1.0) / max(count, 1) * loss.total
                          for count, loss in zip(counts, losses.values(), strict=True)])
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # what had no gradient in this step does not decay or move
     parts.sum().backward()  # type: ignore[no-untyped-call]
     group.sum_gradients(module.parameters())
     if config.clip_gradient:
         nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], config.clip_gradient)
-    own = parts.detach().double()
+    own = parts.detach().double()  # (L,): in double, so that what is reported does not depend on the order
     whole = group.all_reduce_sum(own)
     # The optimizer asks found_inf on the device and then changes nothing, as it does for a gradient scaler. Once set it
     # stays set: a step that was taken before anybody looked at the broken losses must not spoil the weights.
@@ -231,6 +232,7 @@ def _resume(module: nn.Module, optimizer: torch.optim.SGD, snapshots: Snapshots 
         if parameter.requires_grad:
             parameter.copy_(tensors[f"weight.{name}"])
             if f"momentum.{name}" in tensors:
+                # In the parameter's own memory layout, or the next step would sum in another order.
                 momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
                 optimizer.state[parameter]["momentum_buffer"] = momentum
     for name, buffer in module.named_buffers():
