@@ -7,11 +7,10 @@ width, height), not on the count; ``altopt.datasets.shape_drawing`` draws it whe
 from __future__ import annotations
 
 import re
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from altopt.datasets.dataset import Objects
+from altopt.datasets.dataset import Json, Objects
 from altopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 GENERATOR = 4  # part of the description: to be raised with any change of what is drawn
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SMALLEST_IMAGE = 40
-KEPT_IMAGES = 1000  # of a data set, once drawn: more are re-initialised each time, so that memory stays flat
+KEPT_IMAGES = 1000  # of a data set, once drawn: more are drawn each time, so that memory stays flat
 KEPT_BYTES = 2**30
 
 _SPLIT = re.compile(r"([A-Za-z0-9_-]+):([1-9][0-9]{0,5})")
@@ -39,13 +38,8 @@ class ShapesDataset:
         self.classes = SHAPES
         self.category_ids = tuple(range(1, len(SHAPES) + 1))
         self._splits, self._width, self._height, self._seed = splits, width, height, seed
-        self._counts = _counts(splits)
+        self.ids = tuple(f"{name}-{number:05}" for name, count in _counts(splits).items() for number in range(count))
         self._drawn: dict[str, tuple[NDArray[np.uint8], list[Box], list[int]]] = {}
-
-    @cached_property
-    def ids(self) -> tuple[str, ...]:
-        """Name of the split and number of each image."""
-        return tuple(f"{name}-{number:05}" for name, count in self._counts.items() for number in range(count))
 
     def coco_image_id(self, image_id: str) -> int | str:
         """Return the id itself."""
@@ -82,7 +76,7 @@ class ShapesDataset:
         """Return no file."""
         return []
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> Json:
         """Return everything that the images depend on."""
         size = {"width": self._width, "height": self._height}
         return {"kind": "shapes", "generator": GENERATOR, "splits": list(self._splits), **size, "seed": self._seed}
