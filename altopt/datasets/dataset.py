@@ -30,13 +30,14 @@ class Objects:
 
     boxes float32 [N, 4] xyxy; labels int64 [N], indices into the data set's classes; difficult and crowd bool [N].
     areas float32 [N] is what COCO's size ranges go by (the area of the mask where one is annotated); None: the boxes'.
+    Read from a file of ground truth to be scored against, boxes and areas are float64.
     """
 
-    boxes: NDArray[np.float32]
+    boxes: NDArray[np.floating]
     labels: NDArray[np.int64]
     difficult: NDArray[np.bool_]
     crowd: NDArray[np.bool_]
-    areas: NDArray[np.float32] | None = None
+    areas: NDArray[np.floating] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,9 +57,14 @@ class Objects:
             areas=None if areas is None else np.array(areas, np.float32),
         )
 
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """bool [N]: what training may use and scoring asks for, neither difficult nor a crowd."""
+        return ~(self.difficult | self.crowd)
+
     def usable(self) -> Objects:
-        """What training may use: the objects that are neither difficult nor a crowd."""
-        keep = ~(self.difficult | self.crowd)
+        """Return the objects that are counted."""
+        keep = self.counted
         areas = None if self.areas is None else self.areas[keep]
         return Objects(self.boxes[keep], self.labels[keep], self.difficult[keep], self.crowd[keep], areas)
 

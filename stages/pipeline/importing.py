@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from altopt.datasets.dataset import IMAGE_SUFFIXES, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
-from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import LIMITS, proposal_recall
 from altopt.proposal_formats.box_formats import BOX_FORMATS, BoxFormat
 from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals
@@ -160,7 +159,7 @@ class ProposalImporter:
 
     def _objects(self, image_id: str) -> NDArray[np.float32]:
         objects = self.dataset.objects(image_id)
-        return objects.boxes[counted(objects)]
+        return objects.usable().boxes
 
     def remarks(self) -> list[str]:
         """Return what looks wrong with the file, a sentence each."""

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from evaluation_samples import detections, objects, write_json
 
-from altopt.evaluation.average_precision import area_under_envelope, eleven_points
 from altopt.evaluation.scoring import score_files
-from altopt.evaluation.voc import score_voc
+from altopt.evaluation.voc import area_under_envelope, eleven_points, score_voc
 
 pytestmark = pytest.mark.skipif("ALTOPT_DATA" not in os.environ, reason="ALTOPT_DATA is not set")
 FOLDER = Path(os.environ.get("ALTOPT_DATA", ".")) / "evalcases"
