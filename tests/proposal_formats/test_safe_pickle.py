@@ -129,7 +129,7 @@ def test_paths_through_admitted_names_are_refused(load, raw):
 ])
 def test_what_is_no_pickle_of_arrays(load, raw):
     before = dict(ADMITTED)
-    with pytest.raises(ArtifactError, match="not a pickle of arrays, or damaged") as caught:
+    with pytest.raises(ArtifactError, match="not a pickle of arrays, or is damaged") as caught:
         load(raw)
     assert "\n" not in str(caught.value)
     assert before == ADMITTED
