@@ -69,7 +69,9 @@ def fetch(urls: Sequence[str], destination: Path, *, size: int, sha256: str, pro
         try:
             reasons = [] if download.verified() else download.from_mirrors(urls)
             if download.length == size:
-                _publish(part, part_path, destination)
+                with writing(destination):
+                    os.fsync(part.fileno())  # first the content, then the name: a power cut leaves no empty file
+                    part_path.replace(destination)
                 return destination
         finally:
             if part_path.exists() and download.length == 0:
@@ -93,10 +95,8 @@ def need_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise ResourceError when the file system of an existing folder has fewer than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ResourceError(
-            f"{purpose} needs {needed / 1e6:,.1f} MB in {folder}, which has {free / 1e6:,.1f} MB free: "
-            "make room there, or choose another folder"
-        )
+        raise ResourceError(f"{purpose} needs {needed / 1e6:,.1f} MB in {folder}, which has {free / 1e6:,.1f} MB free: "
+                            "make room there, or choose another folder")
 
 
 @contextmanager
@@ -268,17 +268,6 @@ def _beginning(response: addinfourl, offset: int, size: int) -> int:
     if start < offset and total == "*":  # it may be an error page: not worth the bytes that are there
         raise _CannotResumeError("ignores byte ranges and states no size")
     return start
-
-
-def _publish(part: FileIO, part_path: Path, destination: Path) -> None:
-    with writing(destination):
-        os.fsync(part.fileno())
-        part_path.replace(destination)
-        folder = os.open(destination.parent, os.O_RDONLY)  # the name, too, is to outlast a power cut
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _said(error: object) -> str:

@@ -38,7 +38,16 @@ class ShapesDataset:
         self.classes = SHAPES
         self.category_ids = tuple(range(1, len(SHAPES) + 1))
         self._splits, self._width, self._height, self._seed = splits, width, height, seed
-        self.ids = tuple(f"{name}-{number:05}" for name, count in _counts(splits).items() for number in range(count))
+        counts: dict[str, int] = {}
+        for split in splits:
+            match = _SPLIT.fullmatch(split)
+            if match is None:
+                raise UsageError(f'"{split}" is not a split of shapes: name it and its number of images, as in '
+                                 '"train:400"')
+            if match[1] in counts:
+                raise UsageError(f'split "{match[1]}" of shapes occurs twice: give each a name of its own')
+            counts[match[1]] = int(match[2])
+        self.ids = tuple(f"{name}-{number:05}" for name, count in counts.items() for number in range(count))
         self._drawn: dict[str, tuple[NDArray[np.uint8], list[Box], list[int]]] = {}
 
     def coco_image_id(self, image_id: str) -> int | str:
@@ -84,15 +93,3 @@ class ShapesDataset:
     def check(self) -> list[str]:
         """Return no warning: what is drawn is valid."""
         return []
-
-
-def _counts(splits: tuple[str, ...]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for split in splits:
-        match = _SPLIT.fullmatch(split)
-        if match is None:
-            raise UsageError(f'"{split}" is not a split of shapes: name it and its number of images, as in "train:400"')
-        if match[1] in counts:
-            raise UsageError(f'split "{match[1]}" of shapes occurs twice: give each a name of its own')
-        counts[match[1]] = int(match[2])
-    return counts

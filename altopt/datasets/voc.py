@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from altopt.datasets.dataset import IMAGE_SUFFIXES, Json
-from altopt.datasets.image_files import image_size
-from altopt.datasets.on_disk import Findings, Judged, OnDiskDataset, below, inside
+from altopt.datasets.on_disk import Findings, Judged, OnDiskDataset, below, image_size, inside
 from altopt.errors import DataError
 
 VOC_CLASSES = (

@@ -48,19 +48,10 @@ class Archive:
         return f"{self.name} ({self.size} bytes, SHA-256 {self.sha256})"
 
 
-TRAINVAL = Archive(
-    name="VOCtrainval_06-Nov-2007.tar",
-    size=460_032_000,
-    sha256="7d8cd951101b0957ddfd7a530bdc8a94f06121cfc1e511bb5937e973020c7508",
-    urls=tuple(f"{mirror}VOCtrainval_06-Nov-2007.tar" for mirror in MIRRORS),
-)
-TEST = Archive(
-    name="VOCtest_06-Nov-2007.tar",
-    size=451_020_800,
-    sha256="6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892",
-    urls=tuple(f"{mirror}VOCtest_06-Nov-2007.tar" for mirror in MIRRORS),
-)
-VOC07 = (TRAINVAL, TEST)
+VOC07 = tuple(Archive(name, size, sha256, tuple(mirror + name for mirror in MIRRORS)) for name, size, sha256 in (
+    ("VOCtrainval_06-Nov-2007.tar", 460_032_000, "7d8cd951101b0957ddfd7a530bdc8a94f06121cfc1e511bb5937e973020c7508"),
+    ("VOCtest_06-Nov-2007.tar", 451_020_800, "6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892"),
+))
 
 _MANIFEST = {"name": r"\w[\w.-]*", "size": r"[1-9][0-9]*", "sha256": r"[0-9a-f]{64}"}
 
@@ -203,19 +194,15 @@ def _fetch_all(archives: Sequence[Archive], root: Path, mirrors: Sequence[str],
                progress: Progress | None) -> dict[str, Path]:
     """Fetch the archives one after the other, with one progress for all; an error says everything to bring."""
     total, before = sum(archive.size for archive in archives), 0
+    report = progress or (lambda done, total: None)
     paths = {}
     for index, archive in enumerate(archives):
         paths[archive.name] = fetch(
             [f"{mirror.rstrip('/')}/{archive.name}" for mirror in mirrors] + list(archive.urls),
             root / archive.name, size=archive.size, sha256=archive.sha256,
-            progress=progress and partial(_of_all, progress, before, total),
+            progress=partial(lambda before, done, _: report(before + done, total), before),
             remedy=f"bring {' and '.join(str(a) for a in archives[index:])} with --archive FILE, "
                    "or name a server that has them with --mirror URL",
         )
         before += archive.size
     return paths
-
-
-def _of_all(progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    """Report the progress of one file as that of the whole, of which ``before`` bytes are done."""
-    progress(before + done, total)

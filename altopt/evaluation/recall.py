@@ -99,11 +99,17 @@ def proposal_recall(images: Iterable[tuple[Boxes, Boxes]], limits: Sequence[int]
     for boxes, proposals in images:
         areas = box_areas(boxes)  # (N,)
         inside = np.array([(low <= areas) & (areas <= high) for low, high in AREA_RANGES.values()])  # (A, N)
-        overlaps = box_iou(boxes, proposals[: max(limits)])  # (N, K)
+        all_overlaps = box_iou(boxes, proposals[: max(limits)])  # (N, K)
         count += 1
         objects += inside.sum(axis=1)
         used += np.minimum(limits, len(proposals))
-        covered += [_passes(overlaps[:, :limit], inside) for limit in limits]
+        for of_limit, limit in zip(covered, limits, strict=True):
+            overlaps = all_overlaps[:, :limit]
+            if overlaps.size:
+                best, values = _wishes(overlaps)
+                for of_range, mask in zip(of_limit, inside, strict=True):  # views of ``covered``, (T,) each
+                    rows = np.flatnonzero(mask)
+                    of_range += (_cover(overlaps, rows, best[rows], values[rows])[:, None] >= THRESHOLDS).sum(axis=0)
     return Recall(tuple(limits), count, objects, covered, used)
 
 
@@ -135,15 +141,3 @@ def _cover(overlaps: Floats, rows: Ints, best: Ints, values: Floats) -> Floats:
             left[:, taken] = -1.0
             best[rivals], values[rivals] = _wishes(left)
     return covered
-
-
-def _passes(overlaps: Floats, inside: npt.NDArray[np.bool_]) -> Ints:
-    """int64 [A, T]: how many objects of each area range are covered at each threshold."""
-    if not overlaps.size:
-        return np.zeros((len(inside), len(THRESHOLDS)), np.int64)
-    best, values = _wishes(overlaps)
-    covers = np.zeros(inside.shape)
-    for mask, covered in zip(inside, covers, strict=True):
-        rows = np.flatnonzero(mask)
-        covered[rows] = _cover(overlaps, rows, best[rows], values[rows])
-    return np.asarray((covers[:, :, None] >= THRESHOLDS).sum(axis=1))

@@ -42,16 +42,6 @@ class VocRules:
     plus_one: bool = False
     devkit_rounding: bool = False
 
-    def in_words(self) -> str:
-        """The convention, to be printed beside the score."""
-        words = ["11-point" if self.protocol == "voc07" else "area under the envelope",
-                 f"IoU {'>' if self.strict else '>='} {self.iou:g}", "difficult ignored"]
-        if self.plus_one:
-            words.append("inclusive pixels (+1)")
-        if self.devkit_rounding:
-            words.append("scores rounded to 3 decimals and coordinates to 1")
-        return ", ".join(words)
-
 
 @dataclass(frozen=True, eq=False)
 class ClassScore:
@@ -76,8 +66,15 @@ class VocScore:
 
     @property
     def convention(self) -> str:
-        """The rules in words."""
-        return self.rules.in_words()
+        """The rules in words, to be printed beside the score."""
+        rules = self.rules
+        words = ["11-point" if rules.protocol == "voc07" else "area under the envelope",
+                 f"IoU {'>' if rules.strict else '>='} {rules.iou:g}", "difficult ignored"]
+        if rules.plus_one:
+            words.append("inclusive pixels (+1)")
+        if rules.devkit_rounding:
+            words.append("scores rounded to 3 decimals and coordinates to 1")
+        return ", ".join(words)
 
     @property
     def ap(self) -> dict[str, float]:

@@ -36,23 +36,18 @@ class ProposalFileReader:
             if raw_scores is None:
                 self.unscored += 1
                 yield image_id, boxes, rank_scores(len(boxes))
-            else:
-                yield image_id, *self._best_first(image_id, boxes, raw_scores)
-
-    def _best_first(self, image_id: str, boxes: Boxes, raw_scores: object) -> tuple[Boxes, Scores]:
-        scores = self._numbers(image_id, raw_scores, ()).astype(np.float32)
-        if len(scores) != len(boxes):
-            raise self._error(f"image {image_id} has {len(boxes)} boxes and {len(scores)} scores")
-        if (np.diff(scores) > 0).any():
-            order = np.argsort(-scores, kind="stable")
-            return boxes[order], scores[order]
-        return boxes, scores
+                continue
+            scores = self._numbers(image_id, raw_scores, ()).astype(np.float32)  # (K,)
+            if len(scores) != len(boxes):
+                raise self._error(f"image {image_id} has {len(boxes)} boxes and {len(scores)} scores")
+            order = np.argsort(-scores, kind="stable") if (np.diff(scores) > 0).any() else slice(None)
+            yield image_id, boxes[order], scores[order]
 
     def _numbers(self, image_id: str, values: object, row: tuple[int, ...]) -> NDArray[np.number]:
         """Return an array of rows of this shape; an empty one may have any."""
         try:
             array = np.asarray(values)
-        except ValueError:
+        except ValueError:  # rows of different lengths
             array = np.empty(1, object)
         if array.size == 0:
             return np.empty((0, *row))

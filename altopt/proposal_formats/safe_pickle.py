@@ -155,21 +155,15 @@ def _plain(value: object, depth: int, known: dict[int, object]) -> object:
     if value is None or isinstance(value, str | bytes | int | float):
         return value
     if id(value) not in known:  # what occurs twice is made once: nested lists could else grow without end
-        known[id(value)] = _made(value, depth - 1, known)
+        made = value.read() if isinstance(value, _Array | _Scalar) else value
+        if isinstance(made, dict):
+            made = {_plain(key, depth - 1, known): _plain(each, depth - 1, known) for key, each in made.items()}
+        elif isinstance(made, list | tuple):
+            made = [_plain(each, depth - 1, known) for each in made]
+        elif made is value:
+            raise ValueError(f"a {type(value).__name__.strip('_').lower()} in place of numbers")
+        known[id(value)] = made
     return known[id(value)]
-
-
-def _made(value: object, depth: int, known: dict[int, object]) -> object:
-    if isinstance(value, _Array):
-        read = value.read()
-        return _plain(read, depth, known) if isinstance(read, list) else read
-    if isinstance(value, _Scalar):
-        return value.read()
-    if isinstance(value, dict):
-        return {_plain(key, depth, known): _plain(each, depth, known) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each, depth, known) for each in value]
-    raise ValueError(f"a {type(value).__name__.strip('_').lower()} in place of numbers")
 
 
 def _text(value: object) -> str:

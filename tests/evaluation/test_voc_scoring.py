@@ -9,7 +9,7 @@ from evaluation_samples import detections, objects, random_samples, slow_iou
 
 from altopt.errors import DataError
 from altopt.evaluation.detections import Detections
-from altopt.evaluation.voc import VocRules, area_under_envelope, eleven_points, score_voc
+from altopt.evaluation.voc import VocRules, VocScore, area_under_envelope, eleven_points, score_voc
 
 SQUARE = [0, 0, 10, 10]
 HALF = [0, 0, 10, 5]  # IoU with SQUARE is exactly 0.5
@@ -155,10 +155,11 @@ def test_rounding_is_that_of_a_printed_number(score):
 
 
 def test_result_states_its_convention():
-    assert VocRules().in_words() == "11-point, IoU > 0.5, difficult ignored"
-    words = VocRules("voc10", 0.7, strict=False, plus_one=True, devkit_rounding=True).in_words()
-    assert words == ("area under the envelope, IoU >= 0.7, difficult ignored, inclusive pixels (+1), "
-                     "scores rounded to 3 decimals and coordinates to 1")
+    assert VocScore(VocRules(), {}).convention == "11-point, IoU > 0.5, difficult ignored"
+    rules = VocRules("voc10", 0.7, strict=False, plus_one=True, devkit_rounding=True)
+    assert VocScore(rules, {}).convention == (
+        "area under the envelope, IoU >= 0.7, difficult ignored, inclusive pixels (+1), "
+        "scores rounded to 3 decimals and coordinates to 1")
 
 
 def test_result_as_json():
