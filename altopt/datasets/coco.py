@@ -128,9 +128,12 @@ class CocoDataset(OnDiskDataset):
 
         Reading the list out of the json file of COCO would take longer than most commands.
         """
-        jsons = [source for source, _ in self._sources]
-        folders = dict.fromkeys(folder for _, folder in self._sources)
-        return jsons + [path for folder in folders for path in _images_below(folder)]
+        files = [source for source, _ in self._sources]
+        for folder in dict.fromkeys(folder for _, folder in self._sources):
+            for parent, subfolders, names in os.walk(folder):
+                subfolders.sort()  # os.walk follows the order that it finds here
+                files += [Path(parent) / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)]
+        return files
 
     def _as_a_whole(self) -> tuple[Findings, str]:
         return Findings(unusable=list(self._content.strays)), ""
@@ -230,10 +233,3 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _first_difference(here: dict[int, str], there: dict[int, str]) -> str:
     first = min(i for i in here.keys() | there.keys() if here.get(i) != there.get(i))
     return f"id {first}: {here.get(first)} and {there.get(first)}"
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and its subfolders, sorted."""
-    for parent, subfolders, names in os.walk(folder):
-        subfolders.sort()  # os.walk follows the order that it finds here
-        yield from (Path(parent) / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES))

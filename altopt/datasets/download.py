@@ -127,6 +127,19 @@ def exclusive(path: Path) -> Iterator[FileIO]:
         yield file
 
 
+def _opener() -> urllib.request.OpenerDirector:
+    """Return an opener for SCHEMES alone (urllib's own follows redirects to ftp), with the environment's proxies."""
+    opener = urllib.request.OpenerDirector()
+    opener.addheaders = [("User-Agent", "altopt")]
+    proxies = {scheme: url for scheme, url in urllib.request.getproxies().items() if scheme in SCHEMES}
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    for handler in (urllib.request.UnknownHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+                    urllib.request.FileHandler, urllib.request.HTTPDefaultErrorHandler,
+                    urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor):
+        opener.add_handler(handler())
+    return opener
+
+
 @dataclass(frozen=True)
 class _Download:
     """One file in the making: its part, open for appending, and what it is to become."""
@@ -137,7 +150,7 @@ class _Download:
     sha256: str
     progress: Progress
     timeout: float
-    opener: urllib.request.OpenerDirector = field(default_factory=lambda: _opener())
+    opener: urllib.request.OpenerDirector = field(default_factory=_opener)
 
     @property
     def length(self) -> int:
@@ -216,19 +229,6 @@ class _Download:
                 done += len(chunk)
         self.progress(done, self.size)
         return start
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener for SCHEMES alone (urllib's own follows redirects to ftp), with the environment's proxies."""
-    opener = urllib.request.OpenerDirector()
-    opener.addheaders = [("User-Agent", "altopt")]
-    proxies = {scheme: url for scheme, url in urllib.request.getproxies().items() if scheme in SCHEMES}
-    opener.add_handler(urllib.request.ProxyHandler(proxies))
-    for handler in (urllib.request.UnknownHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-                    urllib.request.FileHandler, urllib.request.HTTPDefaultErrorHandler,
-                    urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor):
-        opener.add_handler(handler())
-    return opener
 
 
 @contextmanager

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error)
 _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 4096  # of a file, in which its end marker lies even if a few bytes of something else follow
 LEAVE_OUT = 'correct the file, or set invalid = "leave-out" to do without such objects'
 
 
@@ -74,16 +74,14 @@ class OnDiskDataset(ABC):
         """Return the annotated (width, height)."""
 
     @abstractmethod
-    def _path(self, image_id: str) -> Path:
-        """Return the image's file."""
+    def _path(self, image_id: str) -> Path: ...
 
     @abstractmethod
     def _judged(self, image_id: str) -> Iterator[Judged]:
         """Yield every annotated object of an image."""
 
     def _as_a_whole(self) -> tuple[Findings, str]:
-        """Return what is found beside single objects and images, when these have been looked at, and a hint."""
-        return Findings(), ""
+        return Findings(), ""  # what is found beside single objects and images, once they are looked at, and a hint
 
     def image(self, image_id: str) -> NDArray[np.uint8]:
         """Return RGB [H, W, 3]; DataError when the image is unreadable or of another size than annotated."""
@@ -146,7 +144,7 @@ class Findings:
             warnings = self.warnings
         if not problems:
             return warnings
-        others = len(problems) - 1
+        others = len(problems) - 1  # one line names the first; who corrects it will be told the next
         raise DataError(problems[0] + (f"; {others} more problem{'s'[: others > 1]} in {name}" if others else ""))
 
 
@@ -164,6 +162,7 @@ def inside(root: Path, folder: Path, name: str) -> Path:
     What it leads to must lie in the folder or in the data root. These two may themselves be links.
     """
     path = below(folder, name)
+    # Only a link between the two can lead out, and few paths have any: the others are not resolved.
     steps = [path, *path.parents][: len(path.parts) - len(folder.parts)]
     if not any(step.is_symlink() for step in steps):
         return path

@@ -65,18 +65,15 @@ def read_manifest(path: Path) -> tuple[Archive, ...]:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("archive", [])
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): give a file of TOML, in UTF-8") from error
-    if not isinstance(tables, list) or not all(map(_is_entry, tables)):
+    if not isinstance(tables, list) or not all(
+            isinstance(table, dict) and table.keys() == _MANIFEST.keys() and type(table["size"]) is int
+            and all(re.fullmatch(pattern, str(table[key]), re.ASCII) for key, pattern in _MANIFEST.items())
+            for table in tables):
         raise UsageError(f"{path} is not a manifest: each [[archive]] has a name without folders, a size in bytes and "
                          "a sha256 of 64 hexadecimal digits, and nothing else")
     if not tables or len({table["name"] for table in tables}) != len(tables):
         raise UsageError(f"{path} names no archive, or one twice: write a table [[archive]] for each")
     return tuple(Archive(**table, urls=()) for table in tables)
-
-
-def _is_entry(table: object) -> bool:
-    if not isinstance(table, dict) or table.keys() != _MANIFEST.keys() or type(table["size"]) is not int:
-        return False
-    return all(re.fullmatch(pattern, str(table[key]), re.ASCII) for key, pattern in _MANIFEST.items())
 
 
 def obtain(root: Path, *, archives: Sequence[Archive] = VOC07, archive_files: Sequence[Path] = (),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from altopt.datasets.dataset import Objects
+from altopt.datasets.dataset import Json, Objects
 from altopt.errors import DataError
-from altopt.evaluation.coco_json import Entry, JsonFile, JsonId
+from altopt.evaluation.coco_json import JsonFile, JsonId
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     )
 
 
-def _distinct(file: JsonFile, document: Entry, name: str, field: str) -> dict[str, int]:
+def _distinct(file: JsonFile, document: Json, name: str, field: str) -> dict[str, int]:
     """The values of one field, as texts, with their index; each may occur once."""
     indices: dict[str, int] = {}
     for place, entry in file.entries(document.get(name), name):

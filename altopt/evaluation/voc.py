@@ -111,25 +111,15 @@ def score_voc(ground_truth: Mapping[str, Objects], detections: Mapping[str, Dete
     found = [_as_scored(detections.get(image_id, nothing), rules) for image_id in ground_truth]
     firsts = np.cumsum([0, *map(len, objects)])[:-1]  # (images,): number of each image's first object in the data set
     targets = [_targets(*each, rules) for each in zip(objects, found, firsts, strict=True)]
-    table = _Matches(
-        object_labels=_joined([one.labels for one in objects], np.int64),
-        object_counts=_joined([one.counted for one in objects], np.bool_),
-        labels=_joined([one.labels for one in found], np.int64),
-        scores=_joined([one.scores for one in found], np.float64),
-        targets=_joined(targets, np.int64),
-    )
-    return VocScore(rules, {name: _class_score(table, label, rules) for label, name in enumerate(classes)})
-
-
-@dataclass(frozen=True, eq=False)
-class _Matches:
-    """A data set's objects [N] and detections [D]; ``targets`` is the object each is given to, -1 for none."""
-
-    object_labels: Ints
-    object_counts: npt.NDArray[np.bool_]
-    labels: Ints
-    scores: Floats
-    targets: Ints
+    counted = _joined([one.counted for one in objects], np.bool_)  # (N,)
+    object_labels = _joined([one.labels for one in objects], np.int64)  # (N,)
+    scores = _joined([one.scores for one in found], np.float64)  # (D,) of all classes, as the next two
+    labels = _joined([one.labels for one in found], np.int64)
+    target = _joined(targets, np.int64)
+    return VocScore(rules, {
+        name: _class_score(scores[labels == label], target[labels == label], counted,
+                           int(counted[object_labels == label].sum()), rules.protocol)
+        for label, name in enumerate(classes)})
 
 
 def _targets(objects: Objects, detections: Detections, first: int, rules: VocRules) -> Ints:
@@ -144,26 +134,25 @@ def _targets(objects: Objects, detections: Detections, first: int, rules: VocRul
     return np.where(passed, overlaps.argmax(axis=1) + first, -1)
 
 
-def _class_score(table: _Matches, label: int, rules: VocRules) -> ClassScore:
-    own = np.flatnonzero(table.labels == label)
-    order = own[np.argsort(-table.scores[own], kind="stable")]  # (D,), by descending score
-    targets = table.targets[order]
+def _class_score(scores: Floats, targets: Ints, counted: npt.NDArray[np.bool_], positives: int,
+                 protocol: str) -> ClassScore:
+    order = np.argsort(-scores, kind="stable")  # (D,) of this class
+    scores, targets = scores[order], targets[order]
     first = np.zeros(len(targets), bool)
     first[np.unique(targets, return_index=True)[1]] = True  # of all detections of an object, the best
     # -1 indexes the False at the end: a detection that is given to no object finds none that counts.
-    counts = np.append(table.object_counts, False)[targets]
-    true, false = counts & first, (targets < 0) | (counts & ~first)  # what is neither is ignored
-    positives = int(np.sum(table.object_counts[table.object_labels == label]))
+    hits = np.append(counted, False)[targets]  # (D,)
+    true, false = hits & first, (targets < 0) | (hits & ~first)  # what is neither is ignored
     trues, falses = np.cumsum(true, dtype=np.int64), np.cumsum(false, dtype=np.int64)  # (D,)
     precision, recall = ratio(trues, trues + falses), ratio(trues, positives)
     if not positives:
         ap = math.nan
-    elif rules.protocol == "voc07":
+    elif protocol == "voc07":
         ap = eleven_points(precision, trues, positives)
     else:
         ap = area_under_envelope(precision, recall)
     ignored = int(np.sum(~true & ~false))
-    return ClassScore(ap, positives, int(true.sum()), int(false.sum()), ignored, table.scores[order], precision, recall)
+    return ClassScore(ap, positives, int(true.sum()), int(false.sum()), ignored, scores, precision, recall)
 
 
 def eleven_points(precision: Floats, true_positives: npt.NDArray[np.integer], positives: int) -> float:

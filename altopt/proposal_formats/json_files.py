@@ -14,8 +14,7 @@ from typing import IO, Any
 
 from altopt.errors import ArtifactError
 from altopt.evaluation.coco_json import JsonFile
-from altopt.proposal_formats.box_formats import BOX_FORMATS
-from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, Scores
+from altopt.proposal_formats.reader import BOX_FORMATS, Boxes, ProposalFileReader, Scores
 
 Images = Iterable[tuple[str, Boxes, Scores]]
 

@@ -8,8 +8,7 @@ from typing import IO, Any
 import numpy as np
 
 from altopt.errors import ArtifactError
-from altopt.proposal_formats.box_formats import BoxFormat, to_inclusive
-from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, Scores, in_order
+from altopt.proposal_formats.reader import Boxes, BoxFormat, ProposalFileReader, Scores, in_order, to_inclusive
 from altopt.proposal_formats.safe_pickle import load_pickle
 
 OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron's and early detectron2's

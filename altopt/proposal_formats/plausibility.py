@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from altopt.evaluation.recall import proposal_recall
-from altopt.proposal_formats.box_formats import BoxFormat
-from altopt.proposal_formats.incoming import Boxes, Scores
+from altopt.proposal_formats.reader import Boxes, BoxFormat, Scores
 
 EDGE_PIXELS = 1.0  # what a box may stick out by, as rounding makes it
 TRIED_IMAGES = 100
@@ -55,7 +54,11 @@ class Plausibility:
         for rule, mask in broken.items():
             if mask.any():
                 self.unusable[rule] = self.unusable.get(rule, 0) + int(mask.sum())
-                self.first_unusable = self.first_unusable or _described(boxes[mask.argmax()], image_id, size)
+                box = boxes[mask.argmax()]  # (4,)
+                wrapped = ", a negative number that went through uint16" if (box > WRAPPED).any() else ""
+                self.first_unusable = self.first_unusable or (
+                    f"({', '.join(f'{value:g}' for value in box)}{wrapped}) of image {image_id}, "
+                    f"{size[0]} x {size[1]} pixels")
         usable = ~np.any(list(broken.values()), axis=0)
         first, beyond = start[usable], (end - limits)[usable]
         for place in (-1, 0, 1):
@@ -123,8 +126,3 @@ class Plausibility:
         with np.errstate(invalid="ignore"):  # boxes that are not finite are among those tried
             pairs = [(objects, reading(boxes)) for objects, boxes in self._tried]
             return proposal_recall(pairs, (LIMIT,)).average(LIMIT)
-
-
-def _described(box: Boxes, image_id: str, size: tuple[int, int]) -> str:
-    wrapped = ", a negative number that went through uint16" if (box > WRAPPED).any() else ""
-    return f"({', '.join(f'{value:g}' for value in box)}{wrapped}) of image {image_id}, {size[0]} x {size[1]} pixels"

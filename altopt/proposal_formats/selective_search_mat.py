@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from altopt.errors import ArtifactError, UsageError
-from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals, in_order
+from altopt.proposal_formats.reader import ProposalFileReader, RawProposals, in_order
 
 ONE = "a selective-search .mat of one image"
 WHOLE = "a selective-search .mat of a whole split"

@@ -286,7 +286,7 @@ def test_commands(altopt, workplace):
 
 
 def test_help_of_import_lists_the_frames(altopt):
-    from altopt.proposal_formats.box_formats import BOX_FORMATS
+    from altopt.proposal_formats.reader import BOX_FORMATS
 
     assert tuple(BOX_FORMATS) == cli.BOX_FORMATS
     text = altopt("proposals", "import", "--help").out
