@@ -117,9 +117,10 @@ class VocDataset(OnDiskDataset):
         return {}
 
     def _annotation(self, image_id: str) -> Annotation:
-        if image_id not in self._parsed:
-            self._parsed[image_id] = parse_annotation(self._folder_of[image_id].annotations[image_id])
-        return self._parsed[image_id]
+        parsed = self._parsed.get(image_id)
+        if parsed is None:
+            parsed = self._parsed[image_id] = parse_annotation(self._folder_of[image_id].annotations[image_id])
+        return parsed
 
     def coco_image_id(self, image_id: str) -> int | str:
         """Return the id itself."""
@@ -143,14 +144,10 @@ class VocDataset(OnDiskDataset):
             # A file that excludes the last pixel looks like this too, and then the object is nothing at all.
             thin = [f"{axis}min = {axis}max = {low:g}" for axis, low, high in (("x", xmin, xmax), ("y", ymin, ymax))
                     if low == high]
-            yield Judged(
-                called,
-                warning=f"{' and '.join(thin)}: one pixel, or nothing if the file means to exclude the last one"
-                if thin else None,
-                box=(xmin - 1, ymin - 1, xmax, ymax),  # pixels xmin..xmax, counted from 1, cover [xmin - 1, xmax]
-                label=self.classes.index(obj.name),
-                difficult=obj.difficult,
-            )
+            warning = f"{' and '.join(thin)}: one pixel, or nothing if the file means to exclude the last one"
+            # The pixels xmin..xmax, counted from 1, cover [xmin - 1, xmax].
+            yield Judged(called, None, warning if thin else None, (xmin - 1, ymin - 1, xmax, ymax),
+                         self.classes.index(obj.name), obj.difficult)
 
     def files(self) -> list[Path]:
         """Return lists, annotations and images; also the annotations trained on where the classes are found there."""

@@ -10,8 +10,9 @@ another convention than continuous x1 y1 x2 y2.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from altopt.datasets.dataset import Json
 from altopt.errors import ArtifactError
 from altopt.evaluation.coco_json import JsonFile
 from altopt.proposal_formats.reader import BOX_FORMATS, Boxes, ProposalFileReader, Scores
@@ -41,7 +42,7 @@ def write_json(file: IO[bytes], images: Images) -> None:
     file.write(json.dumps({"image_ids": ids, "box_format": "xyxy", "boxes": boxes, "scores": scores}).encode())
 
 
-def _plain(path: Path, document: dict[str, Any]) -> ProposalFileReader:
+def _plain(path: Path, document: Json) -> ProposalFileReader:
     ids, boxes, scores = document["image_ids"], document["boxes"], document.get("scores")
     box_format = document.get("box_format", document.get("frame", "xyxy"))
     for name, value in {"image_ids": ids, "boxes": boxes, "scores": scores}.items():

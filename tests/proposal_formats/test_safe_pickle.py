@@ -129,7 +129,7 @@ def test_paths_through_admitted_names_are_refused(load, raw):
 ])
 def test_what_is_no_pickle_of_arrays(load, raw):
     before = dict(ADMITTED)
-    with pytest.raises(ArtifactError, match="not a pickle of arrays, or is damaged") as caught:
+    with pytest.raises(ArtifactError, match="is not a pickle of arrays, or is damaged") as caught:
         load(raw)
     assert "\n" not in str(caught.value)
     assert before == ADMITTED
@@ -146,7 +146,7 @@ def test_raw_bytes_are_never_taken_for_objects(load):
 
 def test_lists_within_lists_are_read_once(load):
     """Six times twenty lists in one list: a few bytes that stand for sixty million, were each read anew."""
-    nested = [BOX]
+    nested: list[object] = [BOX]
     for _ in range(6):
         nested = [nested] * 20
     read = load(nested)
