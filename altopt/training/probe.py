@@ -52,8 +52,8 @@ def compare_gradients(module: JointTraining, batches: Iterable[Batch]) -> list[C
             if losses != DETECTOR:
                 approximate, exact = approximate + of_rpn, exact + of_rpn
             norms = approximate.norm().item(), exact.norm().item()
-            rows.append(Comparison(block, losses, (approximate @ exact).item() / (norms[0] * norms[1]) if all(norms)
-                                   else None, norms[1] / norms[0] if norms[0] else None))
+            cosine = (approximate @ exact).item() / (norms[0] * norms[1]) if all(norms) else None
+            rows.append(Comparison(block, losses, cosine, norms[1] / norms[0] if norms[0] else None))
     return rows
 
 
