@@ -223,18 +223,14 @@ def parse_annotation(path: Path) -> Annotation:
         tree = ET.fromstring(content)
     except (OSError, ET.ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path} cannot be read ({error}): replace it") from error
-    objects = tuple(_parse_object(node) for node in tree.findall("object"))
-    return Annotation(_parse_size(path, tree.find("size")), objects)
-
-
-def _parse_size(path: Path, node: ET.Element | None) -> tuple[int, int] | None:
-    if node is None:
-        return None
+    size = tree.find("size")
     try:
-        width, height = (int(node.findtext(key, "")) for key in ("width", "height"))
+        shape = None if size is None else (int(size.findtext("width", "")), int(size.findtext("height", "")))
     except ValueError:
         raise DataError(f"{path}: its size is not two whole numbers: correct or remove the element") from None
-    return (width, height) if (width, height) != (0, 0) else None  # some tools write 0 x 0 for unknown
+    if shape == (0, 0):  # how some tools write that they do not know
+        shape = None
+    return Annotation(shape, tuple(_parse_object(node) for node in tree.findall("object")))
 
 
 def _parse_object(node: ET.Element) -> Object:

@@ -11,7 +11,7 @@ import re
 import shutil
 import tarfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,13 @@ def extract(archive: Archive, path: Path, root: Path) -> None:
     try:
         with writing(root):
             files = _unpack(archive, path, staging)
-            new = _not_there_yet(files, staging, root)
+            # An empty file in the way is what a power cut leaves, any other is somebody's work.
+            new = [name for name in files if not (root / name).exists() or (root / name).stat().st_size == 0]
+            foreign = [name for name in files.keys() - set(new)
+                       if not filecmp.cmp(staging / name, root / name, shallow=False)]
+            if foreign:
+                raise DataError(f"{root / min(foreign)} and {len(foreign) - 1} other files differ from the official "
+                                f"VOC2007: move {root / FOLDER} away, or choose another folder")
             for name in new:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).replace(root / name)
@@ -153,20 +159,6 @@ def _unpack(archive: Archive, path: Path, staging: Path) -> dict[str, int]:
     if not files:
         raise DataError(f"{path} holds no file that looks like {archive.members}: bring {archive}")
     return files
-
-
-def _not_there_yet(names: Mapping[str, int], staging: Path, root: Path) -> list[str]:
-    """Return the names to move; an empty file in the way is what a power cut leaves, any other is somebody's work."""
-    new, foreign = [], []
-    for name in names:
-        if not (root / name).exists() or (root / name).stat().st_size == 0:
-            new.append(name)
-        elif not filecmp.cmp(staging / name, root / name, shallow=False):
-            foreign.append(name)
-    if foreign:
-        raise DataError(f"{root / foreign[0]} and {len(foreign) - 1} other files differ from the official VOC2007: "
-                        f"move {root / FOLDER} away, or choose another folder")
-    return new
 
 
 def _marker(archive: Archive, root: Path) -> Path:
