@@ -33,7 +33,7 @@ from stages.console.output import (
 
 if TYPE_CHECKING:
     from altopt.evaluation.scoring import Protocol, VocOptions
-    from altopt.proposal_formats.box_formats import BoxFormat
+    from altopt.proposal_formats.reader import BoxFormat
     from stages.pipeline.recipe import Recipe
     from stages.shared.step import Step
 

@@ -16,22 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TypeGuard, cast
 
-from altopt.datasets.dataset import (
-    IMAGE_SUFFIXES,
-    LEAVE_OUT,
-    Findings,
-    Objects,
-    below,
-    inside,
-)
-from altopt.datasets.image_files import check_image, compare_size, read_image
+from altopt.datasets.dataset import IMAGE_SUFFIXES, Json
+from altopt.datasets.on_disk import Findings, Judged, OnDiskDataset, below, inside
 from altopt.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 MARGIN = 1.0
 
@@ -45,7 +34,7 @@ class Image:
     file_name: str
     coco_id: int | str
     size: tuple[int, int]
-    annotations: list[dict[str, Any]]
+    annotations: list[Json]
 
 
 @dataclass(frozen=True)
@@ -57,24 +46,20 @@ class Content:
     strays: list[str]
 
 
-class CocoDataset:
+class CocoDataset(OnDiskDataset):
     """One or several json files of instances with the same categories, all below ``root``.
 
     Classes are the category names in ascending order of their ids, or ``classes``, in that order; objects of other
-    categories then cannot be used. ``train`` is the data set trained on: ``check`` compares the categories with it.
+    categories then cannot be used. ``check`` compares the categories with those of ``train``.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        splits: tuple[str, ...],
-        *,
-        classes: tuple[str, ...] = (),
-        invalid: str = "error",
-        train: CocoDataset | None = None,
-    ) -> None:
-        self.name = f"COCO {'+'.join(Path(split.partition(':')[0]).stem for split in splits)}"
-        self._root, self._splits, self._asked, self._invalid, self._train = root, splits, classes, invalid, train
+    kind = "coco"
+
+    @cached_property
+    def _sources(self) -> list[tuple[Path, Path]]:
+        """Each split's json file and folder of images."""
+        parts = [split.partition(":") for split in self._splits]
+        return [(below(self._root, file), below(self._root, folder)) for file, _, folder in parts]
 
     @cached_property
     def _content(self) -> Content:
@@ -84,19 +69,13 @@ class CocoDataset:
         return content
 
     @cached_property
-    def _sources(self) -> list[tuple[Path, Path]]:
-        """Each split's json file and folder of images."""
-        parts = [split.partition(":") for split in self._splits]
-        return [(below(self._root, file), below(self._root, folder)) for file, _, folder in parts]
-
-    @cached_property
     def _labels(self) -> dict[int, int]:
         """Label of each category id that has one, by label."""
         id_of = {name: category_id for category_id, name in sorted(self._content.categories.items())}
         for name in self._asked:
             if name not in id_of:
-                known = ", ".join(id_of)
-                raise DataError(f'{self._sources[0][0]} has no category "{name}": name some of its own, {known}')
+                raise DataError(f'{self._sources[0][0]} has no category "{name}": name some of its own, '
+                                f"{', '.join(id_of)}")
         return {id_of[name]: label for label, name in enumerate(self._asked or id_of)}
 
     @property
@@ -109,7 +88,7 @@ class CocoDataset:
         """The json's category id of each class; they may have gaps."""
         return tuple(self._labels)
 
-    @cached_property
+    @property
     def ids(self) -> tuple[str, ...]:
         """Image ids in the order of the json files."""
         return tuple(self._content.images)
@@ -122,90 +101,56 @@ class CocoDataset:
         """Return the annotated (width, height)."""
         return self._content.images[image_id].size
 
-    def image(self, image_id: str) -> NDArray[np.uint8]:
-        """Return RGB [H, W, 3]; DataError when the image is unreadable or of another size than annotated."""
-        return read_image(self._path(image_id), self.size(image_id))
-
     def _path(self, image_id: str) -> Path:
         listed = self._content.images[image_id]
         return inside(self._root, listed.folder, listed.file_name)
 
-    def objects(self, image_id: str) -> Objects:
-        """Return the objects, without those that cannot be used if these may be left out; else DataError."""
-        kept = []
-        for label, annotation, problem in self._judged(image_id):
-            if problem and self._invalid != "leave-out":
-                raise DataError(f"{label}: {problem}: {LEAVE_OUT}")
-            if not problem:
-                kept.append(annotation)
-        return Objects.of(
-            boxes=[_corners(annotation) for annotation in kept],
-            labels=[self._labels[annotation["category_id"]] for annotation in kept],
-            crowd=[bool(annotation.get("iscrowd", 0)) for annotation in kept],
-            areas=[_area(annotation) for annotation in kept],
-        )
-
-    def _judged(self, image_id: str) -> Iterator[tuple[str, dict[str, Any], str | None]]:
-        """Yield for each annotation what messages call it, itself, and why it cannot be used, if so."""
+    def _judged(self, image_id: str) -> Iterator[Judged]:
         listed = self._content.images[image_id]
         for annotation in listed.annotations:
             category = annotation.get("category_id")
             name = self._content.categories.get(category) if isinstance(category, int) else None
-            label = f"{listed.source}, image {image_id}, annotation {annotation.get('id')} ({name or category})"
-            known = name is not None and category in self._labels
-            yield label, annotation, _problem(annotation, listed.size) if known else "it is of none of the classes"
+            called = f"{listed.source}, image {image_id}, annotation {annotation.get('id')} ({name or category})"
+            if name is None or category not in self._labels:
+                yield Judged(called, "it is of none of the classes")
+            elif problem := _problem(annotation, listed.size):
+                yield Judged(called, problem)
+            else:
+                x, y, width, height = map(float, annotation["bbox"])
+                area = annotation.get("area")  # mostly the mask's
+                thin = f"its box is {width:g} x {height:g}, less than a pixel" if min(width, height) < 1 else None
+                yield Judged(called, None, thin, (x, y, x + width, y + height), self._labels[category],
+                             crowd=bool(annotation.get("iscrowd", 0)),
+                             area=float(area) if _is_number(area) else width * height)
 
     def files(self) -> list[Path]:
         """Return the json files and every image in the folders, whether or not a json file lists it.
 
         Reading the list out of the json file of COCO would take longer than most commands.
         """
-        jsons = [source for source, _ in self._sources]
-        folders = dict.fromkeys(folder for _, folder in self._sources)
-        return jsons + [path for folder in folders for path in _images_below(folder)]
+        files = [source for source, _ in self._sources]
+        for folder in dict.fromkeys(folder for _, folder in self._sources):
+            for parent, subfolders, names in os.walk(folder):
+                subfolders.sort()  # os.walk follows the order that it finds here
+                files += [Path(parent) / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)]
+        return files
 
-    def description(self) -> dict[str, Any]:
-        """Return what defines the data set beside its files."""
-        return {
-            "kind": "coco",
-            "splits": list(self._splits),
-            "classes": list(self._asked),
-            "invalid": self._invalid,
-        }
+    def _as_a_whole(self) -> tuple[Findings, str]:
+        return Findings(unusable=list(self._content.strays)), ""
 
     def check(self) -> list[str]:
         """Check every image's header and every object; see ``Dataset.check``."""
-        self._compare_categories()
-        findings = Findings(unusable=list(self._content.strays))
-        for image_id in self.ids:
-            try:
-                path = self._path(image_id)
-                compare_size(path, check_image(path), self.size(image_id))
-            except DataError as error:
-                findings.broken.append(str(error))
-            for label, annotation, problem in self._judged(image_id):
-                if problem:
-                    findings.unusable.append(f"{label}: {problem}")
-                elif thin := _thinness(annotation):
-                    findings.warnings.append(f"{label}: {thin}")
-        return findings.verdict(self.name, self._invalid)
-
-    def _compare_categories(self) -> None:
-        if self._train is None or self._asked:
-            return
-        here, there = (dict(zip(d.category_ids, d.classes, strict=True)) for d in (self, self._train))
-        if here != there:
-            raise DataError(
-                f"{self.name} and {self._train.name} differ in their categories, first in "
-                f"{_first_difference(here, there)}: name the classes, or make the json files agree"
-            )
+        if self._train is not None and not self._asked:  # labels are positions in the order of the category ids
+            here, there = (dict(zip(d.category_ids, d.classes, strict=True)) for d in (self, self._train))
+            if here != there:
+                raise DataError(f"{self.name} and {self._train.name} differ in their categories, first in "
+                                f"{_first_difference(here, there)}: name the classes, or make the json files agree")
+        return super().check()
 
 
-def _load(source: Path) -> dict[str, Any]:
-    """Read a json file without its masks, which are nine tenths of COCO's."""
-
-    def without_mask(entry: dict[str, Any]) -> dict[str, Any]:
-        entry.pop("segmentation", None)
+def _load(source: Path) -> Json:
+    def without_mask(entry: Json) -> Json:
+        entry.pop("segmentation", None)  # the masks: nine tenths of COCO's json, and not needed
         return entry
 
     try:
@@ -216,17 +161,17 @@ def _load(source: Path) -> dict[str, Any]:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise DataError(f'{source} has no list "{key}" of objects: bring a json file of COCO instances')
-    return content  # type: ignore[no-any-return]
+    return cast(Json, content)
 
 
-def _add(content: Content, source: Path, folder: Path, loaded: dict[str, Any]) -> None:
+def _add(content: Content, source: Path, folder: Path, loaded: Json) -> None:
     """Add what one json file says; DataError when it is malformed or contradicts those before."""
     categories = _categories(source, loaded["categories"])
     if content.categories and content.categories != categories:
         where = _first_difference(categories, content.categories)
         raise DataError(f"{source} has other categories than the json before it, first {where}: make them agree")
     content.categories.update(categories)
-    by_coco_id: dict[Any, Image] = {}
+    by_coco_id: dict[int | str, Image] = {}
     for entry in loaded["images"]:
         image = _image(source, folder, entry)
         if str(image.coco_id) in content.images:
@@ -240,7 +185,7 @@ def _add(content: Content, source: Path, folder: Path, loaded: dict[str, Any]) -
             content.strays.append(f"{source}, annotation {annotation.get('id')}: image {image_id} is not listed")
 
 
-def _categories(source: Path, entries: list[dict[str, Any]]) -> dict[int, str]:
+def _categories(source: Path, entries: list[Json]) -> dict[int, str]:
     categories: dict[int, str] = {}
     for entry in entries:
         category_id, name = entry.get("id"), entry.get("name")
@@ -254,7 +199,7 @@ def _categories(source: Path, entries: list[dict[str, Any]]) -> dict[int, str]:
     return categories
 
 
-def _image(source: Path, folder: Path, entry: dict[str, Any]) -> Image:
+def _image(source: Path, folder: Path, entry: Json) -> Image:
     coco_id, file_name = entry.get("id"), entry.get("file_name")
     width, height = entry.get("width"), entry.get("height")
     if type(coco_id) not in (int, str) or not isinstance(file_name, str):
@@ -264,7 +209,7 @@ def _image(source: Path, folder: Path, entry: dict[str, Any]) -> Image:
     return Image(source, folder, file_name, coco_id, (width, height), [])  # type: ignore[arg-type]
 
 
-def _problem(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
+def _problem(annotation: Json, size: tuple[int, int]) -> str | None:
     """Say by which rule the annotation cannot be used in an image of this (width, height), if so."""
     bbox = annotation.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(value) for value in bbox):
@@ -279,36 +224,10 @@ def _problem(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
     return None
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _corners(annotation: dict[str, Any]) -> tuple[float, ...]:
-    """Return the box (x1, y1, x2, y2)."""
-    x, y, width, height = map(float, annotation["bbox"])
-    return x, y, x + width, y + height
-
-
-def _area(annotation: dict[str, Any]) -> float:
-    """The annotated area, mostly the mask's; else the box's."""
-    _, _, width, height = annotation["bbox"]
-    area = annotation.get("area")
-    return float(area if _is_number(area) else width * height)  # type: ignore[arg-type]
-
-
-def _thinness(annotation: dict[str, Any]) -> str | None:
-    width, height = annotation["bbox"][2:]
-    return f"its box is {width:g} x {height:g}, less than a pixel" if min(width, height) < 1 else None
+def _is_number(value: object) -> TypeGuard[float]:
+    return type(value) in (int, float) and math.isfinite(cast(float, value))
 
 
 def _first_difference(here: dict[int, str], there: dict[int, str]) -> str:
     first = min(i for i in here.keys() | there.keys() if here.get(i) != there.get(i))
     return f"id {first}: {here.get(first)} and {there.get(first)}"
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and its subfolders, sorted."""
-    for parent, subfolders, names in os.walk(folder):
-        subfolders.sort()
-        here = Path(parent)
-        yield from (here / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES))

@@ -9,20 +9,19 @@ of needs neither, so ``altopt plan`` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from altopt.config import Bounds, setting
-from altopt.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-LEAVE_OUT = 'correct the file, or set invalid = "leave-out" to do without such objects'
+Json = dict[str, Any]  # an object of a json file, whose fields may hold anything
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,42 +30,41 @@ class Objects:
 
     boxes float32 [N, 4] xyxy; labels int64 [N], indices into the data set's classes; difficult and crowd bool [N].
     areas float32 [N] is what COCO's size ranges go by (the area of the mask where one is annotated); None: the boxes'.
+    Read from a file of ground truth to be scored against, boxes and areas are float64.
     """
 
-    boxes: NDArray[np.float32]
+    boxes: NDArray[np.floating]
     labels: NDArray[np.int64]
     difficult: NDArray[np.bool_]
     crowd: NDArray[np.bool_]
-    areas: NDArray[np.float32] | None = None
+    areas: NDArray[np.floating] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
-    def of(
-        cls,
-        boxes: Sequence[Sequence[float]],
-        labels: Sequence[int],
-        *,
-        difficult: Sequence[bool] = (),
-        crowd: Sequence[bool] = (),
-        areas: Sequence[float] | None = None,
-    ) -> Objects:
+    def of(cls, boxes: Sequence[Sequence[float]], labels: Sequence[int], *, difficult: Sequence[bool] = (),
+           crowd: Sequence[bool] = (), areas: Sequence[float] | None = None) -> Objects:
         """Return the objects from lists; no object is difficult or a crowd where such a list is left out."""
         import numpy as np
 
         none = [False] * len(labels)
         return cls(
-            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),  # (N, 4), of no objects too
             labels=np.array(labels, np.int64),
             difficult=np.array(difficult or none, np.bool_),
             crowd=np.array(crowd or none, np.bool_),
             areas=None if areas is None else np.array(areas, np.float32),
         )
 
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """bool [N]: what training may use and scoring asks for, neither difficult nor a crowd."""
+        return ~(self.difficult | self.crowd)
+
     def usable(self) -> Objects:
-        """What training may use: the objects that are neither difficult nor a crowd."""
-        keep = ~(self.difficult | self.crowd)
+        """Return the objects that are counted."""
+        keep = self.counted
         areas = None if self.areas is None else self.areas[keep]
         return Objects(self.boxes[keep], self.labels[keep], self.difficult[keep], self.crowd[keep], areas)
 
@@ -105,7 +103,7 @@ class Dataset(Protocol):
     def files(self) -> list[Path]:
         """Return every file whose content defines the data set, without parsing annotations."""
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> Json:
         """Return, JSON-able, what defines the data set beside its files."""
 
     def check(self) -> list[str]:
@@ -129,77 +127,26 @@ class DataConfig:
     seed: int = setting(0, "of shapes only", at_least=0)
 
 
-@dataclass
-class Findings:
-    """What a check has found so far: files that cannot be read, objects that cannot be used, and mere warnings."""
-
-    broken: list[str] = field(default_factory=list)
-    unusable: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def verdict(self, name: str, invalid: str, hint: str = "") -> list[str]:
-        """Return the warnings, or raise the first problem with the number of others; ``hint`` is about the objects."""
-        if invalid == "leave-out":
-            left_out = [f"{problem}; the object is left out" for problem in self.unusable]
-            hints = [f"{name}: {hint}"] if hint else []
-            problems, warnings = self.broken, hints + left_out + self.warnings
-        else:
-            advice = f" ({hint})" if hint else ""
-            problems = self.broken + [f"{problem}{advice}: {LEAVE_OUT}" for problem in self.unusable]
-            warnings = self.warnings
-        if not problems:
-            return warnings
-        others = len(problems) - 1
-        raise DataError(problems[0] + (f"; {others} more problem{'s'[: others > 1]} in {name}" if others else ""))
-
-
-def below(folder: Path, name: str) -> Path:
-    """Return folder / name; DataError when the spelling of the name leads out of the folder."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in name:
-        raise DataError(f"{name!r} leads out of {folder}: name a file below that folder")
-    return folder / name
-
-
-def inside(root: Path, folder: Path, name: str) -> Path:
-    """Return folder / name for a name that a file gives; DataError when it leads out, be it through a link.
-
-    What it leads to must lie in the folder or in the data root. These two may themselves be links.
-    """
-    path = below(folder, name)
-    steps = [path, *path.parents][: len(path.parts) - len(folder.parts)]
-    if not any(step.is_symlink() for step in steps):
-        return path
-    real = path.resolve()
-    if not (real.is_relative_to(folder.resolve()) or real.is_relative_to(root.resolve())):
-        raise DataError(f"{path} leads out of the data root to {real}: put the file itself there")
-    return path
-
-
-def to_coco(dataset: Dataset) -> dict[str, Any]:
+def to_coco(dataset: Dataset) -> Json:
     """Return the ground truth as the content of a COCO json file, with "difficult" 0 or 1 as an extension.
 
     Boxes are [x, y, width, height], continuous; image ids are ``coco_image_id``'s.
     """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images: list[Json] = []
+    annotations: list[Json] = []
     for image_id in dataset.ids:
-        width, height = dataset.size(image_id)
+        (width, height), objects = dataset.size(image_id), dataset.objects(image_id)
         coco_id = dataset.coco_image_id(image_id)
         images.append({"id": coco_id, "width": width, "height": height})
-        for annotation in _coco_annotations(dataset.objects(image_id), dataset.category_ids):
-            annotations.append({"id": len(annotations) + 1, "image_id": coco_id, **annotation})
+        for i, (x1, y1, x2, y2) in enumerate(objects.boxes.tolist()):
+            annotations.append({
+                "id": len(annotations) + 1,  # from 1: pycocotools takes a match with id 0 for none
+                "image_id": coco_id,
+                "category_id": dataset.category_ids[objects.labels[i]],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1) if objects.areas is None else float(objects.areas[i]),
+                "iscrowd": int(objects.crowd[i]),
+                "difficult": int(objects.difficult[i]),
+            })
     categories = [{"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.classes, strict=True)]
     return {"images": images, "categories": categories, "annotations": annotations}
-
-
-def _coco_annotations(objects: Objects, category_ids: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    for i, (x1, y1, x2, y2) in enumerate(objects.boxes.tolist()):
-        width, height = x2 - x1, y2 - y1
-        yield {
-            "category_id": category_ids[objects.labels[i]],
-            "bbox": [x1, y1, width, height],
-            "area": width * height if objects.areas is None else float(objects.areas[i]),
-            "iscrowd": int(objects.crowd[i]),
-            "difficult": int(objects.difficult[i]),
-        }

@@ -17,11 +17,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any
 from urllib.parse import urlsplit
+from urllib.response import addinfourl
 
 from altopt.errors import BusyError, DownloadError, ResourceError
 
@@ -49,24 +49,8 @@ class _CannotResumeError(_UnusableError):
     """This mirror may serve the file, but only from its beginning."""
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    size: int
-    sha256: str
-    progress: Progress | None
-    timeout: float
-
-
-def fetch(
-    urls: Sequence[str],
-    destination: Path,
-    *,
-    size: int,
-    sha256: str,
-    progress: Progress | None = None,
-    remedy: str | None = None,
-    timeout: float = 20.0,
-) -> Path:
+def fetch(urls: Sequence[str], destination: Path, *, size: int, sha256: str, progress: Progress | None = None,
+          remedy: str | None = None, timeout: float = 20.0) -> Path:
     """Return ``destination`` once it holds the ``size`` bytes with this SHA-256, from the first mirror that can.
 
     A destination that is already right is left alone, a wrong one is replaced when the right bytes are there.
@@ -76,19 +60,21 @@ def fetch(
     """
     if matches(destination, size, sha256):
         return destination
-    wanted = _Wanted(size, sha256, progress, timeout)
     part_path = destination.with_name(destination.name + ".part")
     with writing(part_path):
         destination.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(part_path) as part:
-        need_space(destination.parent, size - _length(part), destination.name)
+        download = _Download(part, part_path, size, sha256, progress or (lambda done, total: None), timeout)
+        need_space(destination.parent, size - download.length, destination.name)
         try:
-            reasons = [] if _verified(part, wanted) else _from_mirrors(urls, part, wanted)
-            if _length(part) == size:
-                _publish(part, part_path, destination)
+            reasons = [] if download.verified() else download.from_mirrors(urls)
+            if download.length == size:
+                with writing(destination):
+                    os.fsync(part.fileno())  # first the content, then the name: a power cut leaves no empty file
+                    part_path.replace(destination)
                 return destination
         finally:
-            if part_path.exists() and _length(part) == 0:
+            if part_path.exists() and download.length == 0:
                 part_path.unlink()
     remedy = remedy or f"bring the file ({size} bytes, SHA-256 {sha256}) as {destination}"
     raise DownloadError(f"{destination.name} could not be fetched ({'; '.join(reasons) or 'no mirror'}): {remedy}")
@@ -109,10 +95,8 @@ def need_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise ResourceError when the file system of an existing folder has fewer than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ResourceError(
-            f"{purpose} needs {needed / 1e6:,.1f} MB in {folder}, which has {free / 1e6:,.1f} MB free: "
-            "make room there, or choose another folder"
-        )
+        raise ResourceError(f"{purpose} needs {needed / 1e6:,.1f} MB in {folder}, which has {free / 1e6:,.1f} MB free: "
+                            "make room there, or choose another folder")
 
 
 @contextmanager
@@ -143,96 +127,121 @@ def exclusive(path: Path) -> Iterator[FileIO]:
         yield file
 
 
-def _from_mirrors(urls: Sequence[str], part: FileIO, wanted: _Wanted) -> list[str]:
-    """Complete the part from the first mirror that can; return why the others could not."""
-    opener = _opener()
-    reasons: list[str] = []
-    waiting = list(urls)
-    for start_over in (False, True):  # first nobody may cost us what is there, then those that cannot continue it may
-        candidates, waiting = waiting, []
-        for url in candidates:
-            if start_over:
-                part.truncate(0)
-            try:
-                _from_mirror(opener, url, part, wanted)
-            except _CannotResumeError as error:
-                waiting.append(url)
-                reasons += [f"{url}: {error}"] if start_over else []
-            except _UnusableError as error:
-                reasons.append(f"{url}: {error}")
-            else:
-                return reasons
-    return reasons
-
-
-def _from_mirror(opener: urllib.request.OpenerDirector, url: str, part: FileIO, wanted: _Wanted) -> None:
-    """Complete and verify the part from one mirror, again where its connection breaks; raise _UnusableError if not."""
-    failures, best = 0, _length(part)
-    foreign = best > 0  # bytes of another mirror or another day: a wrong sum may be their fault
-    while True:
-        try:
-            foreign = _transfer(opener, url, part, wanted) > 0 and foreign
-        except _BrokenError as error:
-            useful = _length(part) - best >= USEFUL_PART * wanted.size
-            failures, best = 1 if useful else failures + 1, max(best, _length(part))
-            if failures == TRIES:
-                raise _UnusableError(f"{error} ({TRIES} times)") from error
-            time.sleep(PAUSE * failures)
-            continue
-        if _verified(part, wanted):
-            return
-        if not foreign:
-            raise _UnusableError("serves a file of the right size with another SHA-256")
-        failures, best, foreign = 0, 0, False
-
-
-def _transfer(opener: urllib.request.OpenerDirector, url: str, part: FileIO, wanted: _Wanted) -> int:
-    """Append what the mirror sends until the part is as long as the file; return the offset where it began."""
-    offset = _length(part)
-    with _request(opener, url, offset, wanted.timeout) as response:
-        start = done = _beginning(response, offset, wanted.size)
-        part.truncate(start)
-        while done < wanted.size:
-            _report(wanted, done)
-            chunk = _receive(response, min(CHUNK, wanted.size - done))
-            if not chunk:
-                raise _BrokenError(f"closed the connection after {done} of {wanted.size} bytes")
-            _append(part, chunk)
-            done += len(chunk)
-    _report(wanted, done)
-    return start
-
-
 def _opener() -> urllib.request.OpenerDirector:
     """Return an opener for SCHEMES alone (urllib's own follows redirects to ftp), with the environment's proxies."""
     opener = urllib.request.OpenerDirector()
     opener.addheaders = [("User-Agent", "altopt")]
     proxies = {scheme: url for scheme, url in urllib.request.getproxies().items() if scheme in SCHEMES}
-    handlers = (
-        urllib.request.ProxyHandler(proxies),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.FileHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    )
-    for handler in handlers:
-        opener.add_handler(handler)
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    for handler in (urllib.request.UnknownHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+                    urllib.request.FileHandler, urllib.request.HTTPDefaultErrorHandler,
+                    urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor):
+        opener.add_handler(handler())
     return opener
 
 
-def _request(opener: urllib.request.OpenerDirector, url: str, offset: int, timeout: float) -> Any:
-    """Return the open response to a request for the bytes from ``offset`` on."""
-    headers = {"Range": f"bytes={offset}-"} if offset else {}
+@dataclass(frozen=True)
+class _Download:
+    """One file in the making: its part, open for appending, and what it is to become."""
+
+    part: FileIO
+    path: Path
+    size: int
+    sha256: str
+    progress: Progress
+    timeout: float
+    opener: urllib.request.OpenerDirector = field(default_factory=_opener)
+
+    @property
+    def length(self) -> int:
+        return os.fstat(self.part.fileno()).st_size
+
+    def verified(self) -> bool:
+        """Return whether the part is the whole file; empty a part that has the length but not the content."""
+        if self.length < self.size:
+            return False
+        if matches(self.path, self.size, self.sha256):
+            return True
+        self.part.truncate(0)
+        return False
+
+    def from_mirrors(self, urls: Sequence[str]) -> list[str]:
+        """Complete the part from the first mirror that can; return why the others could not."""
+        reasons: list[str] = []
+        waiting = list(urls)
+        for start_over in (False, True):  # first nobody may cost us what is there, then who cannot continue it may
+            candidates, waiting = waiting, []
+            for url in candidates:
+                if start_over:
+                    self.part.truncate(0)
+                try:
+                    self.from_mirror(url)
+                except _CannotResumeError as error:
+                    waiting.append(url)
+                    reasons += [f"{url}: {error}"] if start_over else []
+                except _UnusableError as error:
+                    reasons.append(f"{url}: {error}")
+                else:
+                    return reasons
+        return reasons
+
+    def from_mirror(self, url: str) -> None:
+        """Complete and verify the part from one mirror, again where its connection breaks; else _UnusableError."""
+        failures, best = 0, self.length
+        foreign = best > 0  # bytes of another mirror or another day: a wrong sum may be their fault
+        while True:
+            try:
+                foreign = self.transfer(url) > 0 and foreign
+            except _BrokenError as error:
+                useful = self.length - best >= USEFUL_PART * self.size
+                failures, best = 1 if useful else failures + 1, max(best, self.length)
+                if failures == TRIES:
+                    raise _UnusableError(f"{error} ({TRIES} times)") from error
+                time.sleep(PAUSE * failures)
+                continue
+            if self.verified():
+                return
+            if not foreign:
+                raise _UnusableError("serves a file of the right size with another SHA-256")
+            failures, best, foreign = 0, 0, False  # from the beginning, with this mirror's bytes alone
+
+    def transfer(self, url: str) -> int:
+        """Append what the mirror sends until the part is as long as the file; return the offset where it began."""
+        offset = self.length
+        with _network():
+            if urlsplit(url).scheme not in SCHEMES:
+                raise _UnusableError(f"is not an address of the kind {', '.join(SCHEMES)}")
+            headers = {"Range": f"bytes={offset}-"} if offset else {}
+            opened = self.opener.open(urllib.request.Request(url, headers=headers), timeout=self.timeout)
+        with opened as response:
+            start = done = _beginning(response, offset, self.size)
+            self.part.truncate(start)
+            while done < self.size:
+                self.progress(done, self.size)
+                with _network():
+                    chunk = response.read(min(CHUNK, self.size - done))
+                if not chunk:
+                    raise _BrokenError(f"closed the connection after {done} of {self.size} bytes")
+                with writing(self.path):
+                    rest = memoryview(chunk)
+                    while rest:  # without a buffer, a full disk takes some of the bytes and refuses the next
+                        rest = rest[self.part.write(rest) :]
+                done += len(chunk)
+        self.progress(done, self.size)
+        return start
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """Turn what goes wrong on the way to a mirror into what it means for that mirror."""
     try:
-        if urlsplit(url).scheme not in SCHEMES:
-            raise _UnusableError(f"is not an address of the kind {', '.join(SCHEMES)}")
-        return opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
+        yield
     except urllib.error.HTTPError as error:
         with error:
-            raise _refusal(error) from error
+            said = f"HTTP {error.code} {_said(error.reason)}"
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise _CannotResumeError(said) from error
+            raise (_BrokenError if error.code in TRANSIENT_STATUS else _UnusableError)(said) from error
     except urllib.error.URLError as error:
         # A name without address or a closed door stays so for the next seconds; a reset may not.
         reset = isinstance(error.reason, ConnectionResetError)
@@ -243,15 +252,7 @@ def _request(opener: urllib.request.OpenerDirector, url: str, offset: int, timeo
         raise _BrokenError(_said(error)) from error
 
 
-def _refusal(error: urllib.error.HTTPError) -> Exception:
-    """Return what an HTTP error status means for this mirror."""
-    said = f"HTTP {error.code} {_said(error.reason)}"
-    if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-        return _CannotResumeError(said)
-    return _BrokenError(said) if error.code in TRANSIENT_STATUS else _UnusableError(said)
-
-
-def _beginning(response: Any, offset: int, size: int) -> int:
+def _beginning(response: addinfourl, offset: int, size: int) -> int:
     """Return the offset at which a response begins, or raise _UnusableError when it is not about our file."""
     if response.status == http.client.PARTIAL_CONTENT:
         stated = re.fullmatch(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)", response.headers.get("Content-Range", ""))
@@ -267,50 +268,6 @@ def _beginning(response: Any, offset: int, size: int) -> int:
     if start < offset and total == "*":  # it may be an error page: not worth the bytes that are there
         raise _CannotResumeError("ignores byte ranges and states no size")
     return start
-
-
-def _receive(response: IO[bytes], count: int) -> bytes:
-    try:
-        return response.read(count)
-    except (OSError, http.client.HTTPException) as error:
-        raise _BrokenError(_said(error)) from error
-
-
-def _append(part: FileIO, chunk: bytes) -> None:
-    rest = memoryview(chunk)
-    with writing(Path(str(part.name))):
-        while rest:
-            rest = rest[part.write(rest) :]
-
-
-def _verified(part: FileIO, wanted: _Wanted) -> bool:
-    """Return whether the part is the whole file; empty a part that has the length but not the content."""
-    if _length(part) < wanted.size:
-        return False
-    if matches(Path(str(part.name)), wanted.size, wanted.sha256):
-        return True
-    part.truncate(0)
-    return False
-
-
-def _publish(part: FileIO, part_path: Path, destination: Path) -> None:
-    with writing(destination):
-        os.fsync(part.fileno())
-        part_path.replace(destination)
-        folder = os.open(destination.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _length(part: FileIO) -> int:
-    return os.fstat(part.fileno()).st_size
-
-
-def _report(wanted: _Wanted, done: int) -> None:
-    if wanted.progress is not None:
-        wanted.progress(done, wanted.size)
 
 
 def _said(error: object) -> str:

@@ -89,17 +89,14 @@ class Canvas:
             if any(iou_percent(box, other) > MAX_IOU for other in self.boxes):
                 continue
             hidden = np.bincount(self._owner[y : y + height, x : x + width][mask], minlength=len(self._seen))
-            if self._recognisable_without(hidden):
+            # All shapes so far must stay recognisable; number 0 is the background.
+            if (100 * (self._seen - hidden) >= MIN_VISIBLE * self._areas)[1:].all():
                 self.boxes.append(box)
                 self.labels.append(label)
                 self._areas = np.append(self._areas, area)
                 self._seen = np.append(self._seen - hidden, area)
                 self._paint(box, mask, area)
                 return
-
-    def _recognisable_without(self, hidden: NDArray[np.int64]) -> bool:
-        """Whether hiding that many pixels of each shape leaves all of them recognisable."""
-        return bool((100 * (self._seen - hidden) >= MIN_VISIBLE * self._areas)[1:].all())
 
     def _paint(self, box: Box, mask: Mask, area: int) -> None:
         x1, y1, x2, y2 = box

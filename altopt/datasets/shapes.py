@@ -7,11 +7,10 @@ width, height), not on the count; ``altopt.datasets.shape_drawing`` draws it whe
 from __future__ import annotations
 
 import re
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from altopt.datasets.dataset import Objects
+from altopt.datasets.dataset import Json, Objects
 from altopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 GENERATOR = 4  # part of the description: to be raised with any change of what is drawn
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SMALLEST_IMAGE = 40
-KEPT_IMAGES = 1000  # of a data set, once drawn: more are re-initialised each time, so that memory stays flat
+KEPT_IMAGES = 1000  # of a data set, once drawn: more are drawn each time, so that memory stays flat
 KEPT_BYTES = 2**30
 
 _SPLIT = re.compile(r"([A-Za-z0-9_-]+):([1-9][0-9]{0,5})")
@@ -39,13 +38,17 @@ class ShapesDataset:
         self.classes = SHAPES
         self.category_ids = tuple(range(1, len(SHAPES) + 1))
         self._splits, self._width, self._height, self._seed = splits, width, height, seed
-        self._counts = _counts(splits)
+        counts: dict[str, int] = {}
+        for split in splits:
+            match = _SPLIT.fullmatch(split)
+            if match is None:
+                raise UsageError(f'"{split}" is not a split of shapes: name it and its number of images, as in '
+                                 '"train:400"')
+            if match[1] in counts:
+                raise UsageError(f'split "{match[1]}" of shapes occurs twice: give each a name of its own')
+            counts[match[1]] = int(match[2])
+        self.ids = tuple(f"{name}-{number:05}" for name, count in counts.items() for number in range(count))
         self._drawn: dict[str, tuple[NDArray[np.uint8], list[Box], list[int]]] = {}
-
-    @cached_property
-    def ids(self) -> tuple[str, ...]:
-        """Name of the split and number of each image."""
-        return tuple(f"{name}-{number:05}" for name, count in self._counts.items() for number in range(count))
 
     def coco_image_id(self, image_id: str) -> int | str:
         """Return the id itself."""
@@ -82,7 +85,7 @@ class ShapesDataset:
         """Return no file."""
         return []
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> Json:
         """Return everything that the images depend on."""
         size = {"width": self._width, "height": self._height}
         return {"kind": "shapes", "generator": GENERATOR, "splits": list(self._splits), **size, "seed": self._seed}
@@ -90,15 +93,3 @@ class ShapesDataset:
     def check(self) -> list[str]:
         """Return no warning: what is drawn is valid."""
         return []
-
-
-def _counts(splits: tuple[str, ...]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for split in splits:
-        match = _SPLIT.fullmatch(split)
-        if match is None:
-            raise UsageError(f'"{split}" is not a split of shapes: name it and its number of images, as in "train:400"')
-        if match[1] in counts:
-            raise UsageError(f'split "{match[1]}" of shapes occurs twice: give each a name of its own')
-        counts[match[1]] = int(match[2])
-    return counts

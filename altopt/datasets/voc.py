@@ -19,22 +19,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-from altopt.datasets.dataset import (
-    IMAGE_SUFFIXES,
-    LEAVE_OUT,
-    Findings,
-    Objects,
-    below,
-    inside,
-)
-from altopt.datasets.image_files import check_image, compare_size, image_size, read_image
+from altopt.datasets.dataset import IMAGE_SUFFIXES, Json
+from altopt.datasets.on_disk import Findings, Judged, OnDiskDataset, below, image_size, inside
 from altopt.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -64,25 +53,14 @@ class Annotation:
     objects: tuple[Object, ...]
 
 
-class VocDataset:
+class VocDataset(OnDiskDataset):
     """One or several splits of folders in VOC layout, all below ``root``.
 
     Classes are ``classes`` if given; else those of ``train``, the data set trained on; else VOC's twenty if every split
     names a year; else the sorted names found in the annotations.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        splits: tuple[str, ...],
-        *,
-        classes: tuple[str, ...] = (),
-        invalid: str = "error",
-        train: VocDataset | None = None,
-    ) -> None:
-        self.name = f"VOC {'+'.join(splits)}"
-        self._root, self._splits, self._asked, self._invalid, self._train = root, splits, classes, invalid, train
-        self._parsed: dict[str, Annotation] = {}
+    kind = "voc"
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -91,7 +69,7 @@ class VocDataset:
             return self._asked
         if self._train is not None:
             return self._train.classes
-        if self._dated:
+        if self._class_source is None:
             return VOC_CLASSES
         found = {obj.name for image_id in self.ids for obj in self._annotation(image_id).objects} - {""}
         if not found:
@@ -99,8 +77,11 @@ class VocDataset:
         return tuple(sorted(found))
 
     @property
-    def _dated(self) -> bool:
-        return all(_YEAR_SPLIT.fullmatch(split) for split in self._splits)
+    def _class_source(self) -> VocDataset | None:
+        """The data set in whose annotations the classes are found; None where they are known without."""
+        source = self._train or self
+        dated = all(_YEAR_SPLIT.fullmatch(split) for split in source._splits)
+        return None if self._asked or dated else source
 
     @property
     def category_ids(self) -> tuple[int, ...]:
@@ -116,7 +97,9 @@ class VocDataset:
     def _lists(self) -> list[tuple[Path, _Folder]]:
         """Each split's list file and the folder that it is about."""
         found = [_find_split(self._root, split) for split in self._splits]
-        folders = {path: _Folder(self._root, path) for path, _ in found}
+        # One for each folder, however many lists are about it: it is read from the disk but once.
+        folders = {path: _Folder(_Files(self._root, path / "Annotations", (".xml",)),
+                                 _Files(self._root, path / "JPEGImages", IMAGE_SUFFIXES)) for path, _ in found}
         return [(below(path / "ImageSets" / "Main", f"{name}.txt"), folders[path]) for path, name in found]
 
     @cached_property
@@ -129,96 +112,71 @@ class VocDataset:
                 folders[image_id] = folder
         return folders
 
+    @cached_property
+    def _parsed(self) -> dict[str, Annotation]:
+        return {}
+
+    def _annotation(self, image_id: str) -> Annotation:
+        parsed = self._parsed.get(image_id)
+        if parsed is None:
+            parsed = self._parsed[image_id] = parse_annotation(self._folder_of[image_id].annotations[image_id])
+        return parsed
+
     def coco_image_id(self, image_id: str) -> int | str:
         """Return the id itself."""
         return image_id
 
     def size(self, image_id: str) -> tuple[int, int]:
         """Return the annotated (width, height), or the image's own where the annotation has none."""
-        annotated = self._annotation(image_id).size
-        return annotated or image_size(self._folder_of[image_id].images[image_id])
+        return self._annotation(image_id).size or image_size(self._path(image_id))
 
-    def image(self, image_id: str) -> NDArray[np.uint8]:
-        """Return RGB [H, W, 3]; DataError when the image is unreadable or of another size than annotated."""
-        return read_image(self._folder_of[image_id].images[image_id], self.size(image_id))
+    def _path(self, image_id: str) -> Path:
+        return self._folder_of[image_id].images[image_id]
 
-    def objects(self, image_id: str) -> Objects:
-        """Return the objects, without those that cannot be used if these may be left out; else DataError."""
-        kept: list[Object] = []
-        for label, obj, problem in self._judged(image_id, self.size(image_id)):
-            if problem and self._invalid != "leave-out":
-                raise DataError(f"{label}: {problem}: {LEAVE_OUT}")
-            if not problem:
-                kept.append(obj)
-        return Objects.of(
-            boxes=[_continuous(obj) for obj in kept],
-            labels=[self.classes.index(obj.name) for obj in kept],
-            difficult=[obj.difficult for obj in kept],
-        )
+    def _judged(self, image_id: str) -> Iterator[Judged]:
+        size, path = self.size(image_id), self._folder_of[image_id].annotations[image_id]
+        for number, obj in enumerate(self._annotation(image_id).objects, 1):
+            called = f"{path}, object {number} ({obj.name})"
+            if problem := _problem(obj, size, self.classes):
+                yield Judged(called, problem)
+                continue
+            xmin, ymin, xmax, ymax = obj.corners or ()
+            # A file that excludes the last pixel looks like this too, and then the object is nothing at all.
+            thin = [f"{axis}min = {axis}max = {low:g}" for axis, low, high in (("x", xmin, xmax), ("y", ymin, ymax))
+                    if low == high]
+            warning = f"{' and '.join(thin)}: one pixel, or nothing if the file means to exclude the last one"
+            # The pixels xmin..xmax, counted from 1, cover [xmin - 1, xmax].
+            yield Judged(called, None, warning if thin else None, (xmin - 1, ymin - 1, xmax, ymax),
+                         self.classes.index(obj.name), obj.difficult)
 
     def files(self) -> list[Path]:
         """Return lists, annotations and images; also the annotations trained on where the classes are found there."""
         files = [path for path, _ in self._lists]
         for image_id, folder in self._folder_of.items():
             files += [folder.annotations[image_id], folder.images[image_id]]
-        source = self._class_source()
+        source = self._class_source
         if source is not None and source is not self:
             files += [folder.annotations[image_id] for image_id, folder in source._folder_of.items()]
         return files
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> Json:
         """Return what defines the data set beside its files."""
-        source = self._class_source()
-        return {
-            "kind": "voc",
-            "splits": list(self._splits),
-            "classes": list(self._asked) if source is None else {"found in": list(source._splits)},
-            "invalid": self._invalid,
-        }
-
-    def _class_source(self) -> VocDataset | None:
-        """The data set in whose annotations the classes are found; None where they are known without."""
-        source = self if self._train is None else self._train
-        return None if self._asked or source._dated else source
+        source = self._class_source
+        classes = list(self._asked) if source is None else {"found in": list(source._splits)}
+        return super().description() | {"classes": classes}
 
     def check(self) -> list[str]:
         """Check every image's header and every object; see ``Dataset.check``."""
-        findings = Findings()
         _ = self.classes  # where they must be found, a file that cannot be parsed is reported once
-        zeros = 0
-        for image_id in self.ids:
-            try:
-                zeros += self._check(image_id, findings)
-            except DataError as error:
-                findings.broken.append(str(error))
+        return super().check()
+
+    def _as_a_whole(self) -> tuple[Findings, str]:
+        missing = [f"{self._folder_of[image_id].annotations[image_id]}: no size given, the image's own is taken"
+                   for image_id, annotation in self._parsed.items() if annotation.size is None]
+        zeros = sum(obj.corners is not None and 0 in obj.corners
+                    for annotation in self._parsed.values() for obj in annotation.objects)
         hint = f"{zeros} objects start at 0, so these files seem to count from 0: add 1 to all their coordinates"
-        return findings.verdict(self.name, self._invalid, hint if zeros >= _MANY_ZEROS else "")
-
-    def _check(self, image_id: str, findings: Findings) -> int:
-        """Add what one image has to say; return how many of its objects have a coordinate 0."""
-        folder, annotation = self._folder_of[image_id], self._annotation(image_id)
-        size = check_image(folder.images[image_id])
-        if annotation.size:
-            compare_size(folder.images[image_id], size, annotation.size)
-        else:
-            findings.warnings.append(f"{folder.annotations[image_id]}: no size given, the image's own is taken")
-        for label, obj, problem in self._judged(image_id, size):
-            if problem:
-                findings.unusable.append(f"{label}: {problem}")
-            elif thin := _thinness(obj):
-                findings.warnings.append(f"{label}: {thin}")
-        return sum(obj.corners is not None and 0 in obj.corners for obj in annotation.objects)
-
-    def _judged(self, image_id: str, size: tuple[int, int]) -> Iterator[tuple[str, Object, str | None]]:
-        """Yield for each object what messages call it, itself, and why it cannot be used, if so."""
-        path = self._folder_of[image_id].annotations[image_id]
-        for number, obj in enumerate(self._annotation(image_id).objects, 1):
-            yield f"{path}, object {number} ({obj.name})", obj, _problem(obj, size, self.classes)
-
-    def _annotation(self, image_id: str) -> Annotation:
-        if image_id not in self._parsed:
-            self._parsed[image_id] = parse_annotation(self._folder_of[image_id].annotations[image_id])
-        return self._parsed[image_id]
+        return Findings(warnings=missing), hint if zeros >= _MANY_ZEROS else ""
 
 
 class _Files:
@@ -251,12 +209,9 @@ class _Files:
         return names
 
 
-class _Folder:
-    """One folder in VOC layout."""
-
-    def __init__(self, root: Path, path: Path) -> None:
-        self.annotations = _Files(root, path / "Annotations", (".xml",))
-        self.images = _Files(root, path / "JPEGImages", IMAGE_SUFFIXES)
+class _Folder(NamedTuple):
+    annotations: _Files
+    images: _Files
 
 
 def parse_annotation(path: Path) -> Annotation:
@@ -268,35 +223,24 @@ def parse_annotation(path: Path) -> Annotation:
         tree = ET.fromstring(content)
     except (OSError, ET.ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path} cannot be read ({error}): replace it") from error
-    objects = tuple(_parse_object(node) for node in tree.findall("object"))
-    return Annotation(_parse_size(path, tree.find("size")), objects)
-
-
-def _parse_size(path: Path, node: ET.Element | None) -> tuple[int, int] | None:
-    if node is None:
-        return None
+    size = tree.find("size")
     try:
-        width, height = (int(node.findtext(key, "")) for key in ("width", "height"))
+        shape = None if size is None else (int(size.findtext("width", "")), int(size.findtext("height", "")))
     except ValueError:
         raise DataError(f"{path}: its size is not two whole numbers: correct or remove the element") from None
-    return (width, height) if (width, height) != (0, 0) else None
+    if shape == (0, 0):  # how some tools write that they do not know
+        shape = None
+    return Annotation(shape, tuple(_parse_object(node) for node in tree.findall("object")))
 
 
 def _parse_object(node: ET.Element) -> Object:
-    """``find`` looks at direct children only, so the boxes of nested parts are not met."""
     try:
-        corners = tuple(float(node.findtext(f"bndbox/{key}", "")) for key in _CORNERS)
+        corners = tuple(float(node.findtext(f"bndbox/{key}", "")) for key in _CORNERS)  # not those of nested parts
     except ValueError:
         corners = (math.nan,)
     finite = all(math.isfinite(corner) for corner in corners)
     difficult = node.findtext("difficult", "0").strip() == "1"
     return Object(node.findtext("name", "").strip(), corners if finite else None, difficult)
-
-
-def _continuous(obj: Object) -> tuple[float, ...]:
-    """Return the box (x1, y1, x2, y2) of a usable object: the pixels xmin..xmax cover [xmin - 1, xmax]."""
-    xmin, ymin, xmax, ymax = obj.corners or ()
-    return xmin - 1, ymin - 1, xmax, ymax
 
 
 def _problem(obj: Object, size: tuple[int, int], classes: tuple[str, ...]) -> str | None:
@@ -316,14 +260,6 @@ def _problem(obj: Object, size: tuple[int, int], classes: tuple[str, ...]) -> st
         if high > extent:
             return f"{axis}max {high:g} lies outside the image of {size[0]} x {size[1]}{swapped}"
     return None
-
-
-def _thinness(obj: Object) -> str | None:
-    """Say of a usable object that it is one pixel wide or high, which it is not if the file excludes the last pixel."""
-    xmin, ymin, xmax, ymax = obj.corners or (0, 0, 1, 1)
-    sides = (("x", xmin, xmax), ("y", ymin, ymax))
-    equal = [f"{axis}min = {axis}max = {low:g}" for axis, low, high in sides if low == high]
-    return f"{' and '.join(equal)}: one pixel, or nothing if the file means to exclude the last one" if equal else None
 
 
 def _find_split(root: Path, split: str) -> tuple[Path, str]:

@@ -11,10 +11,10 @@ import re
 import shutil
 import tarfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from altopt.datasets.download import Progress, exclusive, fetch, matches, need_space, sha256_of, writing
 from altopt.errors import DataError, UsageError
@@ -48,19 +48,10 @@ class Archive:
         return f"{self.name} ({self.size} bytes, SHA-256 {self.sha256})"
 
 
-TRAINVAL = Archive(
-    name="VOCtrainval_06-Nov-2007.tar",
-    size=460_032_000,
-    sha256="7d8cd951101b0957ddfd7a530bdc8a94f06121cfc1e511bb5937e973020c7508",
-    urls=tuple(f"{mirror}VOCtrainval_06-Nov-2007.tar" for mirror in MIRRORS),
-)
-TEST = Archive(
-    name="VOCtest_06-Nov-2007.tar",
-    size=451_020_800,
-    sha256="6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892",
-    urls=tuple(f"{mirror}VOCtest_06-Nov-2007.tar" for mirror in MIRRORS),
-)
-VOC07 = (TRAINVAL, TEST)
+VOC07 = tuple(Archive(name, size, sha256, tuple(mirror + name for mirror in MIRRORS)) for name, size, sha256 in (
+    ("VOCtrainval_06-Nov-2007.tar", 460_032_000, "7d8cd951101b0957ddfd7a530bdc8a94f06121cfc1e511bb5937e973020c7508"),
+    ("VOCtest_06-Nov-2007.tar", 451_020_800, "6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892"),
+))
 
 _MANIFEST = {"name": r"\w[\w.-]*", "size": r"[1-9][0-9]*", "sha256": r"[0-9a-f]{64}"}
 
@@ -74,7 +65,10 @@ def read_manifest(path: Path) -> tuple[Archive, ...]:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("archive", [])
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): give a file of TOML, in UTF-8") from error
-    if not isinstance(tables, list) or not all(map(_is_entry, tables)):
+    if not isinstance(tables, list) or not all(
+            isinstance(table, dict) and table.keys() == _MANIFEST.keys() and type(table["size"]) is int
+            and all(re.fullmatch(pattern, str(table[key]), re.ASCII) for key, pattern in _MANIFEST.items())
+            for table in tables):
         raise UsageError(f"{path} is not a manifest: each [[archive]] has a name without folders, a size in bytes and "
                          "a sha256 of 64 hexadecimal digits, and nothing else")
     if not tables or len({table["name"] for table in tables}) != len(tables):
@@ -82,20 +76,8 @@ def read_manifest(path: Path) -> tuple[Archive, ...]:
     return tuple(Archive(**table, urls=()) for table in tables)
 
 
-def _is_entry(table: Any) -> bool:
-    if not isinstance(table, dict) or table.keys() != _MANIFEST.keys() or type(table["size"]) is not int:
-        return False
-    return all(re.fullmatch(pattern, str(table[key]), re.ASCII) for key, pattern in _MANIFEST.items())
-
-
-def obtain(
-    root: Path,
-    *,
-    archives: Sequence[Archive] = VOC07,
-    archive_files: Sequence[Path] = (),
-    mirrors: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Path:
+def obtain(root: Path, *, archives: Sequence[Archive] = VOC07, archive_files: Sequence[Path] = (),
+           mirrors: Sequence[str] = (), progress: Progress | None = None) -> Path:
     """Make ``root/VOCdevkit/VOC2007`` hold both archives and return it; a second call does nothing.
 
     ``archive_files`` are archives that somebody brought, under any name; one in ``root`` under its own name counts
@@ -110,9 +92,13 @@ def obtain(
         root.mkdir(parents=True, exist_ok=True)
     with exclusive(root / ".voc2007.lock"):
         pending = [archive for archive in archives if not is_extracted(archive, root)]
-        found = _recognise(archive_files, archives) | _kept(pending, root)
+        found = {_which(path, archives).name: path for path in archive_files}
+        found |= {a.name: root / a.name for a in pending if matches(root / a.name, a.size, a.sha256)}
         missing = [archive for archive in pending if archive.name not in found]
-        need_space(root, _space(pending, missing, root), "VOC2007")
+        parts = [root / f"{archive.name}.part" for archive in missing]
+        begun = sum(part.stat().st_size for part in parts if part.exists())
+        to_fetch = max(0, sum(archive.size for archive in missing) - begun)
+        need_space(root, sum(archive.size for archive in pending) + to_fetch, "VOC2007")  # unpacked, none is larger
         found |= _fetch_all(missing, root, mirrors, progress)
         for archive in pending:
             extract(archive, found[archive.name], root)
@@ -135,24 +121,38 @@ def extract(archive: Archive, path: Path, root: Path) -> None:
     try:
         with writing(root):
             files = _unpack(archive, path, staging)
-            new = _not_there_yet(files, staging, root)
+            # An empty file in the way is what a power cut leaves, any other is somebody's work.
+            new = [name for name in files if not (root / name).exists() or (root / name).stat().st_size == 0]
+            foreign = [name for name in files.keys() - set(new)
+                       if not filecmp.cmp(staging / name, root / name, shallow=False)]
+            if foreign:
+                raise DataError(f"{root / min(foreign)} and {len(foreign) - 1} other files differ from the official "
+                                f"VOC2007: move {root / FOLDER} away, or choose another folder")
             for name in new:
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).replace(root / name)
-            _write_marker(archive, files, staging, root)
+            # Last, and by a rename: it says that all the others are there.
+            draft = staging / "marker.json"
+            content = {"archive": archive.name, "sha256": archive.sha256, "members": archive.members, "files": files}
+            draft.write_text(json.dumps(content))
+            draft.replace(_marker(archive, root))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _unpack(archive: Archive, path: Path, staging: Path) -> dict[str, int]:
-    """Write the expected members, plain files only, into ``staging``; return their names and sizes."""
+    """Write the expected members into ``staging``; return their names and sizes."""
     files = {}
     expected = re.compile(archive.members, re.ASCII)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and expected.fullmatch(member.name):
-                    _write(tar.extractfile(member), staging / member.name)
+                # Plain files only: a link or a device could lead what is written out of the folder.
+                plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and expected.fullmatch(member.name)
+                if plain and (source := tar.extractfile(member)) is not None:
+                    (staging / member.name).parent.mkdir(parents=True, exist_ok=True)
+                    with source, (staging / member.name).open("wb") as file:
+                        shutil.copyfileobj(source, file)
                     files[member.name] = member.size
     except tarfile.TarError as error:
         raise DataError(f"{path} is not a whole tar archive ({error}): bring {archive}") from error
@@ -161,42 +161,8 @@ def _unpack(archive: Archive, path: Path, staging: Path) -> dict[str, int]:
     return files
 
 
-def _write(source: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with source, path.open("wb") as file:
-        shutil.copyfileobj(source, file)
-
-
-def _not_there_yet(names: Mapping[str, int], staging: Path, root: Path) -> list[str]:
-    """Return the names to move; an empty file in the way is what a power cut leaves, any other is somebody's work."""
-    new, foreign = [], []
-    for name in names:
-        if not (root / name).exists() or (root / name).stat().st_size == 0:
-            new.append(name)
-        elif not filecmp.cmp(staging / name, root / name, shallow=False):
-            foreign.append(name)
-    if foreign:
-        raise DataError(
-            f"{root / foreign[0]} and {len(foreign) - 1} other files differ from the official VOC2007: "
-            f"move {root / FOLDER} away, or choose another folder"
-        )
-    return new
-
-
 def _marker(archive: Archive, root: Path) -> Path:
     return root / FOLDER / f".{archive.name}.json"
-
-
-def _write_marker(archive: Archive, files: Mapping[str, int], staging: Path, root: Path) -> None:
-    draft = staging / "marker.json"
-    content = {"archive": archive.name, "sha256": archive.sha256, "members": archive.members, "files": files}
-    draft.write_text(json.dumps(content))
-    draft.replace(_marker(archive, root))
-
-
-def _recognise(files: Sequence[Path], archives: Sequence[Archive]) -> dict[str, Path]:
-    """Return the archive's name for each file that somebody brought."""
-    return {_which(path, archives).name: path for path in files}
 
 
 def _which(path: Path, archives: Sequence[Archive]) -> Archive:
@@ -213,40 +179,19 @@ def _which(path: Path, archives: Sequence[Archive]) -> Archive:
                     f"bring {known}")
 
 
-def _kept(archives: Sequence[Archive], root: Path) -> dict[str, Path]:
-    """Return the whole archives that already lie in ``root`` under their own names."""
-    return {a.name: root / a.name for a in archives if matches(root / a.name, a.size, a.sha256)}
-
-
-def _space(pending: Sequence[Archive], missing: Sequence[Archive], root: Path) -> int:
-    """Return the bytes needed: no archive is larger unpacked than packed, and begun downloads are there already."""
-    parts = [root / f"{archive.name}.part" for archive in missing]
-    begun = sum(part.stat().st_size for part in parts if part.exists())
-    return sum(a.size for a in pending) + max(0, sum(a.size for a in missing) - begun)
-
-
-def _fetch_all(
-    archives: Sequence[Archive], root: Path, mirrors: Sequence[str], progress: Progress | None
-) -> dict[str, Path]:
+def _fetch_all(archives: Sequence[Archive], root: Path, mirrors: Sequence[str],
+               progress: Progress | None) -> dict[str, Path]:
     """Fetch the archives one after the other, with one progress for all; an error says everything to bring."""
     total, before = sum(archive.size for archive in archives), 0
+    report = progress or (lambda done, total: None)
     paths = {}
     for index, archive in enumerate(archives):
         paths[archive.name] = fetch(
             [f"{mirror.rstrip('/')}/{archive.name}" for mirror in mirrors] + list(archive.urls),
-            root / archive.name,
-            size=archive.size,
-            sha256=archive.sha256,
-            progress=_share(progress, before, total),
+            root / archive.name, size=archive.size, sha256=archive.sha256,
+            progress=partial(lambda before, done, _: report(before + done, total), before),
             remedy=f"bring {' and '.join(str(a) for a in archives[index:])} with --archive FILE, "
-            "or name a server that has them with --mirror URL",
+                   "or name a server that has them with --mirror URL",
         )
         before += archive.size
     return paths
-
-
-def _share(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return the progress of one file as a share of the whole, of which ``before`` bytes are done."""
-    if progress is None:
-        return None
-    return lambda done, _: progress(before + done, total)

@@ -3,19 +3,17 @@
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from altopt.datasets.dataset import Objects
 from altopt.evaluation.coco_json import json_id
 from altopt.evaluation.detections import Detections, check_images, to_xywh
-from altopt.evaluation.ground_truth import Annotated
-from altopt.evaluation.iou import box_areas
-from altopt.evaluation.undefined import ScoreDict, mean_of_defined, or_none
+from altopt.evaluation.measures import ScoreDict, box_areas, mean_of_defined, or_none
 
 NUMBERS = ("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge",
            "AR1", "AR10", "AR100", "ARsmall", "ARmedium", "ARlarge")
@@ -47,11 +45,8 @@ class CocoScore:
         }
 
 
-def score_coco(
-    ground_truth: Mapping[str, Annotated],
-    detections: Mapping[str, Detections],
-    classes: Sequence[str],
-) -> CocoScore:
+def score_coco(ground_truth: Mapping[str, Objects], detections: Mapping[str, Detections],
+               classes: Sequence[str]) -> CocoScore:
     """COCO's numbers for boxes; both mappings are keyed by image id.
 
     Annotated areas decide which objects are small, medium and large, or the boxes' areas where none are annotated.
@@ -59,79 +54,53 @@ def score_coco(
     an unknown image.
     """
     check_images(ground_truth, detections)
-    order = _as_pycocotools_sorts(ground_truth)
-    objects = _objects(order, ground_truth)
-    results = _results(order, detections)
+    # Detections of equal score stand in the order of their images, and pycocotools sorts those by id.
+    ids = {image_id: json_id(image_id) for image_id in ground_truth}
+    numbers = all(isinstance(value, int) for value in ids.values())
+    order = sorted(ids, key=int) if numbers else sorted(ids)
+    objects: list[Row] = []
+    results: list[Row] = []  # COCO.loadRes would make them, but not of an empty list
+    for image, image_id in enumerate(order):
+        truth = ground_truth[image_id]
+        sizes = box_areas(truth.boxes) if truth.areas is None else truth.areas
+        # COCOeval overwrites ``ignore`` with ``iscrowd``, and a crowd would be matched by another IoU and any number
+        # of times; an area outside every range is what leaves an object to be ignored alone.
+        sizes = np.where(truth.difficult, OUTSIDE_EVERY_AREA_RANGE, sizes)
+        columns = zip(truth.labels.tolist(), to_xywh(truth.boxes).tolist(), sizes.tolist(), truth.crowd, strict=True)
+        objects += [_row(image, label, box, area, iscrowd=int(crowd)) for label, box, area, crowd in columns]
+        if found := detections.get(image_id):
+            rows = zip(found.labels.tolist(), to_xywh(found.boxes).tolist(), found.scores.tolist(), strict=True)
+            results += [_row(image, label, box, box[2] * box[3], score=score) for label, box, score in rows]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_index(objects, order, classes), _index(results, order, classes), iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    per_class = [_mean_precision(evaluation.eval["precision"][:, :, label, 0, -1]) for label in range(len(classes))]
+    precisions = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes), all areas
     return CocoScore(
         numbers={name: _defined(value) for name, value in zip(NUMBERS, evaluation.stats, strict=True)},
-        ap=dict(zip(classes, per_class, strict=True)),
+        ap={name: mean_of_defined(map(_defined, precisions[:, :, label].ravel().tolist()))
+            for label, name in enumerate(classes)},
         convention="101-point, IoU >= 0.50:0.05:0.95, at most 100 detections an image, difficult and crowd ignored, "
                    "sizes by annotated area, else by the box",
     )
 
 
-def _as_pycocotools_sorts(image_ids: Iterable[str]) -> list[str]:
-    """Detections of equal score stand in the order of their images, and pycocotools sorts those by id."""
-    ids = {image_id: json_id(image_id) for image_id in image_ids}
-    if all(isinstance(value, int) for value in ids.values()):
-        return sorted(ids, key=int)
-    return sorted(ids)
-
-
-def _objects(order: list[str], ground_truth: Mapping[str, Annotated]) -> list[Row]:
-    """COCO annotations of all objects.
-
-    A difficult object gets an area outside every range: COCOeval overwrites ``ignore`` with ``iscrowd``, and a crowd
-    would be matched by another IoU and any number of times.
-    """
-    rows: list[Row] = []
-    for image, image_id in enumerate(order):
-        one = ground_truth[image_id]
-        sizes = box_areas(one.boxes) if one.areas is None else one.areas
-        sizes = np.where(one.difficult, OUTSIDE_EVERY_AREA_RANGE, sizes)
-        columns = zip(one.labels.tolist(), to_xywh(one.boxes).tolist(), sizes.tolist(), one.crowd.tolist(), strict=True)
-        rows += [_row(image, label, box, area) | {"iscrowd": int(crowd)} for label, box, area, crowd in columns]
-    return rows
-
-
-def _results(order: list[str], detections: Mapping[str, Detections]) -> list[Row]:
-    """COCO annotations of all detections; ``COCO.loadRes`` would do it, but not for an empty list."""
-    rows: list[Row] = []
-    for image, image_id in enumerate(order):
-        if image_id in detections:
-            one = detections[image_id]
-            boxes, scores = to_xywh(one.boxes).tolist(), one.scores.tolist()
-            columns = zip(one.labels.tolist(), boxes, scores, strict=True)
-            rows += [_row(image, label, box, box[2] * box[3]) | {"score": score} for label, box, score in columns]
-    return rows
-
-
-def _row(image: int, label: int, box: list[float], area: float) -> Row:
-    return {"image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
+def _row(image: int, label: int, box: list[float], area: float, **more: float) -> Row:
+    return {"image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": 0, **more}
 
 
 def _index(annotations: list[Row], order: list[str], classes: Sequence[str]) -> COCO:
-    """The COCO object of these annotations. Their ids begin at 1: COCOeval takes a match with id 0 for none."""
     coco = COCO()
     coco.dataset = {
         "images": [{"id": image} for image in range(len(order))],
         "categories": [{"id": label, "name": name} for label, name in enumerate(classes)],
+        # From 1: COCOeval takes a match with id 0 for none.
         "annotations": [row | {"id": number} for number, row in enumerate(annotations, start=1)],
     }
     coco.createIndex()
     return coco
 
 
-def _mean_precision(precision: npt.NDArray[np.float64]) -> float:
-    return mean_of_defined(map(_defined, precision.ravel().tolist()))
-
-
 def _defined(value: float) -> float:
-    """COCOeval writes -1 where there is nothing to find."""
-    return math.nan if value < 0 else float(value)
+    return math.nan if value < 0 else float(value)  # COCOeval writes -1 where there is nothing to find

@@ -9,12 +9,11 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from altopt.datasets.dataset import Json
 from altopt.errors import AltoptError
 
 JsonId = int | str
-Entry = dict[str, Any]
 LARGEST_COORDINATE = 1e9  # far beyond any image, and small enough for areas to stay finite
 
 
@@ -25,7 +24,7 @@ class JsonFile:
     path: Path
     error: type[AltoptError]
 
-    def load(self) -> Any:
+    def load(self) -> object:
         """The parsed document. Raises ``error`` when the file cannot be read or is not JSON."""
         try:
             return json.loads(self.path.read_bytes())
@@ -34,7 +33,7 @@ class JsonFile:
         except (ValueError, RecursionError) as cause:
             raise self.error(f"{self.path} is not JSON ({cause}): export it again") from cause
 
-    def entries(self, entries: object, name: str) -> Iterator[tuple[str, Entry]]:
+    def entries(self, entries: object, name: str) -> Iterator[tuple[str, Json]]:
         """Each entry of a list of objects with its place in the file, such as ``annotations[3]``."""
         if not isinstance(entries, list):
             raise self.error(f"{self.path}: {name} is missing or not a list: COCO json expects a list of objects")
@@ -43,14 +42,14 @@ class JsonFile:
                 raise self.problem(f"{name}[{index}]", f"is {reprlib.repr(entry)}: COCO json expects an object")
             yield f"{name}[{index}]", entry
 
-    def key(self, place: str, entry: Entry, field: str) -> str:
+    def key(self, place: str, entry: Json, field: str) -> str:
         """An id as text."""
         value = entry.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | str):
+        if isinstance(value, bool) or not isinstance(value, int | str):  # to Python, true is the whole number 1
             raise self.problem(place, f"has {field} {reprlib.repr(value)}: it must be a whole number or a text")
         return str(value)
 
-    def known(self, place: str, entry: Entry, field: str, known: Mapping[str, int]) -> str:
+    def known(self, place: str, entry: Json, field: str, known: Mapping[str, int]) -> str:
         """An id as text that is a key of ``known``."""
         key = self.key(place, entry, field)
         if key not in known:
@@ -58,31 +57,32 @@ class JsonFile:
                                       "list: remove the entry, or use the ground truth that it belongs to")
         return key
 
-    def number(self, place: str, entry: Entry, field: str) -> float:
+    def number(self, place: str, entry: Json, field: str) -> float:
         """A finite number."""
         value = _number(entry.get(field))
         if not math.isfinite(value):
             raise self.problem(place, f"has {field} {reprlib.repr(entry.get(field))}: it must be a finite number")
         return value
 
-    def flag(self, place: str, entry: Entry, field: str) -> bool:
+    def flag(self, place: str, entry: Json, field: str) -> bool:
         """0 or 1; a missing field is 0."""
         value = entry.get(field, 0)
         if value not in (0, 1):
             raise self.problem(place, f"has {field} {reprlib.repr(value)}: it must be 0 or 1")
         return bool(value)
 
-    def box(self, place: str, entry: Entry) -> tuple[float, float, float, float]:
+    def box(self, place: str, entry: Json) -> tuple[float, float, float, float]:
         """The entry's ``bbox`` [x, y, width, height] as xyxy."""
         values = entry.get("bbox")
+        has = f"has bbox {reprlib.repr(values)}"
         if not isinstance(values, list) or len(values) != 4:
-            raise self.problem(place, f"has bbox {reprlib.repr(values)}: it must be [x, y, width, height]")
+            raise self.problem(place, f"{has}: it must be [x, y, width, height]")
         x, y, width, height = map(_number, values)
-        if not all(abs(value) <= LARGEST_COORDINATE for value in (x, y, width, height)):
-            raise self.problem(place, f"has bbox {reprlib.repr(values)}: it must hold finite pixel coordinates")
+        if not all(abs(value) <= LARGEST_COORDINATE for value in (x, y, width, height)):  # NaN is not below it either
+            raise self.problem(place, f"{has}: it must hold finite pixel coordinates")
         if width < 0 or height < 0:
-            raise self.problem(place, f"has bbox {reprlib.repr(values)} of negative size: it must be "
-                                      "[x, y, width, height], not two corners in the wrong order")
+            raise self.problem(place, f"{has} of negative size: it must be [x, y, width, height], not two corners in "
+                                      "the wrong order")
         return x, y, x + width, y + height
 
     def problem(self, place: str, cause: str) -> AltoptError:

@@ -14,8 +14,6 @@ import numpy.typing as npt
 from altopt.errors import ArtifactError, DataError
 from altopt.evaluation.coco_json import JsonFile, JsonId, json_id
 
-Rows = list[tuple[float, ...]]
-
 
 class Result(TypedDict):
     """An entry of COCO results json; ``bbox`` is x, y, width, height."""
@@ -47,9 +45,7 @@ class Detections:
         return len(self.scores)
 
 
-def read_detections(
-    path: Path, image_ids: Iterable[str], category_ids: Sequence[JsonId]
-) -> dict[str, Detections]:
+def read_detections(path: Path, image_ids: Iterable[str], category_ids: Sequence[JsonId]) -> dict[str, Detections]:
     """Detections of every image in ``image_ids``, in their order, from COCO results json.
 
     The file is a list of {image_id, category_id, bbox: [x, y, width, height], score}; within an image its order is
@@ -57,21 +53,20 @@ def read_detections(
     a malformed file, an id that neither list has, a number that is not finite and a negative size.
     """
     file = JsonFile(path, ArtifactError)
-    rows: dict[str, Rows] = {image_id: [] for image_id in image_ids}
+    rows: dict[str, list[tuple[float, ...]]] = {image_id: [] for image_id in image_ids}
     images = {image_id: index for index, image_id in enumerate(rows)}
     labels = {str(category_id): label for label, category_id in enumerate(category_ids)}
     for place, entry in file.entries(file.load(), "detections"):
         image_id = file.known(place, entry, "image_id", images)
         label = labels[file.known(place, entry, "category_id", labels)]
         rows[image_id].append((*file.box(place, entry), file.number(place, entry, "score"), label))
-    return {image_id: _detections(found) for image_id, found in rows.items()}
+    tables = {image_id: np.array(found, np.float64).reshape(-1, 6) for image_id, found in rows.items()}  # (N, 6) each
+    return {image_id: Detections(table[:, :4], table[:, 4], table[:, 5].astype(np.int64))
+            for image_id, table in tables.items()}
 
 
-def to_coco_results(
-    detections: Mapping[str, Detections],
-    category_ids: Sequence[JsonId],
-    image_id_of: Callable[[str], JsonId] = json_id,
-) -> list[Result]:
+def to_coco_results(detections: Mapping[str, Detections], category_ids: Sequence[JsonId],
+                    image_id_of: Callable[[str], JsonId] = json_id) -> list[Result]:
     """The list that a COCO results json holds; ``category_ids`` gives the category id of each class.
 
     Nothing is rounded: reading it back gives the same float32 boxes and scores. COCO's own tools compare ids with
@@ -88,7 +83,7 @@ def to_coco_results(
 def to_xywh(boxes: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """Boxes [N, 4] xyxy as COCO's x, y, width, height, in double precision."""
     corners = boxes.astype(np.float64)
-    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)  # (N, 4)
 
 
 def check_images(ground_truth: Iterable[str], detections: Iterable[str]) -> None:
@@ -100,8 +95,3 @@ def check_images(ground_truth: Iterable[str], detections: Iterable[str]) -> None
     if foreign:
         raise DataError(f"image {foreign[0]} has detections but no ground truth ({len(foreign)} such images): "
                         "score with the ground truth of the images that were detected on")
-
-
-def _detections(rows: Rows) -> Detections:
-    table = np.array(rows, dtype=np.float64).reshape(-1, 6)
-    return Detections(boxes=table[:, :4], scores=table[:, 4], labels=table[:, 5].astype(np.int64))

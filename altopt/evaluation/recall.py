@@ -13,20 +13,14 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from altopt.evaluation.iou import Boxes, box_areas, box_iou
-from altopt.evaluation.undefined import mean_of_defined, or_none, ratio
+from altopt.evaluation.measures import Boxes, Floats, box_areas, box_iou, mean_of_defined, or_none, ratio
 
+Ints = npt.NDArray[np.int64]
 THRESHOLDS = np.arange(10, 20) / 20  # whole numbers divided once: an IoU of exactly 0.55 meets 0.55
 LIMITS = (50, 100, 300, 1000, 2000)
 SIDES = {
-    "all": (0.0, np.inf),
-    "small": (0.0, 32.0),
-    "medium": (32.0, 96.0),
-    "large": (96.0, np.inf),
-    "96-128": (96.0, 128.0),
-    "128-256": (128.0, 256.0),
-    "256-512": (256.0, 512.0),
-    "512-inf": (512.0, np.inf),
+    "all": (0.0, np.inf), "small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, np.inf),  # COCO's
+    "96-128": (96.0, 128.0), "128-256": (128.0, 256.0), "256-512": (256.0, 512.0), "512-inf": (512.0, np.inf),
 }
 AREA_RANGES = {name: (low**2, high**2) for name, (low, high) in SIDES.items()}  # both ends belong to the range
 CONVENTION = "one proposal per object, greedy; IoU >= threshold; difficult and crowd not counted"
@@ -62,11 +56,11 @@ class Recall:
 
     limits: tuple[int, ...]
     images: int
-    objects: npt.NDArray[np.int64]
-    covered: npt.NDArray[np.int64]
-    proposals: npt.NDArray[np.int64]
+    objects: Ints
+    covered: Ints
+    proposals: Ints
 
-    def at(self, limit: int, area: str = "all") -> npt.NDArray[np.float64]:
+    def at(self, limit: int, area: str = "all") -> Floats:
         """Recall float64 [T] at ``THRESHOLDS`` of the first ``limit`` proposals; NaN without objects in the range."""
         index = list(AREA_RANGES).index(area)
         return ratio(self.covered[self.limits.index(limit), index], self.objects[index])
@@ -96,39 +90,41 @@ def proposal_recall(images: Iterable[tuple[Boxes, Boxes]], limits: Sequence[int]
     """Recall over images, each the boxes [N, 4] of its objects and its proposals [K, 4] by descending score.
 
     Both are continuous xyxy in one frame, that of the original image (areas are measured in it). Leave difficult
-    and crowd objects out (``ground_truth.counted``). Images are taken one at a time and not kept.
+    and crowd objects out (``Objects.usable``). Images are taken one at a time and not kept.
     """
     count = 0
     objects = np.zeros(len(AREA_RANGES), np.int64)
     covered = np.zeros((len(limits), len(AREA_RANGES), len(THRESHOLDS)), np.int64)
     used = np.zeros(len(limits), np.int64)
     for boxes, proposals in images:
-        inside = _inside(boxes)  # (A, N)
-        overlaps = box_iou(boxes, proposals[: max(limits)])  # (N, K)
+        areas = box_areas(boxes)  # (N,)
+        inside = np.array([(low <= areas) & (areas <= high) for low, high in AREA_RANGES.values()])  # (A, N)
+        all_overlaps = box_iou(boxes, proposals[: max(limits)])  # (N, K)
         count += 1
         objects += inside.sum(axis=1)
         used += np.minimum(limits, len(proposals))
-        covered += [_passes(overlaps[:, :limit], inside) for limit in limits]
+        for of_limit, limit in zip(covered, limits, strict=True):
+            overlaps = all_overlaps[:, :limit]
+            if overlaps.size:
+                best, values = _wishes(overlaps)
+                for of_range, mask in zip(of_limit, inside, strict=True):  # views of ``covered``, (T,) each
+                    rows = np.flatnonzero(mask)
+                    of_range += (_cover(overlaps, rows, best[rows], values[rows])[:, None] >= THRESHOLDS).sum(axis=0)
     return Recall(tuple(limits), count, objects, covered, used)
 
 
-def cover(overlaps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def cover(overlaps: Floats) -> Floats:
     """IoU float64 [N] with which each object is covered, 0 for none, given the IoUs [N, K] with all proposals."""
     return _cover(overlaps, np.arange(len(overlaps)), *_wishes(overlaps)) if overlaps.size else np.zeros(len(overlaps))
 
 
-def _wishes(overlaps: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def _wishes(overlaps: Floats) -> tuple[Ints, Floats]:
     """The proposal int64 [N] that each object overlaps most, and its IoU float64 [N]."""
     best = overlaps.argmax(axis=1)
     return best, overlaps[np.arange(len(best)), best]
 
 
-def _cover(
-    overlaps: npt.NDArray[np.float64],
-    rows: npt.NDArray[np.int64],
-    best: npt.NDArray[np.int64],
-    values: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
+def _cover(overlaps: Floats, rows: Ints, best: Ints, values: Floats) -> Floats:
     """``cover`` of some rows, whose wishes are known: where no two wish the same proposal, all get theirs."""
     if len(set(best.tolist())) == len(best):
         return values
@@ -145,21 +141,3 @@ def _cover(
             left[:, taken] = -1.0
             best[rivals], values[rivals] = _wishes(left)
     return covered
-
-
-def _inside(boxes: Boxes) -> npt.NDArray[np.bool_]:
-    """bool [A, N]: which objects lie in which area range."""
-    areas = box_areas(boxes)
-    return np.array([(low <= areas) & (areas <= high) for low, high in AREA_RANGES.values()])
-
-
-def _passes(overlaps: npt.NDArray[np.float64], inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """int64 [A, T]: how many objects of each area range are covered at each threshold."""
-    if not overlaps.size:
-        return np.zeros((len(inside), len(THRESHOLDS)), np.int64)
-    best, values = _wishes(overlaps)
-    covers = np.zeros(inside.shape)
-    for mask, covered in zip(inside, covers, strict=True):
-        rows = np.flatnonzero(mask)
-        covered[rows] = _cover(overlaps, rows, best[rows], values[rows])
-    return np.asarray((covers[:, :, None] >= THRESHOLDS).sum(axis=1))

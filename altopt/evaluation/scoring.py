@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, get_args
 
+from altopt.datasets.dataset import Objects
 from altopt.errors import UsageError
 from altopt.evaluation.coco import CocoScore, score_coco
 from altopt.evaluation.detections import Detections, read_detections
-from altopt.evaluation.ground_truth import Annotated, read_ground_truth
+from altopt.evaluation.ground_truth import read_ground_truth
 from altopt.evaluation.voc import VocRules, VocScore, score_voc
 
 Protocol = Literal["voc07", "voc10", "coco"]
@@ -24,13 +25,8 @@ class VocOptions(TypedDict, total=False):
     devkit_rounding: bool
 
 
-def score(
-    protocol: Protocol,
-    ground_truth: Mapping[str, Annotated],
-    detections: Mapping[str, Detections],
-    classes: Sequence[str],
-    **options: Unpack[VocOptions],
-) -> Score:
+def score(protocol: Protocol, ground_truth: Mapping[str, Objects], detections: Mapping[str, Detections],
+          classes: Sequence[str], **options: Unpack[VocOptions]) -> Score:
     """Score detections, both mappings keyed by image id.
 
     Raises UsageError for an unknown protocol, an IoU outside (0, 1] and VOC options with COCO, DataError for

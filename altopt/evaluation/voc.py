@@ -19,13 +19,11 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from altopt.evaluation.average_precision import area_under_envelope, eleven_points
+from altopt.datasets.dataset import Objects
 from altopt.evaluation.detections import Detections, check_images
-from altopt.evaluation.ground_truth import Annotated, counted
-from altopt.evaluation.iou import Boxes, box_iou
-from altopt.evaluation.undefined import ScoreDict, mean_of_defined, or_none, ratio
+from altopt.evaluation.measures import Boxes, Floats, ScoreDict, box_iou, mean_of_defined, or_none, ratio
 
-Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 
@@ -43,17 +41,6 @@ class VocRules:
     strict: bool = True
     plus_one: bool = False
     devkit_rounding: bool = False
-
-    def in_words(self) -> str:
-        """The convention, to be printed beside the score."""
-        words = ["11-point" if self.protocol == "voc07" else "area under the envelope"]
-        words.append(f"IoU {'>' if self.strict else '>='} {self.iou:g}")
-        words.append("difficult ignored")
-        if self.plus_one:
-            words.append("inclusive pixels (+1)")
-        if self.devkit_rounding:
-            words.append("scores rounded to 3 decimals and coordinates to 1")
-        return ", ".join(words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +66,15 @@ class VocScore:
 
     @property
     def convention(self) -> str:
-        """The rules in words."""
-        return self.rules.in_words()
+        """The rules in words, to be printed beside the score."""
+        rules = self.rules
+        words = ["11-point" if rules.protocol == "voc07" else "area under the envelope",
+                 f"IoU {'>' if rules.strict else '>='} {rules.iou:g}", "difficult ignored"]
+        if rules.plus_one:
+            words.append("inclusive pixels (+1)")
+        if rules.devkit_rounding:
+            words.append("scores rounded to 3 decimals and coordinates to 1")
+        return ", ".join(words)
 
     @property
     def ap(self) -> dict[str, float]:
@@ -105,96 +99,81 @@ class VocScore:
         }
 
 
-def score_voc(
-    ground_truth: Mapping[str, Annotated],
-    detections: Mapping[str, Detections],
-    classes: Sequence[str],
-    rules: VocRules = VocRules(),
-) -> VocScore:
+def score_voc(ground_truth: Mapping[str, Objects], detections: Mapping[str, Detections], classes: Sequence[str],
+              rules: VocRules = VocRules()) -> VocScore:
     """Precision, recall and AP of every class; both mappings are keyed by image id.
 
     An image without an entry in ``detections`` has none. Raises DataError for detections of an unknown image.
     """
     check_images(ground_truth, detections)
-    found = {image_id: _prepared(one, rules) for image_id, one in detections.items()}
-    table = _match(ground_truth, found, rules)
-    return VocScore(rules, {name: _class_score(table, label, rules) for label, name in enumerate(classes)})
-
-
-@dataclass(frozen=True, eq=False)
-class _Matches:
-    """A data set's objects [N] and detections [D]; ``targets`` is the object each is given to, -1 for none."""
-
-    object_labels: npt.NDArray[np.int64]
-    object_counts: npt.NDArray[np.bool_]
-    labels: npt.NDArray[np.int64]
-    scores: Floats
-    targets: npt.NDArray[np.int64]
-
-
-def _match(
-    ground_truth: Mapping[str, Annotated], detections: Mapping[str, Detections], rules: VocRules
-) -> _Matches:
-    empty = Detections(np.empty((0, 4)), np.empty(0), np.empty(0, np.int64))
+    nothing = Detections(np.empty((0, 4)), np.empty(0), np.empty(0, np.int64))
     objects = list(ground_truth.values())
-    found = [detections.get(image_id, empty) for image_id in ground_truth]
-    firsts = np.cumsum([0] + [len(one.labels) for one in objects])[:-1]
-    targets = [_targets(*pair, rules) for pair in zip(objects, found, strict=True)]
-    shifted = [np.where(one < 0, -1, one + first) for one, first in zip(targets, firsts, strict=True)]
-    return _Matches(
-        object_labels=_joined([one.labels for one in objects], np.int64),
-        object_counts=_joined([counted(one) for one in objects], np.bool_),
-        labels=_joined([one.labels for one in found], np.int64),
-        scores=_joined([one.scores for one in found], np.float64),
-        targets=_joined(shifted, np.int64),
-    )
+    found = [_as_scored(detections.get(image_id, nothing), rules) for image_id in ground_truth]
+    firsts = np.cumsum([0, *map(len, objects)])[:-1]  # (images,): number of each image's first object in the data set
+    targets = [_targets(*each, rules) for each in zip(objects, found, firsts, strict=True)]
+    counted = _joined([one.counted for one in objects], np.bool_)  # (N,)
+    object_labels = _joined([one.labels for one in objects], np.int64)  # (N,)
+    scores = _joined([one.scores for one in found], np.float64)  # (D,) of all classes, as the next two
+    labels = _joined([one.labels for one in found], np.int64)
+    target = _joined(targets, np.int64)
+    return VocScore(rules, {
+        name: _class_score(scores[labels == label], target[labels == label], counted,
+                           int(counted[object_labels == label].sum()), rules.protocol)
+        for label, name in enumerate(classes)})
 
 
-def _targets(objects: Annotated, detections: Detections, rules: VocRules) -> npt.NDArray[np.int64]:
-    """int64 [D]: the object of its class that each detection overlaps most, -1 below the threshold."""
-    if not len(objects.labels) or not len(detections):
+def _targets(objects: Objects, detections: Detections, first: int, rules: VocRules) -> Ints:
+    """int64 [D]: the object of its class that each detection overlaps most, counted from first; -1 below threshold."""
+    if not len(objects) or not len(detections):
         return np.full(len(detections), -1)
-    overlaps = box_iou(detections.boxes, _in_frame(objects.boxes, rules), plus_one=_inclusive(rules))  # (D, N)
+    inclusive = rules.plus_one or rules.devkit_rounding
+    overlaps = box_iou(detections.boxes, _in_frame(objects.boxes, rules), plus_one=inclusive)  # (D, N)
     overlaps[detections.labels[:, None] != objects.labels[None, :]] = -1.0
-    best = overlaps.max(axis=1)
+    best = overlaps.max(axis=1)  # (D,)
     passed = best > rules.iou if rules.strict else best >= rules.iou
-    return np.where(passed, overlaps.argmax(axis=1), -1)
+    return np.where(passed, overlaps.argmax(axis=1) + first, -1)
 
 
-def _class_score(table: _Matches, label: int, rules: VocRules) -> ClassScore:
-    own = np.flatnonzero(table.labels == label)
-    order = own[np.argsort(-table.scores[own], kind="stable")]
-    true, false = _outcomes(table.targets[order], table.object_counts)
-    positives = int(np.sum(table.object_counts[table.object_labels == label]))
-    trues, falses = np.cumsum(true, dtype=np.int64), np.cumsum(false, dtype=np.int64)
+def _class_score(scores: Floats, targets: Ints, counted: npt.NDArray[np.bool_], positives: int,
+                 protocol: str) -> ClassScore:
+    order = np.argsort(-scores, kind="stable")  # (D,) of this class
+    scores, targets = scores[order], targets[order]
+    first = np.zeros(len(targets), bool)
+    first[np.unique(targets, return_index=True)[1]] = True  # of all detections of an object, the best
+    # -1 indexes the False at the end: a detection that is given to no object finds none that counts.
+    hits = np.append(counted, False)[targets]  # (D,)
+    true, false = hits & first, (targets < 0) | (hits & ~first)  # what is neither is ignored
+    trues, falses = np.cumsum(true, dtype=np.int64), np.cumsum(false, dtype=np.int64)  # (D,)
     precision, recall = ratio(trues, trues + falses), ratio(trues, positives)
     if not positives:
         ap = math.nan
-    elif rules.protocol == "voc07":
+    elif protocol == "voc07":
         ap = eleven_points(precision, trues, positives)
     else:
         ap = area_under_envelope(precision, recall)
-    ignored = len(order) - int(true.sum()) - int(false.sum())
-    return ClassScore(
-        ap, positives, int(true.sum()), int(false.sum()), ignored, table.scores[order], precision, recall
-    )
+    ignored = int(np.sum(~true & ~false))
+    return ClassScore(ap, positives, int(true.sum()), int(false.sum()), ignored, scores, precision, recall)
 
 
-def _outcomes(
-    targets: npt.NDArray[np.int64], counts: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Whether each detection, by descending score, is a true and a false positive; neither when it is ignored."""
-    first = np.zeros(len(targets), bool)
-    first[np.unique(targets, return_index=True)[1]] = True
-    given = targets >= 0
-    target_counts = np.zeros(len(targets), bool)
-    target_counts[given] = counts[targets[given]]
-    true = target_counts & first
-    return true, ~given | (target_counts & ~first)
+def eleven_points(precision: Floats, true_positives: npt.NDArray[np.integer], positives: int) -> float:
+    """Mean over the recall levels 0, 0.1, ..., 1 of the best precision [D] at that recall or more (VOC 2007).
+
+    A precision of NaN (nothing but ignored detections so far) counts as 0, here and in ``area_under_envelope``.
+    """
+    precision = np.nan_to_num(precision)
+    # In whole numbers: as floats, 0.1 * 3 lies above 0.3, and a recall of exactly 0.3 would miss its level.
+    reached = (precision[10 * true_positives >= level * positives] for level in range(11))
+    return float(np.mean([values.max(initial=0.0) for values in reached]))
 
 
-def _prepared(detections: Detections, rules: VocRules) -> Detections:
-    """The detections as they are scored: in the rules' frame and rounded if the rules round."""
+def area_under_envelope(precision: Floats, recall: Floats) -> float:
+    """Area under precision [D] made non-increasing in recall [D], which never decreases (VOC 2010 and later)."""
+    envelope = np.maximum.accumulate(np.nan_to_num(precision)[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
+
+
+def _as_scored(detections: Detections, rules: VocRules) -> Detections:
+    """The detections in the rules' frame, and rounded if the rules round."""
     if not rules.devkit_rounding:
         return detections
     boxes = _rounded(_in_frame(detections.boxes, rules), 1)
@@ -208,16 +187,11 @@ def _in_frame(boxes: Boxes, rules: VocRules) -> Boxes:
     return boxes
 
 
-def _inclusive(rules: VocRules) -> bool:
-    return rules.plus_one or rules.devkit_rounding
-
-
 def _rounded(values: npt.NDArray[np.floating], decimals: int) -> Floats:
-    """Rounded as printing does it: np.round scales first and so rounds 0.15 up, which prints as 0.1."""
+    # As the devkit's files are printed: np.round scales first and so rounds 0.15 up, which prints as 0.1.
     printed = [float(f"{value:.{decimals}f}") for value in values.ravel().tolist()]
     return np.array(printed, dtype=np.float64).reshape(values.shape)
 
 
 def _joined(parts: Sequence[npt.NDArray[np.generic]], dtype: type[Scalar]) -> npt.NDArray[Scalar]:
-    """All parts in one array, an empty one when there are none."""
-    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
+    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)  # numpy joins at least one array

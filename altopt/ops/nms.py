@@ -40,7 +40,10 @@ def overlapped(boxes: Tensor, others: Tensor, overlap: float) -> Tensor:
     ``Tensor[N, 4]`` and ``Tensor[M, 4]``. The order of the arithmetic is that of torchvision's op, for the same bits.
     """
     found = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    limit = _rounded_down(overlap, boxes.dtype)  # the op compares with the double
+    # The op compares with the double: rounded down to the boxes' type, the limit lets the same IoUs through.
+    limit = torch.tensor(overlap, dtype=boxes.dtype)
+    if limit.item() > overlap:
+        limit = torch.nextafter(limit, -limit.abs() - 1)
     x1, y1, x2, y2 = boxes.t().contiguous()[:, None]  # (1, N) each
     areas = (x2 - x1) * (y2 - y1)
     for some in torch.split(others, IN_CACHE):
@@ -49,10 +52,5 @@ def overlapped(boxes: Tensor, others: Tensor, overlap: float) -> Tensor:
         heights = torch.minimum(bottom, y2).sub_(torch.maximum(top, y1)).clamp_(min=0)
         intersections = widths.mul_(heights)
         unions = torch.add((right - left) * (bottom - top), areas, out=heights).sub_(intersections)
-        found |= (intersections.div_(unions) > limit).any(dim=0)  # NaN, of two boxes without area, is not above
+        found |= (intersections.div_(unions) > limit.item()).any(dim=0)  # NaN, of two boxes without area, is not above
     return found
-
-
-def _rounded_down(value: float, dtype: torch.dtype) -> float:
-    nearest = torch.tensor(value, dtype=dtype)
-    return (nearest if nearest.item() <= value else torch.nextafter(nearest, -nearest.abs() - 1)).item()

@@ -6,7 +6,7 @@ Letters: M anchors, R RoIs, F of either that are positive.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -46,5 +46,4 @@ class RoISample:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "RoISample":
         """Return the sample with every tensor changed, such as moved to a device."""
-        return RoISample(change(self.rois), change(self.labels), change(self.deltas), self.foreground,
-                         self.dropout_seed)
+        return replace(self, rois=change(self.rois), labels=change(self.labels), deltas=change(self.deltas))

@@ -10,12 +10,12 @@ another convention than continuous x1 y1 x2 y2.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from altopt.datasets.dataset import Json
 from altopt.errors import ArtifactError
 from altopt.evaluation.coco_json import JsonFile
-from altopt.proposal_formats.box_formats import BOX_FORMATS
-from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, Scores
+from altopt.proposal_formats.reader import BOX_FORMATS, Boxes, ProposalFileReader, Scores
 
 Images = Iterable[tuple[str, Boxes, Scores]]
 
@@ -37,28 +37,24 @@ def read_json(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
 
 def write_json(file: IO[bytes], images: Images) -> None:
     """Write altopt's plain form; numbers are exact, so that reading gives the same float32."""
-    ids, boxes, scores = [], [], []
-    for image_id, each, score in images:
-        ids.append(image_id)
-        boxes.append(each.tolist())
-        scores.append(score.tolist())
+    rows = [(image_id, boxes.tolist(), scores.tolist()) for image_id, boxes, scores in images]
+    ids, boxes, scores = ([row[column] for row in rows] for column in range(3))
     file.write(json.dumps({"image_ids": ids, "box_format": "xyxy", "boxes": boxes, "scores": scores}).encode())
 
 
-def _plain(path: Path, document: dict[str, Any]) -> ProposalFileReader:
-    ids, boxes = document["image_ids"], document["boxes"]
-    scores = document.get("scores")
+def _plain(path: Path, document: Json) -> ProposalFileReader:
+    ids, boxes, scores = document["image_ids"], document["boxes"], document.get("scores")
     box_format = document.get("box_format", document.get("frame", "xyxy"))
     for name, value in {"image_ids": ids, "boxes": boxes, "scores": scores}.items():
-        if name == "scores" and value is None:
+        if value is None and name == "scores":
             continue
         if not isinstance(value, list) or not isinstance(ids, list) or len(value) != len(ids):
             raise ArtifactError(f"{path}: {name} must be a list with an entry for each of image_ids: export it again")
     if box_format not in BOX_FORMATS:
-        raise ArtifactError(f"{path}: the box_format {box_format!r} is none of "
-                            f"{', '.join(BOX_FORMATS)}: write one of them")
+        raise ArtifactError(f"{path}: the box_format {box_format!r} is none of {', '.join(BOX_FORMATS)}: write one of "
+                            "them")
     return ProposalFileReader(path, "altopt's json", box_format,
-                    zip(map(str, ids), boxes, [None] * len(ids) if scores is None else scores, strict=True))
+                              zip(map(str, ids), boxes, [None] * len(ids) if scores is None else scores, strict=True))
 
 
 def _coco_results(file: JsonFile, document: list[object]) -> ProposalFileReader:
@@ -72,4 +68,4 @@ def _coco_results(file: JsonFile, document: list[object]) -> ProposalFileReader:
         if "score" in entry:
             scores.setdefault(image_id, []).append(file.number(place, entry, "score"))
     return ProposalFileReader(file.path, "COCO results json", "xywh",
-                    ((image_id, rows, scores.get(image_id)) for image_id, rows in boxes.items()))
+                              ((image_id, rows, scores.get(image_id)) for image_id, rows in boxes.items()))

@@ -1,15 +1,14 @@
 """Proposals in pickles: py-faster-rcnn's list of arrays (mmdet's too), and detectron2's dict with ids."""
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from altopt.errors import ArtifactError
-from altopt.proposal_formats.box_formats import BoxFormat, to_inclusive
-from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, RawProposals, Scores, in_order
+from altopt.proposal_formats.reader import Boxes, BoxFormat, ProposalFileReader, Scores, in_order, to_inclusive
 from altopt.proposal_formats.safe_pickle import load_pickle
 
 OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron's and early detectron2's
@@ -29,8 +28,11 @@ def read_pickle(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
     if not isinstance(content, list):
         raise ArtifactError(f"{path} holds neither a list of arrays nor a dict with ids and boxes: see "
                             "altopt proposals import --help for what is read")
-    return ProposalFileReader(path, "a list of arrays, as py-faster-rcnn's", "inclusive-0",
-                    _listed(in_order(path, len(content), ids), content))
+    images = zip(in_order(path, len(content), ids), content, strict=True)
+    return ProposalFileReader(path, "a list of arrays, as py-faster-rcnn's", "inclusive-0", (
+        (image_id, array[:, :4], array[:, 4])
+        if isinstance(array, np.ndarray) and array.shape[1:] == (5,) else (image_id, array, None)
+        for image_id, array in images))
 
 
 def write_py_faster_rcnn(file: IO[bytes], images: Iterable[tuple[str, Boxes, Scores]]) -> None:
@@ -67,17 +69,6 @@ def _detectron2(path: Path, content: dict[str, object]) -> ProposalFileReader:
     if mode not in BOX_MODES:
         raise ArtifactError(f"{path} has bbox_mode {mode}: it must be 0 (x1 y1 x2 y2) or 1 (x y width height)")
     ids, boxes, scores = columns
+    names = (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in ids)
     return ProposalFileReader(path, "a dict with ids, as detectron2's", BOX_MODES[mode],
-                    zip(map(_id, ids), boxes, scores, strict=True))
-
-
-def _id(value: object) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _listed(ids: Sequence[str], arrays: Sequence[object]) -> Iterator[RawProposals]:
-    for image_id, values in zip(ids, arrays, strict=True):
-        if isinstance(values, np.ndarray) and values.shape[1:] == (5,):
-            yield image_id, values[:, :4], values[:, 4]
-        else:
-            yield image_id, values, None
+                              zip(names, boxes, scores, strict=True))

@@ -3,14 +3,14 @@
 Letters: K boxes of one image.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from altopt.evaluation.recall import proposal_recall
-from altopt.proposal_formats.box_formats import BoxFormat
-from altopt.proposal_formats.incoming import Boxes, Scores
+from altopt.proposal_formats.reader import Boxes, BoxFormat, Scores
 
 EDGE_PIXELS = 1.0  # what a box may stick out by, as rounding makes it
 TRIED_IMAGES = 100
@@ -32,12 +32,12 @@ class Plausibility:
 
     def __init__(self, box_format: BoxFormat) -> None:
         self.box_format = box_format
-        self.boxes = 0
-        self.empty = 0
-        self.unusable: dict[str, int] = {}
+        self.boxes = self.empty = 0
+        self.unusable: dict[str, int] = {}  # by rule
         self.first_unusable = ""
-        self.begin: dict[int, int] = {}
-        self.end: dict[int, int] = {}
+        # Boxes that begin at -1 or 0, and that end -1, 0 or 1 pixel beyond the image's edge.
+        self.begin: Counter[int] = Counter()
+        self.end: Counter[int] = Counter()
         self.least_begin = np.inf
         self.whole_numbers = True
         self._tried: list[tuple[Boxes, Boxes]] = []
@@ -46,15 +46,26 @@ class Plausibility:
         """Count the boxes [K, 4] of an image of this (width, height); return bool [K], which of them can be used."""
         limits = np.array(size, np.float32)
         start, end = boxes[:, :2], boxes[:, 2:]
-        rules = {
-            "not finite": ~np.isfinite(np.column_stack([boxes, scores])),
-            "ending before they begin": end < start,
-            "outside their image": (start < -EDGE_PIXELS) | (end > limits + EDGE_PIXELS),
-        }
-        for rule, broken in rules.items():
-            self._count_unusable(rule, broken, image_id, boxes, size)
-        usable = ~np.column_stack(list(rules.values())).any(axis=1)
-        self._count_edges(start[usable], (end - limits)[usable])
+        broken = {
+            "not finite": ~np.isfinite(np.column_stack([boxes, scores])).all(1),
+            "ending before they begin": (end < start).any(1),
+            "outside their image": ((start < -EDGE_PIXELS) | (end > limits + EDGE_PIXELS)).any(1),
+        }  # (K,) each
+        for rule, mask in broken.items():
+            if mask.any():
+                self.unusable[rule] = self.unusable.get(rule, 0) + int(mask.sum())
+                box = boxes[mask.argmax()]  # (4,)
+                wrapped = ", a negative number that went through uint16" if (box > WRAPPED).any() else ""
+                self.first_unusable = self.first_unusable or (
+                    f"({', '.join(f'{value:g}' for value in box)}{wrapped}) of image {image_id}, "
+                    f"{size[0]} x {size[1]} pixels")
+        usable = ~np.any(list(broken.values()), axis=0)
+        first, beyond = start[usable], (end - limits)[usable]
+        for place in (-1, 0, 1):
+            self.begin[place] += int((first == place).any(1).sum())
+            self.end[place] += int((beyond == place).any(1).sum())
+        self.least_begin = min(self.least_begin, first.min(initial=np.inf))
+        self.whole_numbers &= bool((first % 1 == 0).all() and (beyond % 1 == 0).all())
         self.boxes += len(boxes)
         self.empty += int((end == start).any(1).sum())
         return np.asarray(usable)
@@ -78,53 +89,30 @@ class Plausibility:
         counts = " and ".join(f"{count} {rule}" for rule, count in self.unusable.items())
         return f"of {self.boxes} boxes read as {self.box_format}, {counts}, first {self.first_unusable}"
 
-    def _count_unusable(self, rule: str, broken: NDArray[np.bool_], image_id: str, boxes: Boxes,
-                        size: tuple[int, int]) -> None:
-        rows = np.flatnonzero(broken.any(axis=1))
-        if not len(rows):
-            return
-        self.unusable[rule] = self.unusable.get(rule, 0) + len(rows)
-        if not self.first_unusable:
-            box = boxes[rows[0]]
-            wrapped = ", a negative number that went through uint16" if (box > WRAPPED).any() else ""
-            self.first_unusable = (f"({', '.join(f'{value:g}' for value in box)}{wrapped}) of image {image_id}, "
-                                   f"{size[0]} x {size[1]} pixels")
-
-    def _count_edges(self, start: Boxes, beyond: Boxes) -> None:
-        """Count boxes that begin at -1 or 0 and that end -1, 0 or 1 pixel beyond the image's edge."""
-        for place in (-1, 0):
-            self.begin[place] = self.begin.get(place, 0) + int((start == place).any(1).sum())
-        for place in (-1, 0, 1):
-            self.end[place] = self.end.get(place, 0) + int((beyond == place).any(1).sum())
-        self.least_begin = min(self.least_begin, start.min(initial=np.inf))
-        self.whole_numbers &= bool((start % 1 == 0).all() and (beyond % 1 == 0).all())
-
     def _counted_from(self) -> str:
-        """Say so when pixels look counted from another number, or edges meant the other way."""
         if self.box_format.endswith("inclusive-1"):
-            if zero := self.begin.get(-1, 0):
+            if zero := self.begin[-1]:
                 return f"{zero} boxes begin at pixel 0: they look counted from 0 (--box-format inclusive-0)"
             return ""
         if not self.whole_numbers or self.box_format == "xywh":
             return ""
-        out, last, before = (self.end.get(place, 0) for place in (1, 0, -1))
+        out, last, before = (self.end[place] for place in (1, 0, -1))
         if self.least_begin >= 1 and out:
             return (f"every x1 and y1 is at least 1 and {out} boxes end one pixel outside: they look counted from 1 "
                     "(--box-format inclusive-1)")
         if self.box_format == "xyxy" and self.least_begin >= 1 and last:
             return (f"every x1 and y1 is at least 1 though {last} boxes end at the image's edge: they look like "
                     "pixels counted from 1 (--box-format inclusive-1)")
-        if self.box_format == "xyxy" and self.begin.get(0, 0) and before and not last:
+        if self.box_format == "xyxy" and self.begin[0] and before and not last:
             return (f"{self.begin[0]} boxes begin at 0, {before} end one pixel before the image's edge, none at it: "
                     "they look like inclusive pixels (--box-format inclusive-0)")
         return ""
 
     def _other_reading(self) -> str:
-        """Say so when another reading of the same numbers covers clearly more objects."""
         as_read = self._recall(lambda boxes: boxes)
         for box_format, (words, reading) in READINGS.items():
             if box_format in ("xyxy", "xywh") and (box_format == "xyxy") != (self.box_format == "xywh"):
-                continue
+                continue  # that is how they are read already
             other = self._recall(reading)
             if other > as_read + BETTER:
                 option = "inclusive-1" if box_format == self.box_format else box_format
@@ -135,6 +123,6 @@ class Plausibility:
     def _recall(self, reading: Reading) -> float:
         if not self._tried:
             return 0.0
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # boxes that are not finite are among those tried
             pairs = [(objects, reading(boxes)) for objects, boxes in self._tried]
             return proposal_recall(pairs, (LIMIT,)).average(LIMIT)

@@ -36,7 +36,11 @@ class _Dtype:
     def read(self, raw: object, shape: tuple[int, ...]) -> NDArray[np.generic]:
         if self.code in (None, "O"):
             raise ValueError("an array of neither numbers nor texts")
-        return np.frombuffer(_bytes(raw), np.dtype(self.code), count=math.prod(shape))
+        if not isinstance(raw, str | bytes | bytearray | pickle.PickleBuffer):
+            raise ValueError(f"a {type(raw).__name__} in place of bytes")
+        # Python 2 wrote raw bytes as its str, which arrives as latin1 text.
+        content = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+        return np.frombuffer(content, np.dtype(self.code), count=math.prod(shape))
 
 
 class _Array:
@@ -81,14 +85,6 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    return b""
-
-
-def _whole(value: int) -> int:
-    return int(value)
-
-
 class _Named:
     """What the pickle gets for a name: it can be called, and has nothing that the pickle could change."""
 
@@ -114,9 +110,9 @@ ADMITTED: dict[str, Callable[..., object]] = {
     "numpy dtype": _Dtype,
     "_codecs encode": _encode,
     "collections OrderedDict": dict,
-    "__builtin__ bytes": _no_bytes,  # how old protocols spell b""
-    "builtins bytes": _no_bytes,
-    "detectron2.structures.boxes BoxMode": _whole,
+    "__builtin__ bytes": lambda: b"",  # how old protocols spell it; called with a size, bytes would fill the memory
+    "builtins bytes": lambda: b"",
+    "detectron2.structures.boxes BoxMode": lambda value: int(value),
 }
 
 
@@ -126,7 +122,6 @@ class _ForbiddenError(Exception):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> _Named:
-        """Return the stand-in for an admitted name."""
         if f"{module} {name}" not in ADMITTED:
             raise _ForbiddenError(f"{module}.{name}")
         return _Named(ADMITTED[f"{module} {name}"])
@@ -149,43 +144,27 @@ def load_pickle(path: Path) -> object:
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can lead to any
-        raise ArtifactError(f"{path} is not a pickle of arrays, or is damaged ({_line(error)}): {REMEDY}") from error
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ArtifactError(f"{path} is not a pickle of arrays, or is damaged ({cause}): {REMEDY}") from error
 
 
 def _plain(value: object, depth: int, known: dict[int, object]) -> object:
-    """Return the value with arrays and numbers in place of their stand-ins; what occurs twice is made once."""
+    """Return the value with arrays and numbers in place of their stand-ins."""
     if depth == 0:
         raise ValueError(f"containers more than {DEPTH} deep")
     if value is None or isinstance(value, str | bytes | int | float):
         return value
-    if id(value) not in known:
-        known[id(value)] = _made(value, depth - 1, known)
+    if id(value) not in known:  # what occurs twice is made once: nested lists could else grow without end
+        made = value.read() if isinstance(value, _Array | _Scalar) else value
+        if isinstance(made, dict):
+            made = {_plain(key, depth - 1, known): _plain(each, depth - 1, known) for key, each in made.items()}
+        elif isinstance(made, list | tuple):
+            made = [_plain(each, depth - 1, known) for each in made]
+        elif made is value:
+            raise ValueError(f"a {type(value).__name__.strip('_').lower()} in place of numbers")
+        known[id(value)] = made
     return known[id(value)]
-
-
-def _made(value: object, depth: int, known: dict[int, object]) -> object:
-    if isinstance(value, _Array):
-        read = value.read()
-        return _plain(read, depth, known) if isinstance(read, list) else read
-    if isinstance(value, _Scalar):
-        return value.read()
-    if isinstance(value, dict):
-        return {_plain(key, depth, known): _plain(each, depth, known) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each, depth, known) for each in value]
-    raise ValueError(f"a {type(value).__name__.strip('_').lower()} in place of numbers")
 
 
 def _text(value: object) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
-
-
-def _bytes(value: object) -> bytes:
-    """Return raw bytes; Python 2 wrote them as its str, which arrives as latin1 text."""
-    if not isinstance(value, str | bytes | bytearray | pickle.PickleBuffer):
-        raise ValueError(f"a {type(value).__name__} in place of bytes")
-    return value.encode("latin1") if isinstance(value, str) else bytes(value)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

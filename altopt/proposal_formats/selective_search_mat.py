@@ -9,16 +9,13 @@ MATLAB's version 7.3 is HDF5 and read image by image; older ones need scipy, whi
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from altopt.errors import ArtifactError, UsageError
-from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals, in_order
-
-if TYPE_CHECKING:
-    import h5py
+from altopt.proposal_formats.reader import ProposalFileReader, RawProposals, in_order
 
 ONE = "a selective-search .mat of one image"
 WHOLE = "a selective-search .mat of a whole split"
@@ -36,16 +33,16 @@ def read_mat(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
         if not files:
             raise ArtifactError(f"{path} holds no .mat file: name the folder that has one for each image")
         return ProposalFileReader(path, f"{ONE} each", "inclusive-0", map(_one_image, files))
-    if _is_hdf5(path):
+    if h5py.is_hdf5(path):
         return _version_73(path, ids)
     content = _version_5(path)
     if content["boxes"].dtype != object:
         return ProposalFileReader(path, ONE, "inclusive-0", [_raw(path, content)])
     cells = content["boxes"].ravel()
-    names = [_name(each) for each in content["images"].ravel()] if "images" in content else None
+    names = [_text(cell) for cell in content["images"].ravel()] if "images" in content else None
     scores = content["scores"].ravel() if "scores" in content else [None] * len(cells)
     return ProposalFileReader(path, WHOLE, "yxyx-inclusive-1",
-                    zip(_ids(path, len(cells), names, ids), cells, scores, strict=True))
+                              zip(_ids(path, len(cells), names, ids), cells, scores, strict=True))
 
 
 def _ids(path: Path, count: int, names: list[str] | None, ids: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,7 +54,7 @@ def _ids(path: Path, count: int, names: list[str] | None, ids: tuple[str, ...]) 
 
 
 def _one_image(path: Path) -> RawProposals:
-    if _is_hdf5(path):
+    if h5py.is_hdf5(path):
         with _opened(path) as file:
             return _raw_of_73(path, file)
     return _raw(path, _version_5(path))
@@ -87,17 +84,10 @@ def _version_5(path: Path) -> dict[str, NDArray[np.generic]]:
     return {name: content[name] for name in NAMES if name in content}
 
 
-def _name(cell: object) -> str:
-    """Return the text in a cell, however many cells it is wrapped in."""
-    while isinstance(cell, np.ndarray) and cell.size:
+def _text(cell: object) -> str:
+    while isinstance(cell, np.ndarray) and cell.size:  # a cell in a cell, as saving from a program nests them
         cell = cell.ravel()[0]
     return str(cell)
-
-
-def _is_hdf5(path: Path) -> bool:
-    import h5py
-
-    return bool(h5py.is_hdf5(path))
 
 
 def _version_73(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
@@ -105,12 +95,15 @@ def _version_73(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
         boxes = _variable(path, file, "boxes")
         if boxes.dtype.kind != "O":
             return ProposalFileReader(path, ONE, "inclusive-0", [_raw_of_73(path, file)])
-        names = [_characters(path, file[each]) for each in _cells(path, file, "images")] if "images" in file else None
+        names = None
+        if "images" in file:  # a text is stored as the numbers of its characters
+            cells = [_plain(path, file[cell])[()] for cell in _cells(path, file, "images")]
+            names = ["".join(map(chr, cell.ravel().tolist())) for cell in cells]
         own = _ids(path, boxes.size, names, ids)
         return ProposalFileReader(path, WHOLE, "yxyx-inclusive-1", _cells_of_73(path, own))
 
 
-def _raw_of_73(path: Path, file: "h5py.File") -> RawProposals:
+def _raw_of_73(path: Path, file: h5py.File) -> RawProposals:
     names = ["boxes", *({"scores"} & file.keys())]
     return _raw(path, {name: _matrix(path, _variable(path, file, name)) for name in names})
 
@@ -119,14 +112,12 @@ def _cells_of_73(path: Path, ids: tuple[str, ...]) -> Iterator[RawProposals]:
     with _opened(path) as file:
         scores = _cells(path, file, "scores") if "scores" in file else [None] * len(ids)
         for image_id, box_cell, score_cell in zip(ids, _cells(path, file, "boxes"), scores, strict=True):
-            yield (image_id, _matrix(path, file[box_cell]),
-                   None if score_cell is None else _matrix(path, file[score_cell]))
+            raw_scores = None if score_cell is None else _matrix(path, file[score_cell])
+            yield image_id, _matrix(path, file[box_cell]), raw_scores
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator["h5py.File"]:
-    import h5py
-
+def _opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file
@@ -134,35 +125,28 @@ def _opened(path: Path) -> Iterator["h5py.File"]:
         raise ArtifactError(f"{path} is damaged ({' '.join(str(error).split())}): {REMEDY}") from error
 
 
-def _variable(path: Path, file: "h5py.File", name: str) -> "h5py.Dataset":
-    import h5py
-
+def _variable(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
     if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
         raise _without_boxes(path)
     return _plain(path, file[name])
 
 
-def _cells(path: Path, file: "h5py.File", name: str) -> "NDArray[np.object_]":
-    """Return the references of a cell array in MATLAB's order, which is that of HDF5 with its axes the other way."""
+def _cells(path: Path, file: h5py.File, name: str) -> NDArray[np.object_]:
+    # MATLAB goes down the columns; HDF5 stores its axes the other way, so that here rows give MATLAB's order.
     references: NDArray[np.object_] = _variable(path, file, name)[()].ravel()
     return references
 
 
-def _plain(path: Path, dataset: "h5py.Dataset") -> "h5py.Dataset":
-    """Refuse a data set whose values lie in other files."""
+def _plain(path: Path, dataset: h5py.Dataset) -> h5py.Dataset:
+    # What comes from elsewhere must not make us read other files.
     if dataset.external or dataset.is_virtual:
         raise ArtifactError(f"{path}: {dataset.name} lies in another file: {REMEDY}")
     return dataset
 
 
-def _matrix(path: Path, dataset: "h5py.Dataset") -> NDArray[np.generic]:
-    """Return a matrix as MATLAB shows it; an empty one is stored as its extents."""
+def _matrix(path: Path, dataset: h5py.Dataset) -> NDArray[np.generic]:
     values = _plain(path, dataset)[()]
-    return np.empty((0, 4)) if "MATLAB_empty" in dataset.attrs else values.T
-
-
-def _characters(path: Path, dataset: "h5py.Dataset") -> str:
-    return "".join(map(chr, _plain(path, dataset)[()].ravel().tolist()))
+    return np.empty((0, 4)) if "MATLAB_empty" in dataset.attrs else values.T  # an empty one is stored as its extents
 
 
 def _without_boxes(path: Path) -> ArtifactError:

@@ -45,11 +45,15 @@ def compare_gradients(module: JointTraining, batches: Iterable[Batch]) -> list[C
         for total, found in zip(sums, _gradients(module, batch, [each for _, each in owners]), strict=True):
             total += found
     rows = []
-    for with_rpn in (False, True):
+    for losses in (DETECTOR, (*RPN, *DETECTOR)):
         for block in [*blocks, ALL_BLOCKS]:
-            gradients = torch.cat([total for (owner, _), total in zip(owners, sums, strict=True)
-                                   if block in (owner, ALL_BLOCKS)], dim=1)  # (3, parameters of the block)
-            rows.append(_comparison(block, gradients, with_rpn))
+            approximate, exact, of_rpn = torch.cat([total for (owner, _), total in zip(owners, sums, strict=True)
+                                                    if block in (owner, ALL_BLOCKS)], dim=1)  # (parameters,) each
+            if losses != DETECTOR:
+                approximate, exact = approximate + of_rpn, exact + of_rpn
+            norms = approximate.norm().item(), exact.norm().item()
+            cosine = (approximate @ exact).item() / (norms[0] * norms[1]) if all(norms) else None
+            rows.append(Comparison(block, losses, cosine, norms[1] / norms[0] if norms[0] else None))
     return rows
 
 
@@ -58,19 +62,8 @@ def _gradients(module: JointTraining, batch: Batch, parameters: Sequence[Tensor]
     found = []
     for share, losses in ((0.0, DETECTOR), (1.0, DETECTOR), (0.0, RPN)):
         values = module.losses(batch, share)
-        found.append(torch.autograd.grad(
-            torch.stack([values[name].total / max(values[name].count, 1) for name in losses]).sum(),
-            list(parameters), materialize_grads=True,
-            allow_unused=True))
+        total = torch.stack([values[name].total / max(values[name].count, 1) for name in losses]).sum()
+        # A layer that some loss does not reach has the gradient 0 of it.
+        found.append(torch.autograd.grad(total, list(parameters), materialize_grads=True, allow_unused=True))
+    # In double precision on the CPU: the cosine is of long vectors that differ little.
     return [torch.stack([each.flatten() for each in of_one]).cpu().double() for of_one in zip(*found, strict=True)]
-
-
-def _comparison(block: str, gradients: Tensor, with_rpn: bool) -> Comparison:
-    constant, differentiable, own = gradients
-    approximate, exact = (constant + own, differentiable + own) if with_rpn else (constant, differentiable)
-    norms = approximate.norm().item(), exact.norm().item()
-    return Comparison(
-        block, (*RPN, *DETECTOR) if with_rpn else DETECTOR,
-        (approximate @ exact).item() / (norms[0] * norms[1]) if all(norms) else None,
-        norms[1] / norms[0] if norms[0] else None,
-    )

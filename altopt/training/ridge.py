@@ -19,8 +19,8 @@ def whitening(targets: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     mean = targets.mean(dim=0)
     centred = targets - mean
-    variances, axes = torch.linalg.eigh(centred.T @ centred / len(targets))
-    spread = (variances.clamp(min=0) + floor).sqrt()
+    variances, axes = torch.linalg.eigh(centred.T @ centred / len(targets))  # (4,), (4, 4)
+    spread = (variances.clamp(min=0) + floor).sqrt()  # rounding can bring a variance of 0 below it
     return mean, axes / spread @ axes.T, axes * spread @ axes.T
 
 
@@ -33,38 +33,34 @@ def fit_box_ridge(blocks: Blocks, targets: Tensor, penalty: float, floor: float)
     """
     mean, whiten, restore = whitening(targets.double(), floor)
     wanted = (targets.double() - mean) @ whiten
-    width = next(iter(blocks())).shape[1]
-    solve = _dual if len(targets) <= width else _primal
-    solution = solve(blocks, wanted, penalty) @ restore  # (E + 1, 4)
+    width = next(iter(blocks())).shape[1] + 1
+    dual = len(targets) < width  # whichever system is the smaller
+    solution = _dual(blocks, wanted, penalty) if dual else _primal(blocks, wanted, penalty, width)
+    solution = solution @ restore  # (E + 1, 4)
     return solution[:-1].T.float().contiguous(), (solution[-1] + mean).float()
 
 
-def _primal(blocks: Blocks, wanted: Tensor, penalty: float) -> Tensor:
-    """Solve (X'X + penalty) w = X'y, adding up block after block."""
-    products: Tensor | None = None
-    right: Tensor | None = None
+def _primal(blocks: Blocks, wanted: Tensor, penalty: float, width: int) -> Tensor:
+    """Solve (X'X + penalty) w = X'y."""
+    products, right = wanted.new_zeros(width, width), wanted.new_zeros(width, 4)
     row = 0
-    for block in blocks():
-        x = _with_constant(block)
-        part = x.T @ wanted[row : row + len(x)]
-        products = x.T @ x if products is None else products.addmm_(x.T, x)
-        right = part if right is None else right.add_(part)
+    for block in blocks():  # added up block by block: X itself may be larger than the memory
+        x = _with_constant(block)  # (., E + 1)
+        products.addmm_(x.T, x)
+        right.addmm_(x.T, wanted[row : row + len(x)])
         row += len(x)
-    assert products is not None
-    assert right is not None
     return _solve(products, right, penalty)
 
 
 def _dual(blocks: Blocks, wanted: Tensor, penalty: float) -> Tensor:
     """Solve (XX' + penalty) a = y; then w = X'a."""
-    x = torch.cat([_with_constant(block) for block in blocks()])
+    x = torch.cat([_with_constant(block) for block in blocks()])  # (N, E + 1)
     return x.T @ _solve(x @ x.T, wanted, penalty)
 
 
 def _solve(products: Tensor, right: Tensor, penalty: float) -> Tensor:
     products.diagonal().add_(penalty)
-    solution: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(products))
-    return solution
+    return torch.cholesky_solve(right, torch.linalg.cholesky(products))
 
 
 def _with_constant(block: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from altopt.config import SVMSettings
 from altopt.errors import UsageError
 
-Floats = NDArray[np.floating[Any]]
+Floats = NDArray[np.floating]
 
 
 class MinedSVM:
@@ -28,7 +28,7 @@ class MinedSVM:
         self.rule, self.seed = rule, seed
         self.positives = positives
         self.negatives: Floats = positives[:0]
-        self.weights: NDArray[np.float32] | None = None
+        self.weights: Floats | None = None  # (D,)
         self.bias = 0.0
         self.trainings = self.unconverged = 0
         self._new: list[Floats] = []
@@ -37,8 +37,7 @@ class MinedSVM:
     def scores(self, features: Floats) -> Floats:
         """Return the scores [R] of features [R, D]; only after the first training."""
         assert self.weights is not None
-        scores: Floats = features @ self.weights + self.bias
-        return scores
+        return np.asarray(features @ self.weights + self.bias)  # (R,)
 
     def see(self, features: Floats, scores: Floats) -> None:
         """Take in an image's negatives [R, D]: all of the first, and of later ones those whose scores [R] are high.
@@ -49,7 +48,7 @@ class MinedSVM:
             return
         first = self.weights is None
         hard = features if first else features[scores > self.rule.hard_score]
-        self._new.append(hard.copy())
+        self._new.append(hard.copy())  # a view would keep all of the image's features in memory
         self._added += len(hard)
         if first or self._added > self.rule.retrain_after:
             self.train()
@@ -60,8 +59,8 @@ class MinedSVM:
         self._new, self._added = [], 0
         if not len(self.positives) or not len(self.negatives):
             return
-        rows = np.concatenate([self.positives, self.negatives])
-        labels = np.repeat([1, -1], [len(self.positives), len(self.negatives)])
+        rows = np.concatenate([self.positives, self.negatives])  # (N, D)
+        labels = np.repeat([1, -1], [len(self.positives), len(self.negatives)])  # (N,)
         self.weights, self.bias, converged = fit(rows, labels, self.rule, self.seed)
         self.trainings += 1
         self.unconverged += not converged
@@ -89,8 +88,7 @@ def require_solver() -> tuple[Any, type[Warning]]:
     return LinearSVC, ConvergenceWarning
 
 
-def fit(rows: Floats, labels: NDArray[np.integer[Any]], rule: SVMSettings,
-        seed: int) -> tuple[NDArray[np.float32], float, bool]:
+def fit(rows: Floats, labels: NDArray[np.integer], rule: SVMSettings, seed: int) -> tuple[Floats, float, bool]:
     """Return weights float32 [D], bias, and whether the solver converged, for ``labels`` [N] of 1 and -1.
 
     Minimises |w|^2 / 2 + C * (hinge losses, those of positives times their weight), the bias being the weight of one
@@ -102,10 +100,10 @@ def fit(rows: Floats, labels: NDArray[np.integer[Any]], rule: SVMSettings,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         solver.fit(rows, labels)
-    for each in caught:
-        if not issubclass(each.category, not_converged):
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    converged = not any(issubclass(each.category, not_converged) for each in caught)
+    others = [each for each in caught if not issubclass(each.category, not_converged)]
+    for each in others:  # only the one that is an answer is kept from the user
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    converged = len(others) == len(caught)
     return solver.coef_[0].astype(np.float32), float(solver.intercept_[0]), converged
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from stages.pipeline.plan import duration
 
 if TYPE_CHECKING:
-    from altopt.evaluation.undefined import ScoreDict
+    from altopt.evaluation.measures import ScoreDict
     from stages.pipeline.evaluation import ProposalRecall, Summary
     from stages.pipeline.probing import Probe
 

@@ -9,10 +9,9 @@ from typing import TypedDict, cast
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.detections import read_detections
-from altopt.evaluation.ground_truth import counted
+from altopt.evaluation.measures import ScoreDict
 from altopt.evaluation.recall import LIMITS, RecallDict, proposal_recall
 from altopt.evaluation.scoring import Protocol, score
-from altopt.evaluation.undefined import ScoreDict
 from cache.files import write_text_atomic
 from cache.proposals import ProposalFile
 from cache.records import renamed
@@ -154,7 +153,7 @@ def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool =
 def _recall(run: Run, path: Path, limits: Sequence[int]) -> ProposalRecall:
     dataset = open_dataset(run.recipe.data, "train", run.runtime.data_root)
     with ProposalFile(path) as file:
-        pairs = ((objects.boxes[counted(objects)], file.get(id)[0])
+        pairs = ((objects.usable().boxes, file.get(id)[0])
                  for id in dataset.ids for objects in (dataset.objects(id),))
         result = proposal_recall(pairs, tuple(limits))
     return {"proposals": path.name, "split": dataset.name, **result.as_dict()}

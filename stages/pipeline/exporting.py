@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import IO
 
 from altopt.errors import ArtifactError, UsageError
-from altopt.proposal_formats.incoming import Boxes, Scores
 from altopt.proposal_formats.json_files import write_json
 from altopt.proposal_formats.pickles import write_detectron2, write_py_faster_rcnn
+from altopt.proposal_formats.reader import Boxes, Scores
 from cache.files import atomic_path
 from cache.proposals import ProposalFile
 from stages.pipeline.importing import open_split

@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 from altopt.datasets.dataset import IMAGE_SUFFIXES, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
-from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import LIMITS, proposal_recall
-from altopt.proposal_formats.box_formats import BOX_FORMATS, BoxFormat
-from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals
 from altopt.proposal_formats.json_files import read_json
 from altopt.proposal_formats.pickles import read_pickle
 from altopt.proposal_formats.plausibility import Plausibility
+from altopt.proposal_formats.reader import BOX_FORMATS, BoxFormat, ProposalFileReader, RawProposals
 from altopt.proposal_formats.selective_search_mat import read_mat
 from cache.files import digest_files, sha256_file
 from cache.proposals import ProposalFile, ProposalWriter
@@ -160,7 +158,7 @@ class ProposalImporter:
 
     def _objects(self, image_id: str) -> NDArray[np.float32]:
         objects = self.dataset.objects(image_id)
-        return objects.boxes[counted(objects)]
+        return objects.usable().boxes
 
     def remarks(self) -> list[str]:
         """Return what looks wrong with the file, a sentence each."""

@@ -16,7 +16,6 @@ from altopt.datasets.dataset import DataConfig, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError
 from altopt.evaluation.detections import Detections, to_coco_results
-from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import proposal_recall
 from altopt.machine.distributed import SingleProcess
 from altopt.machine.randomness import generator
@@ -171,7 +170,7 @@ def write_detections(inference: Inference, groups: Sequence[list[str]], read: Ca
         for each in made:
             found[each.id] = each.detections
             objects = dataset.objects(each.id)
-            covered.append((objects.boxes[counted(objects)], each.proposals))
+            covered.append((objects.usable().boxes, each.proposals))
         seconds += took
     if not inference.runtime.ranks.first:
         return {}

@@ -67,7 +67,7 @@ def _propose_on_split(out: Path, config: SelectiveSearch, runtime: Runtime) -> F
 
     from altopt.datasets.opening import open_dataset
     from altopt.datasets.selective_search import require_opencv
-    from altopt.proposal_formats.incoming import rank_scores
+    from altopt.proposal_formats.reader import rank_scores
     from cache.files import canonical_json
     from cache.journal import Journal
     from cache.proposals import ProposalWriter

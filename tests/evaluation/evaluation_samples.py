@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from altopt.datasets.dataset import Objects
 from altopt.evaluation.detections import Detections
-from altopt.evaluation.ground_truth import ImageObjects
 
 Box = Sequence[float]
 Boxes = Sequence[Box] | np.ndarray
@@ -20,10 +20,10 @@ def objects(
     difficult: Sequence[int] = (),
     crowd: Sequence[int] = (),
     areas: Sequence[float] | None = None,
-) -> ImageObjects:
+) -> Objects:
     """Objects of label 0 unless told; ``difficult`` and ``crowd`` list the indices of such objects."""
     indices = np.arange(len(boxes))
-    return ImageObjects(
+    return Objects(
         boxes=np.array(boxes, np.float64).reshape(-1, 4),
         labels=np.array([0] * len(boxes) if labels is None else labels, np.int64),
         difficult=np.isin(indices, difficult),
@@ -46,7 +46,7 @@ def random_boxes(random: np.random.Generator, count: int, side: int = 12) -> lis
     return np.hstack([corners, corners + random.integers(1, side, (count, 2))]).tolist()
 
 
-def random_samples(seed: int, images: int, classes: int) -> tuple[dict[str, ImageObjects], dict[str, Detections]]:
+def random_samples(seed: int, images: int, classes: int) -> tuple[dict[str, Objects], dict[str, Detections]]:
     """Images with 0 to 4 objects and 0 to 8 detections, coarse scores, some objects difficult."""
     random = np.random.default_rng(seed)
     truth, found = {}, {}

@@ -5,7 +5,7 @@ import pytest
 from evaluation_samples import objects, write_json
 
 from altopt.errors import DataError
-from altopt.evaluation.ground_truth import counted, read_ground_truth
+from altopt.evaluation.ground_truth import read_ground_truth
 
 BOX = {"image_id": 9, "category_id": 90, "bbox": [1, 2, 3, 4]}
 
@@ -50,8 +50,8 @@ def test_flags(tmp_path, flags, difficult, crowd):
 
 
 def test_what_counts():
-    assert counted(objects([[0, 0, 1, 1]] * 4, difficult=[0, 1], crowd=[1, 2])).tolist() == [False, False, False, True]
-    assert counted(objects([])).dtype == np.bool_
+    assert objects([[0, 0, 1, 1]] * 4, difficult=[0, 1], crowd=[1, 2]).counted.tolist() == [False, False, False, True]
+    assert objects([]).counted.dtype == np.bool_
 
 
 def test_nothing_annotated(tmp_path):

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from evaluation_samples import detections, objects, write_json
 
-from altopt.evaluation.average_precision import area_under_envelope, eleven_points
 from altopt.evaluation.scoring import score_files
-from altopt.evaluation.voc import score_voc
+from altopt.evaluation.voc import area_under_envelope, eleven_points, score_voc
 
 pytestmark = pytest.mark.skipif("ALTOPT_DATA" not in os.environ, reason="ALTOPT_DATA is not set")
 FOLDER = Path(os.environ.get("ALTOPT_DATA", ".")) / "evalcases"
@@ -58,6 +57,10 @@ def rows(case, part, xywh, fields):
     ]
 
 
+def listed(curve):
+    return [None if np.isnan(value) else value for value in curve.tolist()]
+
+
 def same(curve, published):
     """Whether a curve is the published one; null stands for a curve without any defined value."""
     if published is None:
@@ -78,11 +81,11 @@ def test_chainercv_precision_and_recall(name, strict, plus_one, tmp_path):
     case = load(name)
     (expected,) = case["expected"]
     options = {"iou": expected["iou_threshold"], "strict": strict, "plus_one": plus_one}
-    score = score_case(case, tmp_path, "voc07", **options).as_dict(curves=True)
+    score = score_case(case, tmp_path, "voc07", **options)
     for index, label in enumerate(case["classes"]):
-        curves = score["classes"][str(label)]
-        assert same(curves["precision"], expected["precision"][index])
-        assert same(curves["recall"], expected["recall"][index])
+        curves = score.classes[str(label)]
+        assert same(listed(curves.precision), expected["precision"][index])
+        assert same(listed(curves.recall), expected["recall"][index])
 
 
 @conventions[0]

@@ -9,7 +9,7 @@ from evaluation_samples import detections, objects, random_samples, slow_iou
 
 from altopt.errors import DataError
 from altopt.evaluation.detections import Detections
-from altopt.evaluation.voc import VocRules, score_voc
+from altopt.evaluation.voc import VocRules, VocScore, area_under_envelope, eleven_points, score_voc
 
 SQUARE = [0, 0, 10, 10]
 HALF = [0, 0, 10, 5]  # IoU with SQUARE is exactly 0.5
@@ -155,10 +155,11 @@ def test_rounding_is_that_of_a_printed_number(score):
 
 
 def test_result_states_its_convention():
-    assert VocRules().in_words() == "11-point, IoU > 0.5, difficult ignored"
-    words = VocRules("voc10", 0.7, strict=False, plus_one=True, devkit_rounding=True).in_words()
-    assert words == ("area under the envelope, IoU >= 0.7, difficult ignored, inclusive pixels (+1), "
-                     "scores rounded to 3 decimals and coordinates to 1")
+    assert VocScore(VocRules(), {}).convention == "11-point, IoU > 0.5, difficult ignored"
+    rules = VocRules("voc10", 0.7, strict=False, plus_one=True, devkit_rounding=True)
+    assert VocScore(rules, {}).convention == (
+        "area under the envelope, IoU >= 0.7, difficult ignored, inclusive pixels (+1), "
+        "scores rounded to 3 decimals and coordinates to 1")
 
 
 def test_result_as_json():
@@ -262,3 +263,54 @@ def test_only_the_order_of_scores_matters():
     truth, found = random_samples(3, images=20, classes=1)
     squared = {name: detections(one.boxes, one.scores.astype(float) ** 3) for name, one in found.items()}
     assert score_voc(truth, squared, ["a"]).map == score_voc(truth, found, ["a"]).map
+
+
+def curves(hits, positives):
+    trues = np.cumsum(hits)
+    return trues / np.arange(1, len(hits) + 1), trues, trues / positives
+
+
+def test_eleven_points_by_hand():
+    precision, trues, _ = curves([0, 1, 0], 2)  # recall 0.5 at precision 1/2: levels 0 to 0.5 have it
+    assert eleven_points(precision, trues, 2) == pytest.approx(6 * 0.5 / 11)
+
+
+def test_area_by_hand():
+    precision, _, recall = curves([0, 1, 0], 2)
+    assert area_under_envelope(precision, recall) == 0.25
+
+
+def test_envelope_looks_ahead():
+    precision, trues, recall = curves([1, 0, 0, 1, 1, 1], 4)  # 1, 1/2, 1/3, 2/4, 3/5, 4/6
+    assert area_under_envelope(precision, recall) == pytest.approx(1 / 4 + 3 / 4 * 4 / 6)
+    assert eleven_points(precision, trues, 4) == pytest.approx((3 * 1 + 8 * 4 / 6) / 11)  # levels 0, 0.1, 0.2 | 0.3 on
+
+
+@pytest.mark.parametrize("tenths", range(1, 11))
+def test_a_recall_that_equals_a_level_reaches_it(tenths):
+    precision, trues, _ = curves([1] * tenths, 10)
+    assert eleven_points(precision, trues, 10) == pytest.approx((tenths + 1) / 11)
+
+
+def test_levels_written_with_arange_would_miss_three_tenths():
+    assert (np.arange(0, 1.1, 0.1) <= 3 / 10).sum() == 3
+    precision, trues, _ = curves([1, 1, 1], 10)
+    assert eleven_points(precision, trues, 10) == pytest.approx(4 / 11)
+
+
+def test_undefined_precision_counts_as_none():
+    precision, trues, recall = np.array([math.nan, 1.0]), np.array([0, 1]), np.array([0.0, 1.0])
+    assert area_under_envelope(precision, recall) == 1
+    assert eleven_points(precision, trues, 1) == 1
+
+
+def test_no_detections():
+    nothing = np.empty(0)
+    assert area_under_envelope(nothing, nothing) == 0
+    assert eleven_points(nothing, np.empty(0, np.int64), 5) == 0
+
+
+def test_a_perfect_ranking_scores_one():
+    precision, trues, recall = curves([1] * 7 + [0] * 5, 7)
+    assert eleven_points(precision, trues, 7) == pytest.approx(1)
+    assert area_under_envelope(precision, recall) == pytest.approx(1)

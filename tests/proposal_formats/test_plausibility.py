@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from altopt.proposal_formats.box_formats import to_continuous
 from altopt.proposal_formats.plausibility import Plausibility
+from altopt.proposal_formats.reader import to_continuous
 
 SIZE = (100, 60)
 OBJECTS = np.array([[10, 20, 70, 50], [0, 0, 100, 10]], np.float32)

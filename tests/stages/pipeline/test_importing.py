@@ -12,7 +12,6 @@ import cli
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
-from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import proposal_recall
 from cache.proposals import ProposalFile
 from stages.pipeline.exporting import export_proposals
@@ -257,7 +256,7 @@ def test_recall_of_boxes_that_fast_rcnn_ships():
     dataset = open_dataset(config, "train", root / "voc07-mini")
     (name, boxes, _), = read_proposals(root / "proposals" / "001551_boxes.mat", dataset.ids)
     objects = dataset.objects(name)
-    scaled = objects.boxes[counted(objects)] * np.tile(np.divide((500, 375), dataset.size(name)), 2)
+    scaled = objects.usable().boxes * np.tile(np.divide((500, 375), dataset.size(name)), 2)
     recall, swapped = (proposal_recall([(scaled, each)], (5000,)) for each in (boxes, boxes[:, [1, 0, 3, 2]]))
     print(f"{name}: recall {recall.at(5000)[0]:.3f}, average {recall.average(5000):.3f} of {len(scaled)} objects; "
           f"with x and y exchanged {swapped.average(5000):.3f}")
@@ -287,7 +286,7 @@ def test_commands(altopt, workplace):
 
 
 def test_help_of_import_lists_the_frames(altopt):
-    from altopt.proposal_formats.box_formats import BOX_FORMATS
+    from altopt.proposal_formats.reader import BOX_FORMATS
 
     assert tuple(BOX_FORMATS) == cli.BOX_FORMATS
     text = altopt("proposals", "import", "--help").out

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from evaluation_samples import random_boxes, slow_iou
 
-from altopt.evaluation.iou import box_areas, box_iou
+from altopt.evaluation.measures import box_areas, box_iou
 
 
 def test_examples():
