@@ -508,8 +508,9 @@ def run() -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run a command and return its exit code; unexpected exceptions keep their traceback."""
     from altopt.errors import AltoptError
-    from altopt.machine.distributed import OtherRankError, join_processes
+    from altopt.machine.distributed import OtherRankError
     from altopt.machine.interruption import Terminated, raise_on_sigterm
+    from altopt.machine.joining import join_processes
 
     raise_on_sigterm()
     try:

@@ -34,7 +34,7 @@ def in_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 
 def _rank(results: Any, rank: int, count: int, port: int, function: Callable[..., Any], arguments: Any) -> None:
-    from altopt.machine.distributed import join_processes
+    from altopt.machine.joining import join_processes
 
     os.environ.update(LOOPBACK | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})

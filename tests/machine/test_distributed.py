@@ -7,7 +7,8 @@ from torch import nn
 
 from altopt.batches.local_batches import LocalBatches
 from altopt.errors import DataError
-from altopt.machine.distributed import OtherRankError, SingleProcess, join_processes
+from altopt.machine.distributed import OtherRankError, SingleProcess
+from altopt.machine.joining import join_processes
 
 
 def exchanged(ranks):
