@@ -7,8 +7,8 @@ What torchrun ends by itself was measured with workers that only exchange number
 | a rank, SIGKILL | ends the others in 0.3 s | - |
 | its own launcher, SIGTERM | passes it on | - |
 | its own launcher, SIGKILL | nothing in 75 s | 1 s, and 5 of grace |
-| a rank, SIGSTOP | nothing in 75 s | 30 s, and 5 of grace; torchrun kills the stopped one 30 s later |
-| a rank of another machine, while rank 0 works alone | nothing in 75 s | the next exchange |
+| a rank, SIGSTOP | not tried by itself | 30 s, and 5 of grace; torchrun kills the stopped one 30 s later |
+| a rank of another machine, while rank 0 works alone | nothing in 75 s | not tried |
 | another machine falls silent | nothing in 75 s | 30 s, and 5 of grace |
 """
 
