@@ -1,8 +1,8 @@
-"""Proposals of one's own: a file of any known format, looked at and measured, becomes a given artifact of a run."""
+"""Proposals of one's own in, a run's out: files of any known format, looked at and measured on the way in."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,12 @@ from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.ground_truth import counted
 from altopt.evaluation.recall import LIMITS, proposal_recall
 from altopt.proposal_formats.box_formats import BOX_FORMATS, BoxFormat
-from altopt.proposal_formats.incoming import ProposalFileReader, RawProposals
-from altopt.proposal_formats.json_files import read_json
-from altopt.proposal_formats.pickles import read_pickle
+from altopt.proposal_formats.incoming import Boxes, ProposalFileReader, RawProposals, Scores
+from altopt.proposal_formats.json_files import read_json, write_json
+from altopt.proposal_formats.pickles import read_pickle, write_detectron2, write_py_faster_rcnn
 from altopt.proposal_formats.plausibility import Plausibility
 from altopt.proposal_formats.selective_search_mat import read_mat
-from cache.files import digest_files, sha256_file
+from cache.files import atomic_path, digest_files, sha256_file
 from cache.proposals import ProposalFile, ProposalWriter
 from stages.pipeline.evaluation import ProposalRecall
 from stages.pipeline.run import Run
@@ -26,6 +26,10 @@ from stages.shared.events import Caution, Note
 from stages.shared.step import split_of
 
 Reader = Callable[[Path, tuple[str, ...]], ProposalFileReader]
+FORMATS = ("hdf5", "json", "detectron2", "py-faster-rcnn")
+BY_SUFFIX = {".h5": "hdf5", ".hdf5": "hdf5", ".json": "json"}
+WRITERS: dict[str, Callable[[IO[bytes], Iterator[tuple[str, Boxes, Scores]]], None]] = {
+    "json": write_json, "detectron2": write_detectron2, "py-faster-rcnn": write_py_faster_rcnn}
 NAMED = 3  # images that a message names
 SHOWN = (0, 2, 4, 6, 8)  # of the thresholds: IoU 0.5, 0.6, ... 0.9
 
@@ -46,19 +50,16 @@ class Imported(ProposalRecall):
 
 def read_hdf5(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
     """Return the proposals of an HDF5 file of the schema in cache/proposals.py."""
-    return ProposalFileReader(path, "altopt's HDF5", "xyxy", _images_of(path))
+    def images() -> Iterator[RawProposals]:
+        with ProposalFile(path) as file:
+            for image_id in file.image_ids:
+                yield image_id, *file.get(image_id)
+
+    return ProposalFileReader(path, "altopt's HDF5", "xyxy", images())
 
 
-def _images_of(path: Path) -> Iterator[RawProposals]:
-    with ProposalFile(path) as file:
-        for image_id in file.image_ids:
-            yield image_id, *file.get(image_id)
-
-
-READERS: dict[str, Reader] = {
-    ".h5": read_hdf5, ".hdf5": read_hdf5, ".mat": read_mat, ".pkl": read_pickle, ".pickle": read_pickle,
-    ".json": read_json,
-}
+READERS: dict[str, Reader] = {".h5": read_hdf5, ".hdf5": read_hdf5, ".mat": read_mat, ".pkl": read_pickle,
+                              ".pickle": read_pickle, ".json": read_json}
 
 
 def open_split(run: Run, artifact: str) -> Dataset:
@@ -93,6 +94,7 @@ def import_proposals(run: Run, source: Path, artifact: str, *, box_format: BoxFo
                   "source": source.name, "settings": {"format": incoming.form, "box_format": incoming.box_format}}
     if source.is_file():
         attributes["source_sha256"] = sha256_file(source)
+    # An error on the way leaves the artifact that was there.
     with ProposalWriter(run.path(artifact), attributes) as writer:
         importer = ProposalImporter(dataset, incoming, writer, allow_missing)
         recall = proposal_recall(importer.images(), LIMITS)
@@ -106,8 +108,7 @@ def import_proposals(run: Run, source: Path, artifact: str, *, box_format: BoxFo
     run.import_artifact(artifact, None, f"imported from {source.name}, {incoming.form}, read as {incoming.box_format}")
     return {"artifact": artifact, "file": str(run.path(artifact)), "format": incoming.form,
             "box_format": incoming.box_format, "proposals": run.path(artifact).name, "split": dataset.name,
-            "boxes": importer.kept, "boxes_left_out": importer.left_out,
-            "images_foreign": len(importer.foreign),
+            "boxes": importer.kept, "boxes_left_out": importer.left_out, "images_foreign": len(importer.foreign),
             "images_missing": len(importer.missing), "images_without_scores": incoming.unscored, **recall.as_dict()}
 
 
@@ -177,3 +178,23 @@ class ProposalImporter:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def export_proposals(run: Run, artifact: str, target: Path, form: str | None = None) -> dict[str, str | int]:
+    """Write a run's proposals to ``target``; the format is told by the suffix unless it is named."""
+    # A list for py-faster-rcnn has no image ids and goes by the data set's order, so the data set must be there.
+    split_of(artifact)  # which is to be a name of proposals
+    path = run.path(artifact)
+    if not path.is_file():
+        raise ArtifactError(f"{path.name} is not in {run.folder}: make it first, or name other proposals")
+    chosen = form or BY_SUFFIX.get(target.suffix.lower())
+    if chosen is None:
+        raise UsageError(f"{target} does not tell its format: name it with --format {'|'.join(FORMATS)}")
+    with ProposalFile(path) as file, atomic_path(target) as temporary:
+        if chosen == "hdf5":
+            temporary.write_bytes(path.read_bytes())
+        else:
+            ids = open_split(run, artifact).ids if chosen == "py-faster-rcnn" else file.image_ids
+            with temporary.open("wb") as output:
+                WRITERS[chosen](output, ((image_id, *file.get(image_id)) for image_id in ids))
+        return {"artifact": artifact, "file": str(target), "format": chosen, "images": len(file)}

@@ -34,7 +34,7 @@ def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, con
     from stages.shared.inference import Inference, write_detections
     from stages.shared.training import CachedProposals
 
-    inference = Inference(checkpoints, config, runtime, split="test")
+    inference = Inference(checkpoints, config, runtime)
     rpn, detector = inference.networks[0], inference.networks[-1]
     dataset = inference.dataset
     cached = CachedProposals(proposals, dataset, config.proposals) if proposals else None
@@ -67,7 +67,7 @@ def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset:
     else:
         rois = [boxes for boxes, _ in propose(rpn, features, batch, own_proposals(config))]
     if detector is not rpn:
-        features = detector.conv(batch.images)
+        features = detector.conv(batch.images)  # (B, C, H, W)
     made = []
     results = detect_on(detector, features, batch, rois, config)
     for sample, own, (boxes, scores, labels) in zip(batch.samples, rois, results, strict=True):

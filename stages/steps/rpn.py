@@ -53,9 +53,8 @@ def _train(name: str, init: Path, out: Path, config: RPNConfig, runtime: Runtime
     network = training.network(("conv", "rpn"))
     training.freeze(network)
     module = rpn_training(network, config, training.seed)
-    with training.stored_maps(network.conv) as store:
-        facts = store.added_to(training.run(
-            module, training.entries(), lambda entry, _: store.sample(entry.id, flipped=entry.flipped)))
+    with training.stored_maps(network.conv):
+        facts = training.run(module, training.entries(), lambda entry, _: training.sample(entry))
     kept = [part for part in ("fc", "head") if part in training.parts]
     training.save(network, ["conv", "rpn", *kept])
     return facts

@@ -21,6 +21,7 @@ from stages.pipeline.comparison import (
     SLIDES,
     Comparison,
     Outcome,
+    Variant,
     chosen_variants,
     given_artifacts,
     outcome,
@@ -29,7 +30,6 @@ from stages.pipeline.comparison import (
     rows,
     write,
 )
-from stages.pipeline.variants import Variant
 from stages.shared.step import Runtime
 
 ONE = Outcome("rcnn", "rcnn", 1, map=0.5, training=100.0, pretraining=7.0, proposals=40.0, fine_tuning=60.0,
