@@ -49,16 +49,10 @@ GROUPS = {
 RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
 
 
-class Group(click.Group):
-    """Commands that get their common options as one argument."""
-
-    command_class = Command
-
-
-class Grouped(Group):
+class Grouped(click.Group):
     """The commands, in groups."""
 
-    group_class = Group
+    command_class = Command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands of each group in its order."""
@@ -286,7 +280,7 @@ def proposals() -> None:
     """
 
 
-@proposals.command("import")
+@proposals.command("import", cls=Command)
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @AS_OPTION
 @with_options(RUN_OPTIONS)
@@ -319,7 +313,7 @@ def import_command(options: Options, file: Path, artifact: str, box_format: "Box
     print_result(result, as_json, lambda result: line.format(**result), recall_table)
 
 
-@proposals.command("export")
+@proposals.command("export", cls=Command)
 @click.argument("artifact")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @with_options(RUN_OPTIONS)
@@ -341,7 +335,7 @@ def export_command(options: Options, artifact: str, file: Path, form: str | None
     print_result(result, as_json, "{0[file]}: {0[artifact]} as {0[format]}, {0[images]} images".format)
 
 
-@proposals.command("selective-search")
+@proposals.command("selective-search", cls=Command)
 @AS_OPTION
 @with_options(RUN_OPTIONS, WORK_OPTIONS)
 @option("--force", is_flag=True, help="Search anew even if the output is up to date.")

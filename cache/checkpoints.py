@@ -107,7 +107,19 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         return load_checkpoint(path)[0]
     import torch
 
-    content = _load_pickle(path)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise file_error(path, error, "read") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about formats, beside the errors that follow
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        cause = "it holds other objects than tensors, or is corrupt, and reading those could run code"
+        remedy = "save model.state_dict() and bring that, or a .safetensors file"
+        raise ArtifactError(f"{path} is refused: {cause}: {remedy}") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise _corrupt(path, str(error)) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content:
@@ -144,24 +156,6 @@ def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     import torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _load_pickle(path: Path) -> object:
-    import torch
-
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise file_error(path, error, "read") from error
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about formats, beside the errors that follow
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        cause = "it holds other objects than tensors, or is corrupt, and reading those could run code"
-        remedy = "save model.state_dict() and bring that, or a .safetensors file"
-        raise ArtifactError(f"{path} is refused: {cause}: {remedy}") from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise _corrupt(path, str(error)) from error
 
 
 def _difference(a: Tensor, b: Tensor) -> str | None:

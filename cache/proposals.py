@@ -145,7 +145,16 @@ class ProposalFile:
             self._identity = _identity(path)
             self._check_layout(file)
             self._rows = len(file["scores"])
-            self.attributes = self._read_attributes(file)
+            version = file.attrs.get("format_version", FORMAT_VERSION)
+            if version != FORMAT_VERSION:
+                raise self._error(f"its format version is {version}, this altopt reads {FORMAT_VERSION}")
+            self.attributes: dict[str, object] = {
+                name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                for name, value in file.attrs.items() if isinstance(value, str | bytes)}
+            try:
+                self.attributes["settings"] = json.loads(str(self.attributes.get("settings", "{}")))
+            except ValueError as error:
+                raise self._error("its attribute settings is not JSON") from error
             try:
                 self.image_ids: tuple[str, ...] = tuple(file["image_ids"].asstr("utf-8", "strict")[:].tolist())
             except UnicodeDecodeError as error:
@@ -250,17 +259,6 @@ class ProposalFile:
 
     def _error(self, cause: str, remedy: str = REMEDY) -> ArtifactError:
         return ArtifactError(f"{self.path} cannot be used: {cause}: {remedy}")
-
-    def _read_attributes(self, file: h5py.File) -> dict[str, object]:
-        version = file.attrs.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise self._error(f"its format version is {version}, this altopt reads {FORMAT_VERSION}")
-        found = {name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-                 for name, value in file.attrs.items() if isinstance(value, str | bytes)}
-        try:
-            return {**found, "settings": json.loads(found.get("settings", "{}"))}
-        except ValueError as error:
-            raise self._error("its attribute settings is not JSON") from error
 
     def _check_layout(self, file: h5py.File) -> None:
         """Refuse everything but plain data sets of the right type; what HDF5 can do beyond them reaches other files."""

@@ -100,7 +100,15 @@ def import_proposals(run: Run, source: Path, artifact: str, *, box_format: BoxFo
         recall = proposal_recall(importer.images(), LIMITS)
         shares = "  ".join(f"{0.5 + 0.05 * index:.1f}: {recall.at(max(LIMITS))[index]:.3f}" for index in SHOWN)
         run.runtime.report(Note(f"recall on {dataset.name} at IoU {shares} (up to {max(LIMITS)} proposals)"))
-        for text in importer.remarks():
+        remarks = importer.plausibility.warnings()
+        if importer.foreign:
+            remarks.append(f"{len(importer.foreign)} images of the file are not in {dataset.name} and are left out: "
+                           f"{_some(importer.foreign)}")
+        if importer.missing:
+            remarks.append(f"{len(importer.missing)} images get no proposals: {_some(importer.missing)}")
+        if incoming.unscored:
+            remarks.append(f"{incoming.unscored} images have no scores: the order of their boxes stands for them")
+        for text in remarks:
             run.runtime.report(Caution(text))
         if invalid == "error" and (problem := importer.plausibility.problem()):
             raise ArtifactError(f"{source} is not imported: {problem}: say how its boxes count with --box-format "
@@ -162,18 +170,6 @@ class ProposalImporter:
     def _objects(self, image_id: str) -> NDArray[np.float32]:
         objects = self.dataset.objects(image_id)
         return objects.boxes[counted(objects)]
-
-    def remarks(self) -> list[str]:
-        """Return what looks wrong with the file, a sentence each."""
-        texts = self.plausibility.warnings()
-        if self.foreign:
-            texts.append(f"{len(self.foreign)} images of the file are not in {self.dataset.name} and are left out: "
-                         f"{_some(self.foreign)}")
-        if self.missing:
-            texts.append(f"{len(self.missing)} images get no proposals: {_some(self.missing)}")
-        if self.incoming.unscored:
-            texts.append(f"{self.incoming.unscored} images have no scores: the order of their boxes stands for them")
-        return texts
 
 
 def _some(names: list[str]) -> str:

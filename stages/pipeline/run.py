@@ -190,7 +190,7 @@ class Run:
         data = self.data_digest(step)
         runtime = dataclasses.replace(
             self.runtime, inputs_key=json.dumps([hashes, data]), data_digest=data or "",
-            report=lambda event: self.report(step, event),
+            report=partial(self.report, step),
             ranks=self.runtime.ranks if step.config_class.divided else SingleProcess())
         steps = self.recipe.steps
         place = f"{steps.index(step) + 1} of {len(steps)}" if step in steps else ""

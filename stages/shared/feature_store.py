@@ -77,8 +77,7 @@ class FeatureStore:
 
     def find_or_build(self, flips: bool, visits: int) -> None:
         """Take the store, or build it if that pays for so many visits of images; see ``decide``."""
-        # Without a word where a conv layer learns. Of several ranks the first one decides; they build it together, and
-        # all read it or none.
+        # Of several ranks the first one decides; they build it together, and all read it or none.
         ranks, covering = self.runtime.ranks, (True,) if flips else (False, True)  # with mirror images it serves both
         if not ranks.first:
             while (news := ranks.broadcast(None)) == "build":

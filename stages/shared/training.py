@@ -88,6 +88,7 @@ class TrainedStage:
         self.stage, self.out, self.config, self.runtime = stage, out, config, runtime
         self.dataset: Dataset = open_dataset(config.data, "train", runtime.data_root)
         self.seed: tuple[object, ...] = (config.seed, stage)
+        self.snapshot = out.with_name(f"{out.stem}.snapshot.safetensors")  # of the state, while it trains
         self.device = device_of(runtime)
 
     def entries(self, ids: Sequence[str] | None = None) -> list[Entry]:
@@ -117,7 +118,7 @@ class TrainedStage:
             seconds = train(module, lambda iteration: [read(entry, iteration) for entry in batches[iteration]],
                             config, self.seed, LoopRuntime(
                 device=self.device, workers=runtime.readers, report=report, report_every=runtime.report_every,
-                snapshots=FileSnapshots(snapshot_path(self.out), fingerprint, runtime, stop),
+                snapshots=FileSnapshots(self.snapshot, fingerprint, runtime, stop),
                 diverged=self._keep_batch, group=runtime.ranks, batches=batches))
         about_store: Mapping[str, JSON] = {} if self.store is None else self.store.facts
         seconds += 0.0 if self.store is None else self.store.seconds  # to build it counts as training
@@ -145,7 +146,6 @@ class Training(TrainedStage):
         super().__init__(stage, out, config, runtime)
         self.tensors, self.description = load_checkpoint(init)
         require_network(init, self.description, config.network)
-        self.parts = {name.split(".")[0] for name in self.tensors}
         self._frozen: dict[str, str] = {}  # module: digest of its weights before training
 
     def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
@@ -221,12 +221,7 @@ class Training(TrainedStage):
                 raise AssertionError(f"{self.stage} changed {name}, which is frozen")
         classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
         save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | described)
-        snapshot_path(self.out).unlink(missing_ok=True)
-
-
-def snapshot_path(out: Path) -> Path:
-    """Return where the state inside a stage lies while it runs: beside its output."""
-    return out.with_name(f"{out.stem}.snapshot.safetensors")
+        self.snapshot.unlink(missing_ok=True)
 
 
 class FileSnapshots:
@@ -270,8 +265,7 @@ class CachedProposals:
 
     def __init__(self, path: Path, dataset: Dataset, limit: int) -> None:
         self.file, self.limit = ProposalFile(path), limit
-        held = set(self.file.image_ids)
-        missing = [id for id in dataset.ids if id not in held]
+        missing = [id for id in dataset.ids if id not in self.file]
         if missing:
             raise ArtifactError(f"{path.name} has no proposals for image {missing[0]} and {len(missing) - 1} others "
                                 f"of {dataset.name}: make {path.stem} again, or import one for this data set")

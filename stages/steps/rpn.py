@@ -55,8 +55,9 @@ def _train(name: str, init: Path, out: Path, config: RPNConfig, runtime: Runtime
     module = rpn_training(network, config, training.seed)
     with training.stored_maps(network.conv):
         facts = training.run(module, training.entries(), lambda entry, _: training.sample(entry))
-    kept = [part for part in ("fc", "head") if part in training.parts]
-    training.save(network, ["conv", "rpn", *kept])
+    held = {name.partition(".")[0] for name in training.tensors}
+    # What the detector has learned goes along, for a later stage that continues it.
+    training.save(network, ["conv", "rpn", *(part for part in ("fc", "head") if part in held)])
     return facts
 
 
