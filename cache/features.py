@@ -72,10 +72,8 @@ class FeatureMapFile(PreallocatedFile):
         self.keys = tuple(MapKey(image_id, side == "mirrored", int(scale)) for image_id, side, scale in parts)
 
     def get(self, key: MapKey) -> Tensor:
-        """Return a map, ``Tensor[C, H, W]`` in channels_last layout and in the precision of the file.
-
-        It is the file's own memory, not to be written to. Raises ArtifactError for a map that is missing or damaged.
-        """
+        """Return a map, ``Tensor[C, H, W]`` as it was computed; ArtifactError for one that is missing or damaged."""
+        # In channels_last layout, and the file's own memory: not to be written to.
         import torch
 
         unit = str(key)

@@ -17,10 +17,8 @@ logger = logging.getLogger("altopt")
 
 
 class Journal:
-    """Items kept beside the output of the task that ``key`` stands for (stage, inputs, config).
-
-    Go through ``kept`` to its end, then ``append``. Raises ResourceError when there is no room.
-    """
+    """Items of the task that ``key`` stands for (stage, inputs, config); ResourceError when there is no room."""
+    # Go through ``kept`` to its end, then ``append``: what stands behind the last good item is cut off there.
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key

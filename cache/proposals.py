@@ -131,11 +131,8 @@ class ProposalWriter:
 
 
 class ProposalFile:
-    """Reads proposals by image id, on demand; one open file for each object and process.
-
-    It may be shared by threads, sent to worker processes and survive a fork.
-    Raises ArtifactError for a file that is missing, corrupt, or anything but plain data in the schema above.
-    """
+    """Reads proposals by image id; ArtifactError for a missing or corrupt file, or anything but the plain schema."""
+    # One open file for each object and process: it may be shared by threads, sent to workers and survive a fork.
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -23,10 +23,8 @@ WRITE_SHARE = 50  # at most one part in so many of the time goes into writing
 
 
 def save_snapshot(path: Path, *, key: str, iteration: int, tensors: Mapping[str, Tensor], seconds: float) -> None:
-    """Write the state of the training that ``key`` stands for (stage, inputs, config), in the place of the last one.
-
-    Raises ResourceError when there is no room; the last snapshot is then still there.
-    """
+    """Write the state of the training that ``key`` stands for (stage, inputs, config); ResourceError without room."""
+    # In the place of the last one, which is still there when this one could not be written.
     state = {"key": key, "iteration": iteration, "seconds": seconds, "checksum": _checksum(tensors)}
     save_checkpoint(path, tensors, {"kind": "snapshot", **state})
 

@@ -126,10 +126,8 @@ def proposal_steps(run: Run) -> dict[str, Step]:
 
 
 def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool = False) -> ProposalRecall:
-    """Return the recall of a proposal file on the training split, for each number of proposals.
-
-    With ``keep``, which only the holder of the run folder may ask for, it is kept in metrics.json.
-    """
+    """Return the recall of a proposal file on the training split, for each number of proposals."""
+    # ``keep`` writes it into metrics.json, which only the holder of the run folder may.
     steps = proposal_steps(run)
     if artifact not in steps:
         remedy = f"choose {' or '.join(steps)}" if steps else f"the scheme {run.recipe.scheme} keeps none on disk"

@@ -185,10 +185,7 @@ def choose_recipe(recipe: str | None, run_name: str | None, sets: Sequence[str],
 
 
 def read_recipe(name_or_path: str, sets: Sequence[str] = (), scheme: str | None = None) -> Recipe:
-    """Read a recipe by name or file, with ``table.field=value`` overrides and perhaps another scheme than its own.
-
-    Raises ``UsageError``.
-    """
+    """Read a recipe by name or file, with ``table.field=value`` and a scheme in place of its own; ``UsageError``."""
     known = packaged()
     path = known.get(name_or_path, Path(name_or_path))
     if not path.is_file():

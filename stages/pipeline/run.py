@@ -241,10 +241,8 @@ class Run:
         return alike
 
     def import_artifact(self, artifact: str, source: Path | None, why: str) -> None:
-        """Take an artifact as given: the one in the folder, or ``source``, which is copied in after a look at it.
-
-        Weights of other programs become a network on the way in. Raises ``ArtifactError`` for what it cannot be.
-        """
+        """Take an artifact as given, the one in the folder or ``source``; ``ArtifactError`` for what it cannot be."""
+        # A source is copied after a look at it; weights of other programs become a network on the way in.
         kind, path, network = Kind.of(artifact), self.path(artifact), self.recipe.network
         if source is None:
             if not path.is_file():

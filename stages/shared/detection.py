@@ -52,10 +52,7 @@ def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, con
 
 def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset: Dataset, config: Detect,
              cached: "CachedProposals | None" = None) -> "list[Detected]":
-    """Return what is found in each image of a batch, in the original frame.
-
-    The proposals are the RPN's own, or cached ones. The RPN and the detector may be one network.
-    """
+    """Return what is found in each image, in the original frame, on the RPN's own proposals or on cached ones."""
     from altopt.batches.samples import boxes_in_input, to_original
     from altopt.evaluation.detections import Detections
     from altopt.models.detector import detect_on, own_proposals, propose

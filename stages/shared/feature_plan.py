@@ -38,10 +38,7 @@ class Foreseen(TypedDict):
 
 
 def freezes_all(config: StageConfig) -> bool:
-    """Return whether the conv layers of a stage with this config all stay as they are, and it can read stored maps.
-
-    Raises ``UsageError`` where it freezes layers that do not exist.
-    """
+    """Return whether a stage can read stored maps: all conv layers are frozen. ``UsageError`` for unknown layers."""
     if not isinstance(config, Trains) or not config.stores_maps or config.scales:
         return False
     weighted = [name for layer in LAYERS[config.network.name] for name in layer.weights]

@@ -40,20 +40,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class FeatureStore:
-    """What the conv layers make of one stage's images, as a context.
-
-    ``maps`` are those found or built, None where the stage goes without. ``facts`` are for the stage's record,
-    ``seconds`` is what building took in this process.
-    """
+    """What the conv layers make of one stage's images, as a context."""
 
     def __init__(self, out: Path, conv: nn.Sequential, network: NetworkConfig, dataset: Dataset, runtime: Runtime, *,
                  precision: Precision, device: torch.device) -> None:
         self.folder = out.parent / FOLDER
         self.conv, self.network, self.dataset, self.runtime = conv, network, dataset, runtime
         self.precision, self.device = precision, device
-        self.maps: FeatureMapFile | None = None
-        self.facts: dict[str, str | int | float] = {}
-        self.seconds = 0.0
+        self.maps: FeatureMapFile | None = None  # those found or built
+        self.facts: dict[str, str | int | float] = {}  # for the stage's record
+        self.seconds = 0.0  # that building took in this process
         self._threads = torch.get_num_threads()
         self._damaged = False
         self._repair = threading.Lock()

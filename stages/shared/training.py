@@ -44,10 +44,7 @@ if TYPE_CHECKING:
 
 
 def device_of(runtime: Runtime) -> torch.device:
-    """Return the device that the runtime asks for; ``auto`` is CUDA where there is one, a GPU for each rank.
-
-    Raises ``UsageError`` for one that is not there.
-    """
+    """Return the runtime's device; ``auto`` is CUDA where there is one, a GPU for each rank. Raises ``UsageError``."""
     if runtime.device == "auto":
         return runtime.ranks.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -149,10 +146,8 @@ class Training(TrainedStage):
         self._frozen: dict[str, str] = {}  # module: digest of its weights before training
 
     def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
-        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are re-initialised.
-
-        ``parts`` are those that the stage trains or runs; only they are worth a report.
-        """
+        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are re-initialised."""
+        # ``parts`` are those that the stage trains or runs: only they are worth a report.
         num_classes = len(self.dataset.classes)
         scores = self.tensors.get("head.cls_score.weight")  # (K + 1, D)
         if scores is not None and "head" not in fresh and len(scores) != num_classes + 1:
