@@ -1,7 +1,9 @@
 """The command line: parse, one call, print. Heavy imports happen inside the commands that need them."""
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
@@ -15,6 +17,7 @@ from stages.console.options import (
     JSON_OPTION,
     RUN_OPTIONS,
     WORK_OPTIONS,
+    Command,
     Options,
     find_recipe,
     locked,
@@ -22,14 +25,7 @@ from stages.console.options import (
     with_options,
     working_in,
 )
-from stages.console.output import (
-    note_if_nothing,
-    print_result,
-    print_survey,
-    reporter,
-    score_lines,
-    stderr,
-)
+from stages.console.output import note_if_nothing, print_result, print_survey, reporter, score_lines, stderr
 
 if TYPE_CHECKING:
     from altopt.evaluation.scoring import Protocol, VocOptions
@@ -58,6 +54,8 @@ RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "im
 class Grouped(click.Group):
     """The commands, in groups."""
 
+    command_class = Command
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands of each group in its order."""
         width = max(map(len, self.commands))  # so that the groups' columns are one
@@ -70,7 +68,7 @@ class Grouped(click.Group):
 class Stages(click.Group):
     """The stages of a run as commands, by number, output or function."""
 
-    arguments: Sequence[str] = ()
+    arguments: Sequence[str] = ()  # behind "stage" on the command line: they say whose stages there are
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does, but for options that say whose stages are to be listed."""
@@ -156,7 +154,7 @@ def stage_group() -> None:
 def stage_command(word: str, step: "Step", recipe: "Recipe") -> click.Command:
     """Return the command of the stage that ``word`` names; its help is about the step, as it is in the recipe."""
 
-    class StageCommand(click.Command):
+    class StageCommand(Command):
         def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
             from stages.pipeline.recipe import describe_settings
 
@@ -172,7 +170,7 @@ def stage_command(word: str, step: "Step", recipe: "Recipe") -> click.Command:
     def run_stage(options: Options, given: tuple[str, ...], init: str | None, force: bool) -> None:
         from stages.pipeline.run import find_step, import_given, run_one
 
-        if init:
+        if init:  # last, so that it goes over what --set says
             options = replace(options, sets=(*options.sets, f"{step.table}.init={init.upper()}"))
         run = options.open_run()
         target = find_step(run.recipe.steps, word)
@@ -284,7 +282,7 @@ def proposals() -> None:
     """
 
 
-@proposals.command("import")
+@proposals.command("import", cls=Command)
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @AS_OPTION
 @with_options(RUN_OPTIONS)
@@ -317,7 +315,7 @@ def import_command(options: Options, file: Path, artifact: str, box_format: "Box
     print_result(result, as_json, lambda result: line.format(**result), recall_table)
 
 
-@proposals.command("export")
+@proposals.command("export", cls=Command)
 @click.argument("artifact")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @with_options(RUN_OPTIONS)
@@ -333,13 +331,13 @@ def export_command(options: Options, artifact: str, file: Path, form: str | None
     altopt proposals export P2 P2.json
     altopt proposals export P1 P1.pkl --format py-faster-rcnn
     """
-    from stages.pipeline.exporting import export_proposals
+    from stages.pipeline.importing import export_proposals
 
     result = export_proposals(options.open_run(), artifact.upper(), file, form)
     print_result(result, as_json, "{0[file]}: {0[artifact]} as {0[format]}, {0[images]} images".format)
 
 
-@proposals.command("selective-search")
+@proposals.command("selective-search", cls=Command)
 @AS_OPTION
 @with_options(RUN_OPTIONS, WORK_OPTIONS)
 @option("--force", is_flag=True, help="Search anew even if the output is up to date.")
@@ -459,11 +457,10 @@ def compare(options: Options, schemes: str | None, variants: Path | None, seeds:
     from altopt.errors import DivergedError, UsageError
     from stages.console.reporting import comparison_table
     from stages.pipeline import comparison
-    from stages.pipeline.variants import read_variants
 
     if schemes and variants:
         raise UsageError("--schemes and --variants both say what to compare: leave one out")
-    chosen = read_variants(variants) if variants else comparison.chosen_variants(schemes)
+    chosen = comparison.read_variants(variants) if variants else comparison.chosen_variants(schemes)
     recipe = options.recipe or "shapes"
     name = "-".join(["compare", Path(recipe).stem, *([variants.stem] if variants else [])])
     folder = Path("runs") / (options.run_name or name)
@@ -471,7 +468,7 @@ def compare(options: Options, schemes: str | None, variants: Path | None, seeds:
     results = []
     for each in comparison.outcomes(wanted, options.runtime(), working_in):
         results.append(each)
-        comparison.write(folder, results)
+        comparison.write(folder, results)  # each time: an interrupted comparison leaves a table too
     table = comparison.rows(results)
     if results or as_json:
         print_result(table, as_json, lambda rows: comparison_table(comparison.HEADINGS, comparison.printed(rows)),
@@ -502,7 +499,15 @@ def probe(options: Options, network: str | None, images: int, as_json: bool) -> 
 
 def run() -> None:
     """Run the command line, with one line and the documented exit code for every expected failure."""
-    sys.exit(exit_code(sys.argv[1:]))
+    code = exit_code(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Without Python's own end: a thread of gloo's may let go of the last exchange's tensors only now, and one that
+        # asks for the interpreter when that is ending takes the process down with SIGABRT, after all work is done.
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def exit_code(arguments: list[str]) -> int:
@@ -517,6 +522,7 @@ def exit_code(arguments: list[str]) -> int:
         with join_processes() as ranks:
             if ranks.first:
                 try:
+                    # Else click would end the process by itself, with codes of its own.
                     code = main.main(arguments, prog_name="altopt", standalone_mode=False, obj=ranks)
                 except click.Abort:  # what click makes of Ctrl-C, which join_processes has to know by its own name
                     raise KeyboardInterrupt from None
@@ -525,7 +531,7 @@ def exit_code(arguments: list[str]) -> int:
             from stages.pipeline.run import help_rank_0
 
             help_rank_0(ranks)
-    except OtherRankError as error:
+    except OtherRankError as error:  # that process has said why
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code

@@ -76,13 +76,13 @@ def names_matching(weighted: Sequence[str], patterns: Iterable[str]) -> list[str
     """
     if patterns == "all":
         return list(weighted)
-    around = {name: [name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)] for name in weighted}
-    chosen = set()
+    chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in weighted if any(fnmatchcase(each, pattern) for each in around[name])}
+        # ``*`` matches dots too, so the second asks for any part around the layer.
+        found = [name for name in weighted if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
         if not found:
             blocks = dict.fromkeys(name.split(".")[0] for name in weighted)
             raise UsageError(f"freeze: there is no layer {pattern!r}: blocks are {', '.join(blocks)}, and layers "
                              f"{', '.join(weighted)}")
-        chosen |= found
+        chosen.update(found)
     return [name for name in weighted if name in chosen]

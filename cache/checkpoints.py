@@ -1,7 +1,5 @@
-"""Weights on disk: safetensors, one metadata key, the same bytes for the same weights and description.
-
-torch is imported when a tensor is touched, so that ``read_description`` stays cheap.
-"""
+"""Weights on disk: safetensors, one metadata key, the same bytes for the same weights and description."""
+# torch is imported when a tensor is touched, so that ``read_description`` stays cheap.
 
 from __future__ import annotations
 
@@ -36,17 +34,25 @@ DTYPES = {
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> None:
     """Write ``tensors`` and the JSON-able ``description`` to ``path``, whole or not at all.
 
-    The bytes depend on names, values and description alone, not on the order or the device of the tensors. They are
-    written here because safetensors' own ``save_file`` goes through a random temporary name, which a killed process
-    leaves behind, and ``save`` through a second copy of the weights.
     Raises ResourceError when there is no room, TypeError for a dtype outside ``DTYPES``.
     """
+    # Written here: safetensors' ``save_file`` goes through a random temporary name, which a killed process leaves
+    # behind, and ``save`` through a second copy of the weights. The bytes depend on names, values and description
+    # alone, not on the order or the device of the tensors.
     # Wide types first, which keeps every tensor aligned; safetensors does the same.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = canonical_json(_header(names, tensors, description)).encode()
-    header += b" " * (-len(header) % 8)
+    header: Header = {"__metadata__": {METADATA_KEY: canonical_json(description)}}
+    end = 0
+    for name in names:
+        dtype = str(tensors[name].dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = canonical_json(header).encode()
+    text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(raw_bytes(tensors[name]).data)
 
@@ -99,10 +105,29 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         return load_checkpoint(path)[0]
-    content = _load_pickle(path)
+    import torch
+
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise file_error(path, error, "read") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about formats, beside the errors that follow
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        cause = "it holds other objects than tensors, or is corrupt, and reading those could run code"
+        remedy = "save model.state_dict() and bring that, or a .safetensors file"
+        raise ArtifactError(f"{path} is refused: {cause}: {remedy}") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise _corrupt(path, str(error)) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
-    return _weights(path, content)
+    if not isinstance(content, Mapping) or not content:
+        raise ArtifactError(f"{path} holds no weights by name: save model.state_dict() and bring that")
+    other = next((name for name, value in content.items() if not isinstance(value, torch.Tensor)), None)
+    if other is not None:
+        raise ArtifactError(f"{path} holds {other!r}, which is not a tensor: save model.state_dict() and bring that")
+    return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -116,10 +141,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def first_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
-    """Return in words the first tensor, in the order of ``a``, that is not bit-equal in ``b``; None when all are.
-
-    Equal NaNs are equal, 0.0 and -0.0 are not.
-    """
+    """Return in words the first tensor, in the order of ``a``, that is not bit-equal in ``b``; None when all are."""
+    # By their bytes: equal NaNs are equal, 0.0 and -0.0 are not.
     for name, tensor in a.items():
         words = _difference(tensor, b[name]) if name in b else "is missing on the other side"
         if words:
@@ -133,47 +156,6 @@ def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     import torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _header(names: list[str], tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> Header:
-    entries: Header = {"__metadata__": {METADATA_KEY: canonical_json(description)}}
-    end = 0
-    for name in names:
-        dtype = str(tensors[name].dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        entries[name] = {"dtype": DTYPES[dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    return entries
-
-
-def _load_pickle(path: Path) -> object:
-    import torch
-
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise file_error(path, error, "read") from error
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about formats, beside the errors that follow
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        cause = "it holds other objects than tensors, or is corrupt, and reading those could run code"
-        remedy = "save model.state_dict() and bring that, or a .safetensors file"
-        raise ArtifactError(f"{path} is refused: {cause}: {remedy}") from error
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise _corrupt(path, str(error)) from error
-
-
-def _weights(path: Path, content: object) -> dict[str, Tensor]:
-    from torch import Tensor
-
-    if not isinstance(content, Mapping) or not content:
-        raise ArtifactError(f"{path} holds no weights by name: save model.state_dict() and bring that")
-    other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
-    if other is not None:
-        raise ArtifactError(f"{path} holds {other!r}, which is not a tensor: save model.state_dict() and bring that")
-    return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
 def _difference(a: Tensor, b: Tensor) -> str | None:

@@ -1,18 +1,17 @@
 """Feature maps on disk: what frozen conv layers make of every image, computed once and read many times.
 
 A unit of the file (cache/preallocated.py) is a map, named IMAGE/upright/SCALE or IMAGE/mirrored/SCALE, the scales
-counted from 0. Its one array, ``map``, is float32 or bfloat16 [height, width, channels], as channels_last layers read
-it. It has the precision that it was computed in, so that training on stored maps and on fresh ones is the same.
-
-The description holds "conv" and "dataset" (digests), "settings" (how images came into the network's frame) and
-"precision".
+counted from 0. Its one array, ``map``, is float32 or bfloat16 [height, width, channels]. The description holds "conv"
+and "dataset" (digests), "settings" (how images came into the network's frame) and "precision".
 """
+# In channels_last order, as layers read it, and in the precision that it was computed in: so training on stored maps
+# and on fresh ones is the same.
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -24,17 +23,6 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 KIND = "feature maps"
-
-
-class MapSettings(TypedDict, total=False):
-    """How images came into the network's frame: F1 has scales, a store one short side."""
-
-    network: str
-    scales: list[int]
-    short_side: int
-    max_side: int
-    flips: bool
-    computed_by: str
 
 
 class MapKey(NamedTuple):
@@ -79,15 +67,13 @@ class FeatureMapFile(PreallocatedFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path, KIND)
         self.precision = str(self.description.get("precision"))
-        self.settings = cast(MapSettings, self.description.get("settings"))
+        self.settings = cast(dict[str, object], self.description.get("settings"))
         parts = (unit.rsplit("/", 2) for unit in self.units)
         self.keys = tuple(MapKey(image_id, side == "mirrored", int(scale)) for image_id, side, scale in parts)
 
     def get(self, key: MapKey) -> Tensor:
-        """Return a map, ``Tensor[C, H, W]`` in channels_last layout and in the precision of the file.
-
-        It is the file's own memory, not to be written to. Raises ArtifactError for a map that is missing or damaged.
-        """
+        """Return a map, ``Tensor[C, H, W]`` as it was computed; ArtifactError for one that is missing or damaged."""
+        # In channels_last layout, and the file's own memory: not to be written to.
         import torch
 
         unit = str(key)

@@ -1,9 +1,8 @@
-"""Files that appear whole or not at all, and hashes that are not computed twice.
-
-A file is written under a temporary name in its own folder, flushed to the disk and renamed: whoever finds it, finds it
-complete, also after a crash or a power cut. The temporary name is always the same for the same file, so what a killed
-process left behind is removed by the next one that writes the file; the run lock sees to it that there is only one.
-"""
+"""Files that appear whole or not at all, and hashes that are not computed twice."""
+# A file is written under a temporary name in its own folder, flushed to the disk and renamed: whoever finds it, finds
+# it complete, also after a crash or a power cut. The temporary name is always the same for the same file, so what a
+# killed process left behind is removed by the next one that writes the file; the run lock sees to it that there is only
+# one.
 
 import contextlib
 import errno
@@ -70,10 +69,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Make ``path`` the same file as ``source``, or a copy where the file system has no links.
-
-    Both stay whole when one of them is made anew: files are replaced, never written into.
-    """
+    """Make ``path`` the same file as ``source``, or a copy where the file system has no links."""
+    # Both stay whole when one of them is made anew: files are replaced, never written into.
     with atomic_path(path) as temporary:
         try:
             temporary.hardlink_to(source)
@@ -84,7 +81,8 @@ def link_or_copy(source: Path, path: Path) -> None:
 def publish(temporary: Path, path: Path) -> None:
     """Make a complete file in the same folder become ``path``, on the disk too. Errors: as ``atomic_path``."""
     with _translated(path):
-        _sync_file(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)  # noqa: PTH105 - beside os.fsync, as the recipe for it is known
         _sync_folder(path.parent)
 
@@ -149,16 +147,22 @@ def sha256_file(path: Path) -> str:
 
 
 class Memo:
-    """Remembers the hashes of files by their size and time of modification, in a JSON file.
-
-    It only saves hashing: without it every answer is the same. A file that changed within the last two seconds is
-    hashed anew, since it could change again within one tick of its time stamp. A memo that is damaged counts as empty.
-    """
+    """Remembers the hashes of files by their size and time of modification, in a JSON file."""
+    # It only saves hashing: without it every answer is the same, so a damaged one counts as empty. A file that changed
+    # within the last two seconds is hashed anew: it could change again within one tick of its time stamp.
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._files, self._lists = _read_memo(path)
-        self._changed = False
+        self._files: dict[str, tuple[int, int, str]] = {}  # path: size, time in ns, SHA-256
+        self.lists: dict[str, str] = {}  # of a whole list of files, by a key of paths, sizes and times: its digest
+        self.changed = False
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            memo = json.loads(path.read_text(encoding="utf-8"))
+            if memo["version"] == MEMO_VERSION:
+                files = {name: (int(size), int(mtime), str(sha256))
+                         for name, (size, mtime, sha256) in memo["files"].items()}
+                self.lists = {key: str(digest) for key, digest in memo["lists"].items()}
+                self._files = files  # last, so that a memo damaged anywhere counts for nothing
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of a file; raises ArtifactError when it cannot be read."""
@@ -169,27 +173,18 @@ class Memo:
         sha256 = sha256_file(path)
         if before is not None and before == _signature(path):
             self._files[name] = (*before, sha256)
-            self._changed = True
+            self.changed = True
         return sha256
-
-    def list_digest(self, key: str) -> str | None:
-        """Return the digest that was remembered for a whole list of files under ``key``, or None."""
-        return self._lists.get(key)
-
-    def remember_list(self, key: str, digest: str) -> None:
-        """Remember the digest of a whole list of files; ``key`` covers every path, size and time of modification."""
-        self._lists[key] = digest
-        self._changed = True
 
     def save(self) -> None:
         """Write what is new; a memo that cannot be written is no failure, since nothing depends on it."""
-        if not self._changed:
+        if not self.changed:
             return
-        files, lists = (dict(list(part.items())[-MEMO_ENTRIES:]) for part in (self._files, self._lists))
+        files, lists = (dict(list(part.items())[-MEMO_ENTRIES:]) for part in (self._files, self.lists))
         try:
             # One line and in order of age, unlike the JSON that people read.
             write_text_atomic(self._path, json.dumps({"version": MEMO_VERSION, "files": files, "lists": lists}))
-            self._changed = False
+            self.changed = False
         except AltoptError as error:
             logger.debug("the memo of hashes is not saved: %s", error)
 
@@ -197,21 +192,22 @@ class Memo:
 def digest_files(files: Iterable[Path], description: Mapping[str, object], memo: Memo, root: Path | None = None) -> str:
     """Return the SHA-256 that stands for a data set: its description, and the name and the content of every file.
 
-    A file is named by its path under ``root``, or by its last part when it lies elsewhere, and the order of ``files``
-    does not count: the same data set has the same digest wherever it lies. When no file changed since the last time,
-    this takes one stat for each. Raises DataError when a file cannot be read.
+    A file is named by its path under ``root``, or by its last part when it lies elsewhere; the order of ``files`` does
+    not count. Raises DataError when a file cannot be read.
     """
+    # So that the same data set has the same digest wherever it lies; when no file changed, this takes one stat for
+    # each.
     names = sorted(set(map(str, files)))
     try:
         context = canonical_json([description, str(root), str(Path.cwd())])
         key = _list_key(names, context)
-        known = memo.list_digest(key) if key else None
-        if known:
-            return known
-        entries = sorted((_portable_name(path, root), _hash(path)) for path in map(Path, names))
+        if key in memo.lists:
+            return memo.lists[key]
+        entries = sorted((path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name,
+                          _hash(path)) for path in map(Path, names))
         digest = sha256_text(canonical_json({"description": description, "files": entries}))
         if key and key == _list_key(names, context):
-            memo.remember_list(key, digest)
+            memo.lists[key], memo.changed = digest, True
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be read: {error.strerror}: complete the data set") from error
     return digest
@@ -223,11 +219,6 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise file_error(path, error, "written") from error
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -247,39 +238,20 @@ def _signature(path: Path) -> tuple[int, int] | None:
         status = path.stat()
     except OSError:
         return None
-    return (status.st_size, status.st_mtime_ns) if _settled(status) else None
+    return (status.st_size, status.st_mtime_ns) if time.time() - status.st_mtime > SETTLED_SECONDS else None
 
 
-def _settled(status: os.stat_result) -> bool:
-    return time.time() - status.st_mtime > SETTLED_SECONDS
-
-
-def _list_key(names: list[str], context: str) -> str | None:
-    """Return a hash over (path, size, mtime) of all files, or None when one of them is too young."""
+def _list_key(names: list[str], context: str) -> str:
+    """Return a hash over (path, size, mtime) of all files; empty when one of them is too young."""
     lines = [context]
     for name in names:
         status = os.stat(name)  # noqa: PTH116 - Path.stat takes three times as long, and there may be 100,000
-        if not _settled(status):
-            return None
+        if time.time() - status.st_mtime <= SETTLED_SECONDS:
+            return ""
         lines.append(f"{name}\0{status.st_size}\0{status.st_mtime_ns}")
     return sha256_text("\n".join(lines))
-
-
-def _portable_name(path: Path, root: Path | None) -> str:
-    return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
 
 
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_memo(path: Path) -> tuple[dict[str, tuple[int, int, str]], dict[str, str]]:
-    try:
-        memo = json.loads(path.read_text(encoding="utf-8"))
-        if memo["version"] != MEMO_VERSION:
-            return {}, {}
-        files = {name: (int(size), int(mtime), str(sha256)) for name, (size, mtime, sha256) in memo["files"].items()}
-        return files, {key: str(digest) for key, digest in memo["lists"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}, {}

@@ -1,8 +1,6 @@
-"""What a long stage has found so far, a line for each item, so that a killed one goes on where it was.
-
-A journal is a shortcut, like a snapshot: one that is missing, of another task or damaged costs time and nothing else.
-A line is a checksum and JSON; a line that was not written to its end counts as not there, and so do those behind it.
-"""
+"""What a long stage has found so far, a line for each item, so that a killed one goes on where it was."""
+# A journal is a shortcut, like a snapshot: one that is missing, of another task or damaged costs time and nothing else.
+# A line is a checksum and JSON; a line that was not written to its end counts as not there, and so do those behind it.
 
 import json
 import logging
@@ -19,10 +17,8 @@ logger = logging.getLogger("altopt")
 
 
 class Journal:
-    """Items kept beside the output of the task that ``key`` stands for (stage, inputs, config).
-
-    Go through ``kept`` to its end, then ``append``. Raises ResourceError when there is no room.
-    """
+    """Items of the task that ``key`` stands for (stage, inputs, config); ResourceError when there is no room."""
+    # Go through ``kept`` to its end, then ``append``: what stands behind the last good item is cut off there.
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
@@ -42,13 +38,21 @@ class Journal:
                         yield item
                 else:
                     logger.info("%s is of another task: starting at the beginning", self.path)
-        self._begin(good)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._output = FileIO(self.path, "ab")
+            os.truncate(self.path, good)  # or new lines would stand behind a torn one, and be lost with it
+        except OSError as error:
+            raise file_error(self.path, error, "written") from error
+        if not good:
+            self.append(self.key)
 
     def append(self, item: object) -> None:
         """Keep one more item: JSON-able, not None."""
         assert self._output is not None
         try:
-            line = memoryview(_encoded(item))
+            text = canonical_json(item).encode()
+            line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
             while line:
                 line = line[self._output.write(line) :]
         except OSError as error:
@@ -63,22 +67,6 @@ class Journal:
         """Remove the journal of a task that is done."""
         self.close()
         self.path.unlink(missing_ok=True)
-
-    def _begin(self, good: int) -> None:
-        """Cut off what is not good, and open the file behind it."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._output = FileIO(self.path, "ab")
-            os.truncate(self.path, good)  # or new lines would stand behind a torn one, and be lost with it
-        except OSError as error:
-            raise file_error(self.path, error, "written") from error
-        if not good:
-            self.append(self.key)
-
-
-def _encoded(item: object) -> bytes:
-    text = canonical_json(item).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def _decoded(line: bytes) -> object:

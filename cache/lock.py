@@ -23,46 +23,34 @@ _held: set[int] = set()
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process as long as the block runs; the folder is made when it is missing.
 
-    The lock is the kernel's (flock), not the file: it ends with the process, however that ends, and the file stays.
     Raises BusyError when another holds it, naming its process, host, command and start.
     """
+    # The lock is the kernel's (flock), not the file: it ends with the process, however that ends, and the file stays.
     path = folder / LOCK_NAME
-    descriptor = _open(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise file_error(path, error, "opened") from error
     _held.add(descriptor)
     try:
-        _acquire(descriptor, path)
-        _write_holder(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(_busy_message(descriptor, folder)) from error
+        except OSError as error:
+            raise file_error(path, error, "locked") from error
+        holder = {"pid": os.getpid(), "host": socket.gethostname(),
+                  "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                  "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")}
+        with contextlib.suppress(OSError):  # the lock holds without a name in it, on a full disk for one
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         yield
     finally:
         if descriptor in _held:  # not in a forked child, which let go of it already
             _held.discard(descriptor)
             os.close(descriptor)
-
-
-def _open(path: Path) -> int:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise file_error(path, error, "opened") from error
-
-
-def _acquire(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BusyError(_busy_message(descriptor, path.parent)) from error
-    except OSError as error:
-        raise file_error(path, error, "locked") from error
-
-
-def _write_holder(descriptor: int) -> None:
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": since}
-    with contextlib.suppress(OSError):  # the lock holds without a name in it, on a full disk for one
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
 
 def _busy_message(descriptor: int, folder: Path) -> str:

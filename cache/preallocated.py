@@ -1,10 +1,10 @@
 """Arrays on disk, in a file whose layout is known before its content: filled in any order, and on after a kill.
 
-The file is safetensors, which many programs read. Its units (a map, the regions of an image) have arrays, UNIT/ARRAY,
-one behind the other. Behind them all stands ``checksums``, int64 [units]: the CRC-32 of each unit, 0 while it is not
-written. The file grows, full of holes, beside the output, and gets its name by a rename when it is complete. Its bytes
-depend neither on the order of writing nor on interruptions.
+The file is safetensors. Its units (a map, the regions of an image) have arrays, UNIT/ARRAY, one behind the other.
+Behind them all stands ``checksums``, int64 [units]: the CRC-32 of each unit, 0 while it is not written.
 """
+# safetensors, because many programs read it. The file grows, full of holes, beside the output, and gets its name by a
+# rename when it is complete: its bytes depend neither on the order of writing nor on interruptions.
 
 import json
 import math
@@ -35,9 +35,10 @@ Key = TypeVar("Key")
 class PreallocatedWriter(Generic[Key]):
     """Fills units, named by ``str(key)``; the file appears when the ``with`` block ends well and every unit is there.
 
-    What an interrupted writer of the same file left is kept, as far as checksums say that it is whole: they alone are
-    believed, so nothing need reach the disk in a certain order. Raises ResourceError when there is no room.
+    Raises ResourceError when there is no room.
     """
+    # What an interrupted writer of the same file left is kept, as far as checksums say that it is whole: they alone are
+    # believed, so nothing need reach the disk in a certain order.
 
     def __init__(self, path: Path, kind: str, description: Mapping[str, object],
                  units: Mapping[Key, Mapping[str, ArrayType]]) -> None:
@@ -107,9 +108,9 @@ class PreallocatedWriter(Generic[Key]):
 class PreallocatedFile:
     """Reads such a file: ``units`` holds the arrays of each, by name, not to be written to; threads and forks share it.
 
-    They are the file's own memory pages, so nothing is copied, and a disk that fails under them ends the process.
     Raises ArtifactError for a file that is missing, damaged, unfinished, of an earlier format or of another ``kind``.
     """
+    # The arrays are the file's own memory pages: nothing is copied, and a disk that fails under them ends the process.
 
     def __init__(self, path: Path, kind: str = "", complete: bool = True) -> None:
         self.path = path

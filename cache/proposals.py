@@ -73,8 +73,10 @@ class ProposalWriter:
             self._output = stack.enter_context(DeferringFile(temporary, "w+"))
             stack.callback(self._raise_full)
             self._file = stack.enter_context(h5py.File(self._output, "w", libver=("earliest", "v110")))
-            self._create_rows("boxes")
-            self._create_rows("scores")
+            for name in ("boxes", "scores"):
+                dtype, shape, _ = SCHEMA[name]
+                self._file.create_dataset(
+                    name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(CHUNK_ROWS, *shape))
             self._stack = stack.pop_all()
         return self
 
@@ -83,8 +85,8 @@ class ProposalWriter:
 
         Raises ValueError for an image that was added before and for arrays that do not belong together.
         """
-        boxes = np.asarray(boxes, np.float32)
-        scores = np.asarray(scores, np.float32)
+        boxes = np.asarray(boxes, np.float32)  # (K, 4)
+        scores = np.asarray(scores, np.float32)  # (K,)
         if boxes.shape != (len(scores), 4) or scores.ndim != 1:
             raise ValueError(f"{image_id}: boxes {boxes.shape} and scores {scores.shape}, not [K, 4] and [K]")
         if image_id in self._ids:
@@ -96,19 +98,19 @@ class ProposalWriter:
         if self._waiting_rows >= CHUNK_ROWS:
             self._write_rows(self._waiting_rows // CHUNK_ROWS * CHUNK_ROWS)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
         if error:
             self._stack.__exit__(kind, error, traceback)
             return
         with self._stack:
             self._write_rows(self._waiting_rows)
-            self._write_index()
-
-    def _create_rows(self, name: str) -> None:
-        dtype, shape, _ = SCHEMA[name]
-        self._file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(CHUNK_ROWS, *shape))
+            self._file["offsets"] = np.asarray(self._offsets, np.int64)
+            ids = [image_id.encode() for image_id in self._ids]
+            self._file["image_ids"] = np.asarray(ids, _text(ids))
+            for name, value in sorted(self._attributes.items()):
+                self._file.attrs.create(name, value.encode(), dtype=_text([value.encode()]))
+            self._file.attrs["format_version"] = FORMAT_VERSION
 
     def _write_rows(self, rows: int) -> None:
         """Move ``rows`` rows from memory to the file: whole chunks, so that none is written twice, but for the last."""
@@ -123,25 +125,14 @@ class ProposalWriter:
         self._waiting_rows -= rows
         self._raise_full()
 
-    def _write_index(self) -> None:
-        self._file["offsets"] = np.asarray(self._offsets, np.int64)
-        ids = [image_id.encode() for image_id in self._ids]
-        self._file["image_ids"] = np.asarray(ids, _text(ids))
-        for name, value in sorted(self._attributes.items()):
-            self._file.attrs.create(name, value.encode(), dtype=_text([value.encode()]))
-        self._file.attrs["format_version"] = FORMAT_VERSION
-
     def _raise_full(self) -> None:
         if self._output.error:
             raise file_error(self._path, self._output.error, "written") from self._output.error
 
 
 class ProposalFile:
-    """Reads proposals by image id, on demand; one open file for each object and process.
-
-    It may be shared by threads, sent to worker processes and survive a fork.
-    Raises ArtifactError for a file that is missing, corrupt, or anything but plain data in the schema above.
-    """
+    """Reads proposals by image id; ArtifactError for a missing or corrupt file, or anything but the plain schema."""
+    # One open file for each object and process: it may be shared by threads, sent to workers and survive a fork.
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,11 +142,29 @@ class ProposalFile:
             self._identity = _identity(path)
             self._check_layout(file)
             self._rows = len(file["scores"])
-            self.attributes = self._read_attributes(file)
-            self.image_ids = self._read_ids(file)
-            self._offsets: NDArray[np.int64] = file["offsets"][:]
-        self._index = {image_id: number for number, image_id in enumerate(self.image_ids)}
-        self._check_index()
+            version = file.attrs.get("format_version", FORMAT_VERSION)
+            if version != FORMAT_VERSION:
+                raise self._error(f"its format version is {version}, this altopt reads {FORMAT_VERSION}")
+            self.attributes: dict[str, object] = {
+                name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                for name, value in file.attrs.items() if isinstance(value, str | bytes)}
+            try:
+                self.attributes["settings"] = json.loads(str(self.attributes.get("settings", "{}")))
+            except ValueError as error:
+                raise self._error("its attribute settings is not JSON") from error
+            try:
+                self.image_ids: tuple[str, ...] = tuple(file["image_ids"].asstr("utf-8", "strict")[:].tolist())
+            except UnicodeDecodeError as error:
+                raise self._error("image_ids is not UTF-8 text") from error
+            self._offsets: NDArray[np.int64] = file["offsets"][:]  # (N + 1,)
+        offsets, count = self._offsets, len(self.image_ids)
+        self._index = dict(zip(self.image_ids, range(count), strict=True))
+        if len(self._index) != count:
+            raise self._error("image_ids names an image twice")
+        if len(offsets) != count + 1:
+            raise self._error(f"offsets has {len(offsets)} entries for {count} images, not {count + 1}")
+        if offsets[0] != 0 or offsets[-1] != self._rows or (np.diff(offsets) < 0).any():
+            raise self._error(f"offsets does not rise from 0 to the {self._rows} rows")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -177,16 +186,27 @@ class ProposalFile:
         before it begins or lies outside its image, and the first score that is not finite. Other images may be in
         the file; their boxes need only be boxes.
         """
-        for image_id in sizes:
-            if image_id not in self._index:
-                raise self._missing(image_id)
+        if missing := [image_id for image_id in sizes if image_id not in self._index]:
+            raise self._missing(missing[0])
         unknown = (np.inf, np.inf)
         limits = np.array([sizes.get(image_id, unknown) for image_id in self.image_ids], np.float64).reshape(-1, 2)
         for begin in range(0, self._rows, CHECK_ROWS):
             rows = np.arange(begin, min(begin + CHECK_ROWS, self._rows))
-            owners = np.searchsorted(self._offsets, rows, side="right") - 1
+            owners = np.searchsorted(self._offsets, rows, side="right") - 1  # the image of each row
             boxes, scores = self._read(slice(rows[0], rows[-1] + 1))
-            self._check_rows(owners, boxes, scores, limits[owners])
+            start, end = boxes[:, :2], boxes[:, 2:]  # (K, 2) each
+            broken = {
+                "is not finite": ~(np.isfinite(boxes).all(1) & np.isfinite(scores)),
+                "ends before it begins (x1, y1, x2, y2 are expected)": (end < start).any(1),
+                "lies outside its image": ((start < -EDGE_PIXELS) | (end > limits[owners] + EDGE_PIXELS)).any(1),
+            }
+            for rule, where in broken.items():
+                if where.any():
+                    row = int(where.argmax())
+                    box = ", ".join(f"{value:g}" for value in boxes[row])
+                    raise self._error(
+                        f"image {self.image_ids[owners[row]]}: box ({box}) with score {scores[row]:g} {rule}",
+                        "make it again, in pixels of the original image")
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -202,30 +222,6 @@ class ProposalFile:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open_file": None, "_columns": {}}
 
-    def _check_index(self) -> None:
-        offsets, count = self._offsets, len(self.image_ids)
-        if len(self._index) != count:
-            raise self._error("image_ids names an image twice")
-        if len(offsets) != count + 1:
-            raise self._error(f"offsets has {len(offsets)} entries for {count} images, not {count + 1}")
-        if offsets[0] != 0 or offsets[-1] != self._rows or (np.diff(offsets) < 0).any():
-            raise self._error(f"offsets does not rise from 0 to the {self._rows} rows")
-
-    def _check_rows(self, owners: NDArray[np.int64], boxes: Boxes, scores: Scores,
-                    limits: NDArray[np.float64]) -> None:
-        start, end = boxes[:, :2], boxes[:, 2:]
-        rules = {
-            "is not finite": ~(np.isfinite(boxes).all(1) & np.isfinite(scores)),
-            "ends before it begins (x1, y1, x2, y2 are expected)": (end < start).any(1),
-            "lies outside its image": ((start < -EDGE_PIXELS) | (end > limits + EDGE_PIXELS)).any(1),
-        }
-        for rule, broken in rules.items():
-            if broken.any():
-                row = int(broken.argmax())
-                box = ", ".join(f"{value:g}" for value in boxes[row])
-                where = f"image {self.image_ids[owners[row]]}: box ({box}) with score {scores[row]:g}"
-                raise self._error(f"{where} {rule}", "make it again, in pixels of the original image")
-
     def _read(self, rows: slice) -> tuple[Boxes, Scores]:
         with self._reading() as file:
             if not self._columns:
@@ -234,26 +230,21 @@ class ProposalFile:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[h5py.File]:
+        import h5py
+
         with _lock:
             try:
-                yield self._handle()
+                if self._open_file is None or self._open_file[0] != os.getpid():
+                    # A handle from before a fork is closed: HDF5 would go on with it, not open the file again.
+                    self._close()
+                    if hasattr(self, "_identity") and _identity(self.path) != self._identity:
+                        raise self._error("it was replaced while it was in use", "run the same command again")
+                    self._open_file = os.getpid(), h5py.File(self.path, "r", locking=False)
+                yield self._open_file[1]
             except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py on a damaged file
                 if isinstance(error, OSError) and error.errno is not None:
                     raise file_error(self.path, error, "read") from error
                 raise self._error("it is not an HDF5 file, or damaged") from error
-
-    def _handle(self) -> h5py.File:
-        import h5py
-
-        if self._open_file is not None and self._open_file[0] == os.getpid():
-            return self._open_file[1]
-        # A handle from before a fork is closed first: HDF5 would go on with it instead of opening the file again.
-        self._close()
-        if hasattr(self, "_identity") and _identity(self.path) != self._identity:
-            raise self._error("it was replaced while it was in use", "run the same command again")
-        file = h5py.File(self.path, "r", locking=False)
-        self._open_file = (os.getpid(), file)
-        return file
 
     def _close(self) -> None:
         if self._open_file is not None:
@@ -266,23 +257,6 @@ class ProposalFile:
     def _error(self, cause: str, remedy: str = REMEDY) -> ArtifactError:
         return ArtifactError(f"{self.path} cannot be used: {cause}: {remedy}")
 
-    def _read_attributes(self, file: h5py.File) -> dict[str, object]:
-        version = file.attrs.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise self._error(f"its format version is {version}, this altopt reads {FORMAT_VERSION}")
-        found = {name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-                 for name, value in file.attrs.items() if isinstance(value, str | bytes)}
-        try:
-            return {**found, "settings": json.loads(found.get("settings", "{}"))}
-        except ValueError as error:
-            raise self._error("its attribute settings is not JSON") from error
-
-    def _read_ids(self, file: h5py.File) -> tuple[str, ...]:
-        try:
-            return tuple(file["image_ids"].asstr("utf-8", "strict")[:].tolist())
-        except UnicodeDecodeError as error:
-            raise self._error("image_ids is not UTF-8 text") from error
-
     def _check_layout(self, file: h5py.File) -> None:
         """Refuse everything but plain data sets of the right type; what HDF5 can do beyond them reaches other files."""
         import h5py
@@ -293,25 +267,21 @@ class ProposalFile:
                 raise self._error(f"it has no data set {name}")
             if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
                 raise self._error(f"{name} is a link or a group, not a data set")
-            self._check_storage(file[name], name)
-            held = file[name].dtype
-            right = h5py.check_string_dtype(held) if dtype is str else held == dtype
-            if not right or file[name].ndim != 1 + len(shape) or file[name].shape[1:] != shape:
-                raise self._error(f"{name} is {held} {list(file[name].shape)}, not {words}")
+            dataset, properties = file[name], file[name].id.get_create_plist()
+            if (properties.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED)
+                    or properties.get_external_count()):
+                raise self._error(f"{name} is neither contiguous nor chunked, or lies outside the file")
+            filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
+            if not {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE}.issuperset(filters):
+                raise self._error(f"{name} is compressed by other means than gzip")
+            if dataset.nbytes > DEFLATE_LIMIT * dataset.id.get_storage_size():
+                raise self._error(f"{name} was never written, or not to the end")
+            right = h5py.check_string_dtype(dataset.dtype) if dtype is str else dataset.dtype == dtype
+            if not right or dataset.ndim != 1 + len(shape) or dataset.shape[1:] != shape:
+                raise self._error(f"{name} is {dataset.dtype} {list(dataset.shape)}, not {words}")
         if len(file["boxes"]) != len(file["scores"]):
             raise self._error(f"it has {len(file['boxes'])} boxes and {len(file['scores'])} scores")
 
-    def _check_storage(self, dataset: h5py.Dataset, name: str) -> None:
-        import h5py
-
-        properties = dataset.id.get_create_plist()
-        if properties.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED) or properties.get_external_count():
-            raise self._error(f"{name} is neither contiguous nor chunked, or lies outside the file")
-        filters = {properties.get_filter(number)[0] for number in range(properties.get_nfilters())}
-        if filters - {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE}:
-            raise self._error(f"{name} is compressed by other means than gzip")
-        if dataset.nbytes > DEFLATE_LIMIT * dataset.id.get_storage_size():
-            raise self._error(f"{name} was never written, or not to the end")
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

@@ -1,7 +1,5 @@
-"""What an artifact was made from: the record beside it, which decides whether it is still valid.
-
-A record is written after its artifact. An artifact without one, or with one that cannot be read, is made again.
-"""
+"""What an artifact was made from: the record beside it, which decides whether it is still valid."""
+# A record is written after its artifact. An artifact without one, or with one that cannot be read, is made again.
 
 import dataclasses
 import json
@@ -28,6 +26,7 @@ RENAMED = {
     "pictures_found": "images_found", "pictures_without_rois": "images_without_rois",
     "seconds_per_picture": "seconds_per_image", "proposals_per_picture": "proposals_per_image",
 }
+RENAMED_VALUES = {("outputs", "draw-anew"): "re-initialise"}  # by name: a text such as a folder may be like an old word
 
 
 def plain(value: object) -> Any:
@@ -88,7 +87,19 @@ def read_record(path: Path) -> Record | None:
     """Return the record at ``path``, or None when there is none or, with a line in the log, when it is not a record."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return _record(values)
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError("another kind of file")
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}, this altopt reads {FORMAT_VERSION}")
+        # Looked at one by one: a record may come from another machine, or from someone's editor.
+        for name, kinds in _KINDS.items():
+            if name in values and not isinstance(values[name], kinds):
+                raise ValueError(f"{name} is {values[name]!r}")
+        record = Record(**values | {name: renamed(values[name]) for name in ("config", "metrics") if name in values})
+        if not all(isinstance(text, str) for text in [*record.inputs.values(), *record.versions.values()]):
+            raise ValueError("an input or a version is not a text")
+        return record
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
@@ -98,18 +109,17 @@ def read_record(path: Path) -> Record | None:
 
 def renamed(values: JSON) -> Any:
     """Return what an earlier version wrote with the names of today, in nested mappings too (see ``RENAMED``)."""
-    if isinstance(values, Mapping):
-        # What stands below "classes" are names of the data set's own.
-        return {RENAMED.get(name, name): value if name == "classes" else renamed(value)
-                for name, value in values.items()}
-    return values
+    if not isinstance(values, Mapping):
+        return values
+    # What stands below "classes" are names of the data set's own.
+    return {RENAMED.get(name, name): value if name == "classes" else
+            RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else renamed(value)
+            for name, value in values.items()}
 
 
 def differences(old: Mapping[str, JSON], new: Mapping[str, JSON]) -> list[str]:
-    """Return in words what tells ``new`` from ``old``, nested mappings as dotted names; empty when they are equal.
-
-    Values compare as ``plain`` ones: a tuple equals a list, 1 equals 1.0, but True does not equal 1.
-    """
+    """Return in words what tells ``new`` from ``old``, nested mappings as dotted names; empty when they are equal."""
+    # As ``plain`` values, as they are read back: a tuple equals a list, 1 equals 1.0, but True does not equal 1.
     before, after = dict(_flat(plain(old))), dict(_flat(plain(new)))
     lines = []
     for name, value in after.items():
@@ -118,22 +128,6 @@ def differences(old: Mapping[str, JSON], new: Mapping[str, JSON]) -> list[str]:
         elif not _same(before[name], value):
             lines.append(f"{name} was {_words(before[name])}, is {_words(value)}")
     return lines + [f"{name} was dropped (it was {_words(before[name])})" for name in before if name not in after]
-
-
-def _record(values: object) -> Record:
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise ValueError("another kind of file")
-    version = values.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"format version {version}, this altopt reads {FORMAT_VERSION}")
-    # Looked at one by one: a record may come from another machine, or from someone's editor.
-    for name, kinds in _KINDS.items():
-        if name in values and not isinstance(values[name], kinds):
-            raise ValueError(f"{name} is {values[name]!r}")
-    record = Record(**values | {name: renamed(values[name]) for name in ("config", "metrics") if name in values})
-    if not all(isinstance(text, str) for text in [*record.inputs.values(), *record.versions.values()]):
-        raise ValueError("an input or a version is not a text")
-    return record
 
 
 _KINDS: dict[str, type | types.UnionType] = {

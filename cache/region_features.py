@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.preallocated import ArrayType, PreallocatedFile, PreallocatedWriter
+from cache.preallocated import PreallocatedFile, PreallocatedWriter
 
 Floats = NDArray[np.float32] | NDArray[np.float16]
 KIND = "region features"
@@ -39,47 +39,42 @@ class RegionCount(NamedTuple):
 
 @dataclass(frozen=True)
 class RegionSizes:
-    """The widths of a row: K classes, D features, E pooled features; and how the last two are stored."""
+    """The widths of a row, and how features are stored."""
 
-    classes: int
-    features: int
-    pooled: int
+    classes: int  # K
+    features: int  # D
+    pooled: int  # E
     stored: Literal["float32", "float16"]
-
-    def arrays(self, count: RegionCount) -> dict[str, ArrayType]:
-        """Return the arrays of an image with so many regions, in the order of the file."""
-        regions, pooled = count
-        return {
-            "boxes": ("float32", (regions, 4)), "labels": ("int32", (regions,)),
-            "overlaps": ("float32", (regions, self.classes)),
-            "features": (self.stored, (regions, self.features)),
-            "pooled": (self.stored, (pooled, self.pooled)),
-            "pooled_labels": ("int32", (pooled,)), "pooled_targets": ("float32", (pooled, 4)),
-        }
 
 
 @dataclass(frozen=True, eq=False)
 class ImageRegions:
     """Everything about the regions of one image; shapes and types as in the file."""
 
-    boxes: NDArray[np.float32]
-    labels: NDArray[np.int32]
-    overlaps: NDArray[np.float32]
-    features: Floats
-    pooled: Floats
-    pooled_labels: NDArray[np.int32]
-    pooled_targets: NDArray[np.float32]
+    boxes: NDArray[np.float32]  # (R, 4)
+    labels: NDArray[np.int32]  # (R,)
+    overlaps: NDArray[np.float32]  # (R, K)
+    features: Floats  # (R, D)
+    pooled: Floats  # (Q, E)
+    pooled_labels: NDArray[np.int32]  # (Q,)
+    pooled_targets: NDArray[np.float32]  # (Q, 4)
 
 
 class RegionFeatureWriter(PreallocatedWriter[str]):
     """Writes the regions of images, whose numbers are known, in any order; the file appears when all are there.
 
-    What an interrupted writer of the same content left is not written again. Raises ResourceError without room.
+    Raises ResourceError without room.
     """
+    # What an interrupted writer of the same content left is not written again.
 
     def __init__(self, path: Path, description: Mapping[str, object], counts: Mapping[str, RegionCount],
                  sizes: RegionSizes) -> None:
-        super().__init__(path, KIND, description, {id: sizes.arrays(count) for id, count in counts.items()})
+        super().__init__(path, KIND, description, {id: {  # in the order of the file
+            "boxes": ("float32", (regions, 4)), "labels": ("int32", (regions,)),
+            "overlaps": ("float32", (regions, sizes.classes)), "features": (sizes.stored, (regions, sizes.features)),
+            "pooled": (sizes.stored, (pooled, sizes.pooled)), "pooled_labels": ("int32", (pooled,)),
+            "pooled_targets": ("float32", (pooled, 4)),
+        } for id, (regions, pooled) in counts.items()})
 
     def write(self, image_id: str, regions: ImageRegions) -> None:
         """Write one image; ValueError when its regions are not as many as was said."""
@@ -103,13 +98,9 @@ class RegionFeatureFile(PreallocatedFile):
         """Return the length of a row: D or E; 0 without images."""
         return next((arrays[name].shape[1] for arrays in self.units.values()), 0)
 
-    def rows(self, name: Literal["boxes", "overlaps"], image: int) -> NDArray[np.float32]:
-        """Return the rows of the image, counted from 0."""
-        return self._float32(image, name)
-
-    def features(self, image: int) -> NDArray[np.float32]:
-        """Return the image's features, float32 [R, D]."""
-        return self._float32(image, "features")
+    def rows(self, name: Literal["boxes", "overlaps", "features"], image: int) -> NDArray[np.float32]:
+        """Return the rows of the image, counted from 0, as float32 [R, ...]."""
+        return self.units[self.image_ids[image]][name].astype(np.float32, copy=False)
 
     def labels(self, image: int) -> NDArray[np.int32]:
         """Return the classes of the image's regions, int32 [R]."""
@@ -134,9 +125,6 @@ class RegionFeatureFile(PreallocatedFile):
         """Yield the pooled features of these pooled regions, float32 [up to ``block``, E] at a time."""
         for begin in range(0, len(regions), block):
             yield self._pooled_rows("pooled", regions[begin : begin + block], self.width("pooled"))
-
-    def _float32(self, image: int, name: str) -> NDArray[np.float32]:
-        return self.units[self.image_ids[image]][name].astype(np.float32, copy=False)
 
     def _pooled_rows(self, name: str, regions: Sequence[int] | NDArray[np.int64], width: int) -> NDArray[np.float32]:
         values = np.empty((len(regions), width), np.float32)

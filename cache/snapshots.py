@@ -1,7 +1,5 @@
-"""The state inside a stage, so that an interrupted training goes on where it was.
-
-A snapshot is a shortcut: one that is missing, of another training or damaged costs time and nothing else.
-"""
+"""The state inside a stage, so that an interrupted training goes on where it was."""
+# A snapshot is a shortcut: one that is missing, of another training or damaged costs time and nothing else.
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,26 +22,15 @@ logger = logging.getLogger("altopt")
 WRITE_SHARE = 50  # at most one part in so many of the time goes into writing
 
 
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A training after ``iteration`` iterations and ``seconds`` of work, with the tensors it goes on from."""
-
-    iteration: int
-    tensors: dict[str, Tensor]
-    seconds: float
-
-
 def save_snapshot(path: Path, *, key: str, iteration: int, tensors: Mapping[str, Tensor], seconds: float) -> None:
-    """Write the state of the training that ``key`` stands for (stage, inputs, config), in the place of the last one.
-
-    Raises ResourceError when there is no room; the last snapshot is then still there.
-    """
+    """Write the state of the training that ``key`` stands for (stage, inputs, config); ResourceError without room."""
+    # In the place of the last one, which is still there when this one could not be written.
     state = {"key": key, "iteration": iteration, "seconds": seconds, "checksum": _checksum(tensors)}
     save_checkpoint(path, tensors, {"kind": "snapshot", **state})
 
 
-def load_snapshot(path: Path, key: str) -> Snapshot | None:
-    """Return the state at ``path``; None, and why in the log, when it is of another training or damaged."""
+def load_snapshot(path: Path, key: str) -> tuple[int, dict[str, Tensor], float] | None:
+    """Return iteration, tensors and seconds as saved; None, and why in the log, when of another training or damaged."""
     if not path.exists():
         return None
     try:
@@ -54,15 +40,10 @@ def load_snapshot(path: Path, key: str) -> Snapshot | None:
         tensors, description = load_checkpoint(path)
         if _checksum(tensors) != description["checksum"]:
             raise ValueError("the tensors are not the ones that were written")
-        return Snapshot(int(description["iteration"]), tensors, float(description["seconds"]))
+        return int(description["iteration"]), tensors, float(description["seconds"])
     except (AltoptError, KeyError, ValueError, TypeError) as error:
         logger.warning("%s is not used (%s): starting at the beginning", path, error)
         return None
-
-
-def remove_snapshot(path: Path) -> None:
-    """Remove a snapshot that is no longer needed, if there is one."""
-    path.unlink(missing_ok=True)
 
 
 class SnapshotClock:

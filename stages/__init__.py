@@ -3,12 +3,7 @@
 from stages.shared.step import Step
 from stages.steps.assemble import add_rpn_layers
 from stages.steps.detect import detect_shared, detect_unshared
-from stages.steps.fast_rcnn import (
-    train_box_layer,
-    train_classification,
-    train_fast_rcnn,
-    train_fast_rcnn_frozen_conv,
-)
+from stages.steps.fast_rcnn import train_box_layer, train_classification, train_fast_rcnn, train_fast_rcnn_frozen_conv
 from stages.steps.fast_rcnn_regions import cache_pooled_features, detect_on_proposals, detect_with_svms
 from stages.steps.joint import train_approximate_joint, train_exact_joint
 from stages.steps.pretrained import load_imagenet_weights, pretrain_on_crops
@@ -20,10 +15,7 @@ from stages.steps.spp_net import cache_conv_features, cache_region_features, det
 from stages.steps.svms import train_regressors, train_svms
 
 # M0 comes from before the list; a recipe has the table of one of the two.
-PRETRAINED = [
-    Step("M0", load_imagenet_weights),
-    Step("M0", pretrain_on_crops),
-]
+PRETRAINED = [Step("M0", load_imagenet_weights), Step("M0", pretrain_on_crops)]
 
 # Girshick, "Training R-CNNs of various velocities"; Faster R-CNN, section 3.2.
 ALTERNATING = [
@@ -56,10 +48,7 @@ SPP_NET = [
 ]
 
 # Girshick, "Fast R-CNN": one network on proposals of other origin.
-FAST_RCNN = [
-    Step("P0", selective_search),
-    Step("M1", train_fast_rcnn, "M0", "P0"),
-]
+FAST_RCNN = [Step("P0", selective_search), Step("M1", train_fast_rcnn, "M0", "P0")]
 
 # Its ablations that take further steps: SVMs in place of the softmax (section 5.4), and the box layer trained by itself
 # on a network that learned to classify only (section 5.1).
@@ -76,12 +65,8 @@ FAST_RCNN_STAGE_WISE = [
 ]
 
 # Faster R-CNN, section 3.2: one network, four losses; proposals are constants in the backward pass, or they are not.
-APPROXIMATE_JOINT = [
-    Step("M1", train_approximate_joint, "M0"),
-]
-EXACT_JOINT = [
-    Step("M1", train_exact_joint, "M0"),
-]
+APPROXIMATE_JOINT = [Step("M1", train_approximate_joint, "M0")]
+EXACT_JOINT = [Step("M1", train_exact_joint, "M0")]
 
 SCHEMES = {
     "alternating": ALTERNATING,

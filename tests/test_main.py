@@ -27,3 +27,12 @@ def test_it_works_from_a_folder_with_a_command_line_of_its_own(tmp_path, start):
     else:
         assert done.returncode == 2
         assert done.stderr.count("none.toml") == done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("processes", "expected"), [("1", "at exit\n"), ("2", "")])
+def test_one_of_several_processes_leaves_without_pythons_own_end(processes, expected):
+    """There a thread of gloo's that asks for the interpreter would take the process down."""
+    code = "import atexit, cli; atexit.register(print, 'at exit'); cli.exit_code = lambda arguments: 3; cli.run()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[1]), "WORLD_SIZE": processes})
+    assert (done.returncode, done.stdout, done.stderr) == (3, expected, "")

@@ -16,9 +16,10 @@ PROGRAM = Path(__file__).parents[2] / "altopt" / "__main__.py"  # by its path: a
 def launch(processes: int, arguments: list[str]) -> int:
     """Run the command as so many processes and return the exit code of the one that failed first, or 0.
 
-    Ctrl-C and SIGTERM are passed on, and 30 seconds later what is still there is killed; then they are raised here, as
-    the processes do not speak of them. Raises ``ResourceError`` for a process that died by itself.
+    Raises ``ResourceError`` for a process that died by itself.
     """
+    # Ctrl-C and SIGTERM are passed on, and 30 seconds later what is still there is killed; then they are raised here,
+    # as the processes do not speak of them.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

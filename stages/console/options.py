@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stages.pipeline.run import Run
     from stages.shared.step import Runtime
 
-FC = TypeVar("FC", bound=Callable[..., object])
+FC = TypeVar("FC", bound=Callable[..., object] | click.Command)
 
 
 def option(*names: str, **settings: object) -> Callable[[FC], FC]:
@@ -103,16 +103,23 @@ AS_OPTION = option("--as", "artifact", metavar="P0|T0", required=True,
 BOX_FORMATS = ("xyxy", "inclusive-0", "inclusive-1", "yxyx-inclusive-1", "xywh")
 
 
-def with_options(*groups: Sequence[Callable[[FC], FC]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that adds the options of all groups; the command gets their values as one ``Options``."""
+class Command(click.Command):
+    """A command that gets the values of ``RUN_OPTIONS`` and ``WORK_OPTIONS`` as one argument, ``options``."""
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        @wraps(function)
-        def command(**values: object) -> None:
-            known = {each.name for each in fields(Options)} & values.keys()
-            function(Options(**{name: values.pop(name) for name in known}), **values)  # type: ignore[arg-type]
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as click does, and put those values together."""
+        left = super().parse_args(ctx, args)
+        if {"scheme", "device"} & ctx.params.keys():  # one stands in each of the two lists
+            known = {each.name for each in fields(Options)} & ctx.params.keys()
+            ctx.params["options"] = Options(**{name: ctx.params.pop(name) for name in known})
+        return left
 
-        for each in reversed([each for group in groups for each in group]):
+
+def with_options(*groups: Sequence[Callable[[FC], FC]]) -> Callable[[FC], FC]:
+    """Return a decorator that adds the options of all groups."""
+
+    def decorate(command: FC) -> FC:
+        for each in reversed(list(chain(*groups))):
             command = each(command)
         return command
 
@@ -123,11 +130,8 @@ def find_recipe(arguments: Sequence[str]) -> "Recipe":
     """Return the recipe of the run that the arguments of a command speak of, whatever else they say."""
     from stages.pipeline.recipe import choose_recipe
 
-    @click.command("", add_help_option=False)
-    @with_options(RUN_OPTIONS)
-    def look(options: Options) -> None:
-        pass
-
+    look = with_options(RUN_OPTIONS)(click.Command("", add_help_option=False))
+    # Whatever else is wrong with them: the command itself will say so.
     parsed = look.make_context("", list(arguments), resilient_parsing=True, ignore_unknown_options=True,
                                allow_extra_args=True).params
     return choose_recipe(parsed["recipe"], parsed["run_name"], parsed["sets"] or (), parsed["scheme"])[1]

@@ -43,7 +43,14 @@ class Reporter:
                 place, why = f" ({place})" if place else "", f": {why}" if why else ""
                 made_of = f" from {', '.join(inputs)}" if inputs else ""
                 self.line(f"{event.artifact}{place} {stage}{made_of}{why}")
-                self._start_bar(event.artifact)
+                self.last_line = time.monotonic()
+                if self.console.is_terminal:
+                    self.bar = Progress(
+                        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+                        console=self.console, transient=True)
+                    self.task = self.bar.add_task(event.artifact, total=None, text="")
+                    self.bar.start()
             case events.TrainingProgress():
                 losses = " ".join(f"{name} {value:.4f}" for name, value in event.losses.items())
                 text = (f"{losses}  lr {event.lr:.2g}  {event.images_per_second:.1f} images/s  "
@@ -69,20 +76,10 @@ class Reporter:
         """Print one line, above the bar if there is one."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _start_bar(self, artifact: str) -> None:
-        self.last_line = time.monotonic()
-        if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
-                console=self.console, transient=True)
-            self.task = self.bar.add_task(artifact, total=None, text="")
-            self.bar.start()
-
     def _advance(self, artifact: str, done: int, total: int, text: str, seconds: float | None) -> None:
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, total=total, text=text)
-        elif time.monotonic() - self.last_line >= PLAIN_INTERVAL:
+        elif time.monotonic() - self.last_line >= PLAIN_INTERVAL:  # a log is not to fill with lines
             self.last_line = time.monotonic()
             left = f"  {duration(seconds / done * (total - done))} left" if seconds else ""
             self.line(f"{artifact}: {done}/{total}  {text}{left}")

@@ -53,24 +53,20 @@ def recall_table(result: "ProposalRecall") -> Table:
 
 def beside_table(rows: "list[dict[str, str | float | None]]") -> Table:
     """Return per-class AP in per cent beside published ones; the last row is the mean."""
-    table = _table(*rows[0])
+    table = _table(*rows[0], right=True)
     for row in rows:
         cells = [value if isinstance(value, str) else "-" if value is None else f"{value:.1f}"
                  for value in row.values()]
         table.add_row(*cells, style="bold" if row is rows[-1] else "")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 
 def comparison_table(headings: list[str], rows: list[list[str]]) -> Table:
     """Return a row for each scheme, and one for what the slides say of it; names are never folded."""
-    table = _table(*headings)
+    table = _table(*headings, right=True)
     for row in rows:
         table.add_row(*map(escape, row))
     table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 
@@ -89,8 +85,8 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _table(*headings: str, title: str | None = None) -> Table:
+def _table(*headings: str, title: str | None = None, right: bool = False) -> Table:
     table = Table(title=title and escape(title), box=None, pad_edge=False, title_justify="left")
-    for heading in headings:
-        table.add_column(heading)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if right and number else "left")
     return table

@@ -1,14 +1,14 @@
-"""All schemes on the same data: what each scores, what it costs, and the slides' own figures beside it.
-
-A comparison is a folder of runs, one for each scheme, or variant of one, and seed. What one of them made from the same
-inputs with the same settings, another takes over: M0, proposals of other origin, caches. Asked again, it makes only
-what is missing.
-"""
+"""All schemes on the same data: what each scores, what it costs, and the slides' own figures beside it."""
+# A comparison is a folder of runs, one for each scheme, or variant of one, and seed. What one of them made from the
+# same inputs with the same settings, another takes over: M0, proposals of other origin, caches. Asked again, it makes
+# only what is missing.
 
 import csv
 import io
+import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,26 +19,25 @@ from cache.files import write_json_atomic, write_text_atomic
 from stages import DETECTIONS, SCHEMES
 from stages.pipeline.evaluation import detection_steps, evaluate
 from stages.pipeline.plan import duration
-from stages.pipeline.recipe import nearest, read_recipe
+from stages.pipeline.recipe import check_scheme, nearest, read_recipe
 from stages.pipeline.run import Run, with_recipe
-from stages.pipeline.variants import Variant, plain_variants
 from stages.shared.events import Caution, Note
 from stages.shared.step import Kind, Runtime
 
 
 @dataclass(frozen=True)
 class Slides:
-    """What the slides report for VOC07 with VGG16: mAP in per cent, hours on a K40, seconds for a test image."""
+    """What the slides report for VOC07 with VGG16."""
 
-    map: float | None = None
-    fine_tuning: float | None = None
+    map: float | None = None  # per cent
+    fine_tuning: float | None = None  # hours on a K40, as the next three are
     features: float | None = None
     classifiers: float | None = None
     hours: float | None = None
-    test_seconds: float | None = None
+    test_seconds: float | None = None  # for an image, without proposals
 
 
-# Girshick, "Training R-CNNs of various velocities"; test times are without proposals.
+# Girshick, "Training R-CNNs of various velocities".
 SLIDES = {
     "rcnn": Slides(66.0, 18, 63, 3, 84, 47),
     "spp-net": Slides(63.1, 16, 5.5, 4, 25.5, 2.3),
@@ -55,43 +54,80 @@ COSTS = {Kind.NETWORK: "fine_tuning", Kind.PROPOSALS: "proposals", Kind.FEATURES
 
 @dataclass(frozen=True)
 class Outcome:
-    """One variant with one seed: mAP, seconds by kind of work, seconds for a test image, bytes, iterations.
-
-    ``training`` is what the slides count: all that is made from a network, so neither M0 nor proposals of other origin.
-    ``classifiers`` are SVMs and box regressors. ``bytes`` is what the scheme keeps on disk, detections and the test
-    split's proposals not counted. ``map`` is None where the test split has no objects.
-    """
+    """One variant with one seed; times in seconds."""
 
     name: str
     scheme: str
     seed: int
-    map: float | None
-    training: float
+    map: float | None  # None where the test split has no objects
+    training: float  # as the slides count: made from a network, so neither M0 nor proposals of other origin
     pretraining: float
     proposals: float
     fine_tuning: float
     features: float
-    classifiers: float
-    test_seconds: float
-    bytes: int
+    classifiers: float  # SVMs and box regressors
+    test_seconds: float  # for an image
+    bytes: int  # that the scheme keeps on disk, detections and the test split's proposals not counted
     iterations: int
 
 
+VARIANT_KEYS = ("scheme", "set")
+VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 Row = dict[str, Any]  # of the table: a variant's name and figures, and the slides'
 AVERAGED = ("map", "training", "fine_tuning", "features", "classifiers", "proposals", "pretraining", "test_seconds",
             "bytes", "iterations")
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A scheme, and the settings in which it differs from the recipe; ``name`` is the scheme's where none does."""
+    # In a file:
+    # [from-fc6]                                            the name: of the table's row, and of the run folders
+    # scheme = "fast-rcnn"
+    # set = ['train_fast_rcnn.freeze=["conv*"]']            each as --set takes it; none is needed
+
+    name: str
+    scheme: str
+    sets: tuple[str, ...] = ()
+
+
 def chosen_variants(text: str | None) -> list[Variant]:
     """Return the schemes of ``rcnn,fast-rcnn``, each once; the six of the slides for None. Raises ``UsageError``."""
-    return plain_variants(list(SLIDES) if text is None else [name.strip() for name in text.split(",")])
+    names = list(SLIDES) if text is None else [name.strip() for name in text.split(",")]
+    return [Variant(name, check_scheme(name)) for name in dict.fromkeys(names)]
+
+
+def read_variants(path: Path) -> list[Variant]:
+    """Return the variants of a file, in its order. Raises ``UsageError``."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as TOML: {error}") from None
+    if not content:
+        raise UsageError(f"{path} names nothing to compare: give it tables such as [mine] with scheme = \"fast-rcnn\"")
+    return [_variant(f"{path}: [{name}]", name, table) for name, table in content.items()]
+
+
+def _variant(where: str, name: str, table: object) -> Variant:
+    if not isinstance(table, dict):
+        raise UsageError(f"{where} stands outside of a table: a file of variants has only tables")
+    if not VARIANT_NAME.fullmatch(name):
+        raise UsageError(f"{where} must be the name of a folder: use letters, digits, '-', '_' and '.'")
+    for key in table:
+        if key not in VARIANT_KEYS:
+            raise UsageError(f"{where} has no field {key!r}{nearest(key, VARIANT_KEYS)}; its fields are "
+                             f"{', '.join(VARIANT_KEYS)}")
+    scheme, sets = table.get("scheme"), table.get("set", [])
+    if not isinstance(scheme, str):
+        raise UsageError(f'{where} does not say of which scheme it is one: add scheme = "fast-rcnn" or the like')
+    if not isinstance(sets, list) or not all(isinstance(each, str) for each in sets):
+        raise UsageError(f"{where}: set must be a list of texts, such as ['train_fast_rcnn.lr=0.01']")
+    return Variant(name, check_scheme(scheme), tuple(sets))
 
 
 def given_artifacts(words: Sequence[str], schemes: Sequence[str]) -> dict[str, Path]:
-    """Return {artifact: file} of ``M0=FILE`` and the like. Raises ``UsageError``.
-
-    Only what is made from nothing is the same thing in every scheme: M0, and proposals of other origin.
-    """
+    """Return {artifact: file} of ``M0=FILE`` and the like. Raises ``UsageError``."""
+    # Only what is made from nothing is the same thing in every scheme: M0, and proposals of other origin.
     steps = [step for name in schemes for step in [*SCHEMES[name], *DETECTIONS[name]]]
     known = ["M0", *dict.fromkeys(step.output for step in steps if not step.inputs)]
     given = {}
@@ -108,10 +144,7 @@ def given_artifacts(words: Sequence[str], schemes: Sequence[str]) -> dict[str, P
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: a recipe in every variant with every seed, in a folder of runs.
-
-    ``given`` holds artifacts to take as they are in every run that has them, ``M0=FILE``.
-    """
+    """What is compared: a recipe in every variant with every seed, in a folder of runs."""
 
     folder: Path
     recipe: str
@@ -119,7 +152,7 @@ class Comparison:
     seeds: Sequence[int]
     sets: Sequence[str] = ()
     data_root: Path | None = None
-    given: Sequence[str] = ()
+    given: Sequence[str] = ()  # M0=FILE: artifacts to take as they are in every run that has them
 
     def open_run(self, variant: Variant, seed: int, runtime: Runtime) -> Run:
         """Return the run of a variant with a seed."""
@@ -130,10 +163,8 @@ class Comparison:
 
 def outcomes(wanted: Comparison, runtime: Runtime,
              working_in: Callable[[Run], AbstractContextManager[None]]) -> Iterator[Outcome]:
-    """Bring every run of a comparison up to date and yield its outcome; all variants with one seed, then the next.
-
-    A run that diverges is reported and yields nothing; the others go on.
-    """
+    """Bring every run of a comparison up to date and yield its outcome; all variants with one seed, then the next."""
+    # A run that diverges is reported and yields nothing; the others go on.
     files = given_artifacts(wanted.given, [variant.scheme for variant in wanted.variants])
     runs: list[Run] = []
     for seed in wanted.seeds:
@@ -141,7 +172,9 @@ def outcomes(wanted: Comparison, runtime: Runtime,
             run = wanted.open_run(variant, seed, runtime)
             runtime.report(Note(f"{variant.name}, seed {seed}: {run.folder}"))
             with working_in(run):
-                _adopt(run, files)
+                names = {step.output for step in [*run.recipe.steps, *run.recipe.detections]}
+                for name in files.keys() & names:
+                    run.import_artifact(name, files[name], f"--from {name}={files[name]}")
                 try:
                     found = [outcome(run, variant, seed, runs)]
                 except DivergedError as error:
@@ -156,7 +189,7 @@ def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -
     detection = detection_steps(run)[-1]
     steps = [*run.recipe.steps, *run.recipe.detections]
     for step in steps[: steps.index(detection)]:
-        if step.kind is Kind.DETECTIONS or run.verdict(step).valid:
+        if step.kind is Kind.DETECTIONS or run.verdict(step).valid:  # ``evaluate`` makes detections itself
             continue
         if not any(run.reuse(step, other) for other in others):
             run.bring_up_to_date([step])
@@ -176,18 +209,12 @@ def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -
                    bytes=size, iterations=iterations, **seconds)
 
 
-def _adopt(run: Run, files: dict[str, Path]) -> None:
-    names = {step.output for step in [*run.recipe.steps, *run.recipe.detections]}
-    for name in files.keys() & names:
-        run.import_artifact(name, files[name], f"--from {name}={files[name]}")
-
-
 def rows(results: Sequence[Outcome]) -> list[Row]:
     """Return a row for each variant: means over its seeds, the deviation of its mAP, and the slides' figures."""
     table = []
     for name in dict.fromkeys(each.name for each in results):
         mine = [each for each in results if each.name == name]
-        values = {field: _defined(getattr(each, field) for each in mine) for field in AVERAGED}
+        values = {field: [value for each in mine if (value := getattr(each, field)) is not None] for field in AVERAGED}
         means = {field: statistics.fmean(found) if found else None for field, found in values.items()}
         spread = statistics.stdev(values["map"]) if len(values["map"]) > 1 else None
         table.append({"name": name, "scheme": mine[0].scheme, "seeds": len(mine), "map": means.pop("map"),
@@ -195,27 +222,19 @@ def rows(results: Sequence[Outcome]) -> list[Row]:
     return table
 
 
-def _defined(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
 def write(folder: Path, results: Sequence[Outcome]) -> None:
     """Write compare.json, compare.csv and compare.md into the folder."""
     table = rows(results)
     write_json_atomic(folder / "compare.json", {"rows": table, "runs": [asdict(each) for each in results]})
-    write_text_atomic(folder / "compare.csv", _csv(table))
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *printed(table)]
-    write_text_atomic(folder / "compare.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
-
-
-def _csv(table: Sequence[Row]) -> str:
     flat = [row | {f"slides_{name}": value for name, value in row["slides"].items()} for row in table]
     text = io.StringIO()
-    names = [name for name in flat[0] if name != "slides"]
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, [name for name in flat[0] if name != "slides"], extrasaction="ignore",
+                            lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    return text.getvalue()
+    write_text_atomic(folder / "compare.csv", text.getvalue())
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *printed(table)]
+    write_text_atomic(folder / "compare.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
 HEADINGS = ["scheme", "seeds", "mAP", "training", "fine-tuning", "features", "SVMs, boxes", "proposals", "s/image",
@@ -226,25 +245,17 @@ def printed(table: Sequence[Row]) -> list[list[str]]:
     """Return the cells under ``HEADINGS`` of the rows of ``rows``, each followed by the slides' where there are any."""
     lines = []
     for row in table:
-        lines.append(_measured(row))
-        if row["slides"]["map"] is not None:
-            lines.append(_published(row["slides"]))
+        score = "-" if row["map"] is None else f"{row['map']:.3f}"
+        spread = "" if row["map_sd"] is None else f" ± {row['map_sd']:.3f}"
+        times = [duration(row[name]) if row[name] else "-"
+                 for name in ("training", "fine_tuning", "features", "classifiers", "proposals")]
+        lines.append([row["name"], str(row["seeds"]), score + spread, *times, f"{row['test_seconds']:.3f}",
+                      f"{row['bytes'] / 2**20:.0f} MiB", f"{row['iterations']:.0f}"])
+        slides: dict[str, float | None] = row["slides"]
+        if slides["map"] is not None:
+            # The slides' figures are per cent and hours: the one becomes a share, the others stay.
+            hours = ["-" if (value := slides[name]) is None else f"{value:g} h"
+                     for name in ("hours", "fine_tuning", "features", "classifiers")]
+            seconds = "-" if slides["test_seconds"] is None else f"{slides['test_seconds']:g}"
+            lines.append(["- slides", "", f"{slides['map'] / 100:.3f}", *hours, "-", seconds, "-", "-"])
     return lines
-
-
-def _measured(row: Row) -> list[str]:
-    score = "-" if row["map"] is None else f"{row['map']:.3f}"
-    spread = "" if row["map_sd"] is None else f" ± {row['map_sd']:.3f}"
-    times = [duration(row[name]) if row[name] else "-"
-             for name in ("training", "fine_tuning", "features", "classifiers", "proposals")]
-    return [row["name"], str(row["seeds"]), score + spread, *times, f"{row['test_seconds']:.3f}",
-            f"{row['bytes'] / 2**20:.0f} MiB", f"{row['iterations']:.0f}"]
-
-
-def _published(slides: dict[str, float | None]) -> list[str]:
-    """Return the slides' figures in the units of the measured ones."""
-    hours = ["-" if (value := slides[name]) is None else f"{value:g} h"
-             for name in ("hours", "fine_tuning", "features", "classifiers")]
-    assert slides["map"] is not None
-    seconds = "-" if slides["test_seconds"] is None else f"{slides['test_seconds']:g}"
-    return ["- slides", "", f"{slides['map'] / 100:.3f}", *hours, "-", seconds, "-", "-"]

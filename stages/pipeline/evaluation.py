@@ -38,7 +38,7 @@ class ProposalRecall(RecallDict):
 
 
 class StageTime(TypedDict):
-    """What made an output, in how many seconds, unless it was given."""
+    """What made an output, in how many seconds, and where it came from if it was given."""
 
     stage: str
     seconds: float
@@ -82,17 +82,9 @@ def detection_step(run: Run, word: str | None) -> Step:
                      f"{' or '.join(name_of(run, step) for step in reversed(steps))}")
 
 
-def possible(run: Run, step: Step) -> bool:
-    """Return whether everything that a detection step needs is in the folder, or made along with it."""
-    made = {each.output for each in run.recipe.detections}
-    return all(name in made or run.path(name).is_file() for name in step.inputs)
-
-
 def evaluate(run: Run, step: Step, protocol: str) -> Evaluation:
-    """Return the score of a network on the test split, detecting first if its detections are not up to date.
-
-    Kept in metrics.json under the detections' hash, so asking again costs nothing.
-    """
+    """Return the score of a network on the test split, detecting first if its detections are not up to date."""
+    # Kept in metrics.json under the detections' hash, so that asking again costs nothing.
     for name in step.inputs:
         if name not in {each.output for each in run.recipe.detections} and not run.path(name).is_file():
             raise ArtifactError(f"{name} is not in {run.folder}: make it with altopt stage {name}, or run-all")
@@ -133,10 +125,8 @@ def proposal_steps(run: Run) -> dict[str, Step]:
 
 
 def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool = False) -> ProposalRecall:
-    """Return the recall of a proposal file on the training split, for each number of proposals.
-
-    With ``keep``, which only the holder of the run folder may ask for, it is kept in metrics.json.
-    """
+    """Return the recall of a proposal file on the training split, for each number of proposals."""
+    # ``keep`` writes it into metrics.json, which only the holder of the run folder may.
     steps = proposal_steps(run)
     if artifact not in steps:
         remedy = f"choose {' or '.join(steps)}" if steps else f"the scheme {run.recipe.scheme} keeps none on disk"
@@ -175,11 +165,12 @@ def _cached(run: Run, name: str, key: Facts, compute: Callable[[], object]) -> o
 
 def summary(run: Run, protocol: str) -> Summary:
     """Return what ``run-all`` ends with: scores of what can be evaluated, recalls, and the time of each stage."""
-    scores = [evaluate(run, step, protocol) for step in detection_steps(run) if possible(run, step)]
+    made = {step.output for step in run.recipe.detections}  # along with what is evaluated
+    scores = [evaluate(run, step, protocol) for step in detection_steps(run)
+              if all(name in made or run.path(name).is_file() for name in step.inputs)]
     recalls = {name: recall(run, name, keep=True) for name in proposal_steps(run) if run.path(name).is_file()}
     times: dict[str, StageTime] = {}
     for step in run.recipe.steps:
-        record = run.record(step.output)
-        if record is not None:
+        if record := run.record(step.output):
             times[step.output] = {"stage": step.name, "seconds": record.seconds, "given": record.given}
     return {"recipe": run.recipe.name, "folder": str(run.folder), "scores": scores, "recall": recalls, "stages": times}

@@ -1,8 +1,8 @@
-"""Proposals of one's own: a file of any known format, looked at and measured, becomes a given artifact of a run."""
+"""Proposals of one's own in, a run's out: files of any known format, looked at and measured on the way in."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,19 @@ from altopt.datasets.dataset import IMAGE_SUFFIXES, Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.recall import LIMITS, proposal_recall
-from altopt.proposal_formats.json_files import read_json
-from altopt.proposal_formats.pickles import read_pickle
+from altopt.proposal_formats.json_files import read_json, write_json
+from altopt.proposal_formats.pickles import read_pickle, write_detectron2, write_py_faster_rcnn
 from altopt.proposal_formats.plausibility import Plausibility
-from altopt.proposal_formats.reader import BOX_FORMATS, BoxFormat, ProposalFileReader, RawProposals
+from altopt.proposal_formats.reader import (
+    BOX_FORMATS,
+    Boxes,
+    BoxFormat,
+    ProposalFileReader,
+    RawProposals,
+    Scores,
+)
 from altopt.proposal_formats.selective_search_mat import read_mat
-from cache.files import digest_files, sha256_file
+from cache.files import atomic_path, digest_files, sha256_file
 from cache.proposals import ProposalFile, ProposalWriter
 from stages.pipeline.evaluation import ProposalRecall
 from stages.pipeline.run import Run
@@ -24,6 +31,10 @@ from stages.shared.events import Caution, Note
 from stages.shared.step import split_of
 
 Reader = Callable[[Path, tuple[str, ...]], ProposalFileReader]
+FORMATS = ("hdf5", "json", "detectron2", "py-faster-rcnn")
+BY_SUFFIX = {".h5": "hdf5", ".hdf5": "hdf5", ".json": "json"}
+WRITERS: dict[str, Callable[[IO[bytes], Iterator[tuple[str, Boxes, Scores]]], None]] = {
+    "json": write_json, "detectron2": write_detectron2, "py-faster-rcnn": write_py_faster_rcnn}
 NAMED = 3  # images that a message names
 SHOWN = (0, 2, 4, 6, 8)  # of the thresholds: IoU 0.5, 0.6, ... 0.9
 
@@ -44,19 +55,16 @@ class Imported(ProposalRecall):
 
 def read_hdf5(path: Path, ids: tuple[str, ...]) -> ProposalFileReader:
     """Return the proposals of an HDF5 file of the schema in cache/proposals.py."""
-    return ProposalFileReader(path, "altopt's HDF5", "xyxy", _images_of(path))
+    def images() -> Iterator[RawProposals]:
+        with ProposalFile(path) as file:
+            for image_id in file.image_ids:
+                yield image_id, *file.get(image_id)
+
+    return ProposalFileReader(path, "altopt's HDF5", "xyxy", images())
 
 
-def _images_of(path: Path) -> Iterator[RawProposals]:
-    with ProposalFile(path) as file:
-        for image_id in file.image_ids:
-            yield image_id, *file.get(image_id)
-
-
-READERS: dict[str, Reader] = {
-    ".h5": read_hdf5, ".hdf5": read_hdf5, ".mat": read_mat, ".pkl": read_pickle, ".pickle": read_pickle,
-    ".json": read_json,
-}
+READERS: dict[str, Reader] = {".h5": read_hdf5, ".hdf5": read_hdf5, ".mat": read_mat, ".pkl": read_pickle,
+                              ".pickle": read_pickle, ".json": read_json}
 
 
 def open_split(run: Run, artifact: str) -> Dataset:
@@ -91,12 +99,21 @@ def import_proposals(run: Run, source: Path, artifact: str, *, box_format: BoxFo
                   "source": source.name, "settings": {"format": incoming.form, "box_format": incoming.box_format}}
     if source.is_file():
         attributes["source_sha256"] = sha256_file(source)
+    # An error on the way leaves the artifact that was there.
     with ProposalWriter(run.path(artifact), attributes) as writer:
         importer = ProposalImporter(dataset, incoming, writer, allow_missing)
         recall = proposal_recall(importer.images(), LIMITS)
         shares = "  ".join(f"{0.5 + 0.05 * index:.1f}: {recall.at(max(LIMITS))[index]:.3f}" for index in SHOWN)
         run.runtime.report(Note(f"recall on {dataset.name} at IoU {shares} (up to {max(LIMITS)} proposals)"))
-        for text in importer.remarks():
+        remarks = importer.plausibility.warnings()
+        if importer.foreign:
+            remarks.append(f"{len(importer.foreign)} images of the file are not in {dataset.name} and are left out: "
+                           f"{_some(importer.foreign)}")
+        if importer.missing:
+            remarks.append(f"{len(importer.missing)} images get no proposals: {_some(importer.missing)}")
+        if incoming.unscored:
+            remarks.append(f"{incoming.unscored} images have no scores: the order of their boxes stands for them")
+        for text in remarks:
             run.runtime.report(Caution(text))
         if invalid == "error" and (problem := importer.plausibility.problem()):
             raise ArtifactError(f"{source} is not imported: {problem}: say how its boxes count with --box-format "
@@ -104,8 +121,7 @@ def import_proposals(run: Run, source: Path, artifact: str, *, box_format: BoxFo
     run.import_artifact(artifact, None, f"imported from {source.name}, {incoming.form}, read as {incoming.box_format}")
     return {"artifact": artifact, "file": str(run.path(artifact)), "format": incoming.form,
             "box_format": incoming.box_format, "proposals": run.path(artifact).name, "split": dataset.name,
-            "boxes": importer.kept, "boxes_left_out": importer.left_out,
-            "images_foreign": len(importer.foreign),
+            "boxes": importer.kept, "boxes_left_out": importer.left_out, "images_foreign": len(importer.foreign),
             "images_missing": len(importer.missing), "images_without_scores": incoming.unscored, **recall.as_dict()}
 
 
@@ -160,18 +176,26 @@ class ProposalImporter:
         objects = self.dataset.objects(image_id)
         return objects.usable().boxes
 
-    def remarks(self) -> list[str]:
-        """Return what looks wrong with the file, a sentence each."""
-        texts = self.plausibility.warnings()
-        if self.foreign:
-            texts.append(f"{len(self.foreign)} images of the file are not in {self.dataset.name} and are left out: "
-                         f"{_some(self.foreign)}")
-        if self.missing:
-            texts.append(f"{len(self.missing)} images get no proposals: {_some(self.missing)}")
-        if self.incoming.unscored:
-            texts.append(f"{self.incoming.unscored} images have no scores: the order of their boxes stands for them")
-        return texts
-
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def export_proposals(run: Run, artifact: str, target: Path, form: str | None = None) -> dict[str, str | int]:
+    """Write a run's proposals to ``target``; the format is told by the suffix unless it is named."""
+    # A list for py-faster-rcnn has no image ids and goes by the data set's order, so the data set must be there.
+    split_of(artifact)  # which is to be a name of proposals
+    path = run.path(artifact)
+    if not path.is_file():
+        raise ArtifactError(f"{path.name} is not in {run.folder}: make it first, or name other proposals")
+    chosen = form or BY_SUFFIX.get(target.suffix.lower())
+    if chosen is None:
+        raise UsageError(f"{target} does not tell its format: name it with --format {'|'.join(FORMATS)}")
+    with ProposalFile(path) as file, atomic_path(target) as temporary:
+        if chosen == "hdf5":
+            temporary.write_bytes(path.read_bytes())
+        else:
+            ids = open_split(run, artifact).ids if chosen == "py-faster-rcnn" else file.image_ids
+            with temporary.open("wb") as output:
+                WRITERS[chosen](output, ((image_id, *file.get(image_id)) for image_id in ids))
+        return {"artifact": artifact, "file": str(target), "format": chosen, "images": len(file)}

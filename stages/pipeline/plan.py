@@ -51,26 +51,17 @@ def duration(seconds: float) -> str:
 
 def plan_lines(verdicts: list[Verdict], seconds: dict[str, float], width: int | None = None) -> list[str]:
     """Return the steps with their verdicts and the reasons, folded to a terminal's ``width`` where there is one."""
-    rows = [HEADINGS, *(_row(number, each, seconds) for number, each in enumerate(verdicts))]
+    rows = [HEADINGS]
+    for number, each in enumerate(verdicts):
+        step, why = each.step, "; ".join(each.reasons) or duration(seconds.get(each.step.output, 0.0))
+        rows.append((str(number), step.output, step.name, ", ".join(step.inputs), each.state, why))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         *cells, verdict = (cell.ljust(longest) for cell, longest in zip(row[:-1], widths[:-1], strict=True))
         left = sum(widths[:-1]) + 2 * len(row[:-1])
-        why = _folded(row[-1], max(LEAST_WIDTH, width - left)) if width else [row[-1]]
-        lines += ["  ".join([*cells, _coloured(verdict), why[0]]), *(" " * left + rest for rest in why[1:])]
+        folded = [row[-1]] if not width else textwrap.wrap(
+            row[-1], max(LEAST_WIDTH, width - left), break_on_hyphens=False)
+        coloured = click.style(verdict, fg=COLOURS.get(verdict.strip()))
+        lines += ["  ".join([*cells, coloured, folded[0]]), *(" " * left + rest for rest in folded[1:])]
     return lines
-
-
-def _row(number: int, verdict: Verdict, seconds: dict[str, float]) -> tuple[str, ...]:
-    step = verdict.step
-    why = "; ".join(verdict.reasons) or duration(seconds.get(step.output, 0.0))
-    return str(number), step.output, step.name, ", ".join(step.inputs), verdict.state, why
-
-
-def _coloured(verdict: str) -> str:
-    return click.style(verdict, fg=COLOURS.get(verdict.strip()))
-
-
-def _folded(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_on_hyphens=False)

@@ -1,6 +1,5 @@
 """What ``altopt probe`` shows: how far apart approximate and exact joint training are for a network of the run."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TypedDict
 
@@ -24,42 +23,33 @@ def probe(run: Run, word: str | None, images: int) -> Probe:
     ``word`` names a network with all four parts (by default the last one of the run), ``images`` is how many of the
     training split they are taken on. RoIs, losses and weights are those of the recipe's ``train_exact_joint``.
     """
+    import torch
+
     from altopt.batches.samples import make_batch, read_sample
+    from altopt.batches.sampling import choose
+    from altopt.machine.randomness import generator
     from altopt.models.joint import CoordinatePath
     from altopt.training.probe import compare_gradients
     from stages.shared.inference import Inference
 
-    artifact = network_name(run, word)
+    networks = [step.output for step in run.recipe.steps if step.kind is Kind.NETWORK]
+    artifact = find_step(run.recipe.steps, word).output if word else networks[-1]
+    if artifact not in networks:
+        raise UsageError(f"{artifact} is not a network: choose among {', '.join(networks)}")
     path = run.path(artifact)
     if not path.is_file():
         raise ArtifactError(f"{artifact} is not in {run.folder}: make it with altopt stage {artifact}, or run-all")
     run.check_data(Step(artifact, train_exact_joint))
     config = run.recipe.build(TrainExactJoint, "train_exact_joint")
-    inference = Inference([(path, PARTS)], config, run.runtime, split="train")
+    inference = Inference([(path, PARTS)], config, run.runtime)
     network = inference.networks[0]
     network.samples_per_bin = config.samples_per_bin
     module = joint_training(network, config, CoordinatePath(warmup=0, clip=0.0), (config.seed, "probe")).eval()
-    ids = _some(inference.dataset.ids, images, config.seed)
+    every = inference.dataset.ids
+    chosen = choose(torch.arange(len(every)), images, generator(config.seed, "probe"))
+    ids = [every[k] for k in sorted(chosen.tolist())]
     samples = (module.prepare(read_sample(inference.dataset, id, config.network), k) for k, id in enumerate(ids))
     batches = (make_batch([sample], inference.device, k) for k, sample in enumerate(samples))
     with inference.autocast():
         rows = compare_gradients(module, batches)
     return {"network": artifact, "images": ids, "rows": [asdict(row) for row in rows]}
-
-
-def _some(ids: Sequence[str], count: int, seed: int) -> list[str]:
-    import torch
-
-    from altopt.batches.sampling import choose
-    from altopt.machine.randomness import generator
-
-    return [ids[k] for k in sorted(choose(torch.arange(len(ids)), count, generator(seed, "probe")).tolist())]
-
-
-def network_name(run: Run, word: str | None) -> str:
-    """Return the output that the word names, or the run's last one; ``UsageError`` unless it is a network."""
-    networks = [step.output for step in run.recipe.steps if step.kind is Kind.NETWORK]
-    output = find_step(run.recipe.steps, word).output if word else networks[-1]
-    if output not in networks:
-        raise UsageError(f"{output} is not a network: choose among {', '.join(networks)}")
-    return output

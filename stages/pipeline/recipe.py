@@ -1,10 +1,8 @@
-"""Recipes: one experiment each, as TOML, and what becomes of one when stages take their settings from it.
-
-A recipe has the tables ``network``, ``data``, one for each stage function, and ``all``, whose values go to every stage
-that has such a field. A stage's config is its dataclass's defaults, then ``all``, then the stage's own table; what
-``--set`` says goes over the file's, again ``all`` first and then the stage's own. The comment behind a value is its
-source.
-"""
+"""Recipes: one experiment each, as TOML, and what becomes of one when stages take their settings from it."""
+# A recipe has the tables ``network``, ``data``, one for each stage function, and ``all``, whose values go to every
+# stage that has such a field. A stage's config is its dataclass's defaults, then ``all``, then the stage's own table;
+# what ``--set`` says goes over the file's, again ``all`` first and then the stage's own. The comment behind a value is
+# its source.
 
 import tomllib
 import typing
@@ -20,6 +18,7 @@ from altopt.config import NetworkConfig, out_of_bounds
 from altopt.datasets.dataset import DataConfig
 from altopt.errors import UsageError
 from altopt.layers import LAYERS, names_matching
+from cache.records import RENAMED, RENAMED_VALUES
 from stages import DETECTIONS, PRETRAINED, SCHEMES
 from stages.shared.stage_config import StageConfig, Trains
 from stages.shared.step import Step
@@ -34,10 +33,6 @@ SHARED: dict[str, type["DataclassInstance"]] = {"network": NetworkConfig, "data"
 FILLED_IN = {"network": attrgetter("network"), "data": attrgetter("data"), "backbone": attrgetter("network.name")}
 PROTOCOL = Literal["voc07", "voc10", "coco"]
 KINDS: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-# Words of older recipes, by field, and what they are called now.
-RENAMED_FIELDS = {"per_picture": "per_image", "norm_pictures": "norm_images"}
-RENAMED_VALUES = {("outputs", "draw-anew"): "re-initialise"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ class Recipe:
                 for key in table:
                     item = table.value.item(key)
                     assert isinstance(item, tomlkit.items.Item)
-                    found[name, RENAMED_FIELDS.get(key, key)] = item.trivia.comment.removeprefix("#").strip()
+                    found[name, RENAMED.get(key, key)] = item.trivia.comment.removeprefix("#").strip()
         return found | dict.fromkeys(self.assigned, "--set")
 
     def values(self, cls: type["DataclassInstance"], table: str) -> dict[str, Value]:
@@ -177,10 +172,8 @@ def packaged() -> dict[str, Path]:
 
 def choose_recipe(recipe: str | None, run_name: str | None, sets: Sequence[str],
                   scheme: str | None) -> tuple[Path, Recipe]:
-    """Return the folder runs/NAME and its recipe: the one asked for, or the folder's own, or ``shapes``.
-
-    A scheme other than alternating has a folder of its own: runs/shapes-approximate-joint.
-    """
+    """Return the folder runs/NAME and its recipe: the one asked for, or the folder's own, or ``shapes``."""
+    # A scheme other than alternating has a folder of its own: runs/shapes-approximate-joint.
     suffix = f"-{scheme}" if scheme not in (None, "alternating") else ""
     folder = Path("runs") / (run_name or (Path(recipe).stem if recipe else "shapes") + suffix)
     kept = folder / "recipe.toml"
@@ -192,25 +185,28 @@ def choose_recipe(recipe: str | None, run_name: str | None, sets: Sequence[str],
 
 
 def read_recipe(name_or_path: str, sets: Sequence[str] = (), scheme: str | None = None) -> Recipe:
-    """Read a recipe by name or file, with ``table.field=value`` overrides and perhaps another scheme than its own.
-
-    Raises ``UsageError``.
-    """
+    """Read a recipe by name or file, with ``table.field=value`` and a scheme in place of its own; ``UsageError``."""
     known = packaged()
     path = known.get(name_or_path, Path(name_or_path))
     if not path.is_file():
         raise UsageError(f"there is no recipe {name_or_path!r}{nearest(name_or_path, known)}: choose one of "
                          f"{', '.join(known)}, or give a .toml file")
     text, content = _parsed(path)
-    tables = _tables(content, str(path))
+    tables: dict[str, dict[str, object]] = {}
+    for name, table in content.items():
+        if name in HEADER:
+            continue
+        if not isinstance(table, dict):
+            raise UsageError(f"{path}: {name} stands outside of a table; a recipe's own keys are {', '.join(HEADER)}")
+        tables[name] = dict(_current(name, key, value, str(path)) for key, value in table.items())
     assigned = _override(tables, sets)
     header = {"title": path.stem} | {key: str(content[key]) for key in HEADER if key in content}
     header |= {"scheme": scheme} if scheme else {}
     check_scheme(header.get("scheme", "alternating"))
     _converted(header.get("protocol", "voc07"), PROTOCOL, "protocol")
     recipe = Recipe(header["title"], header, tables, text, frozenset(assigned))
-    for table in tables.keys() & stage_tables().keys():  # also those of other schemes: what is wrong is said at once
-        recipe.build(stage_tables()[table], table)
+    for name in tables.keys() & stage_tables().keys():  # also those of other schemes: what is wrong is said at once
+        recipe.build(stage_tables()[name], name)
     for step in [*recipe.steps, *recipe.detections]:
         _check_names(recipe, step, recipe.config(step))
     return recipe
@@ -245,20 +241,9 @@ def _check_names(recipe: Recipe, step: Step, config: StageConfig) -> None:
             raise UsageError(f"{step.table}.{error}") from None
 
 
-def _tables(content: Mapping[str, object], where: str) -> dict[str, dict[str, object]]:
-    tables: dict[str, dict[str, object]] = {}
-    for name, table in content.items():
-        if name in HEADER:
-            continue
-        if not isinstance(table, dict):
-            raise UsageError(f"{where}: {name} stands outside of a table; a recipe's own keys are {', '.join(HEADER)}")
-        tables[name] = dict(_current(name, key, value, where) for key, value in table.items())
-    return tables
-
-
 def _current(table: str, key: str, value: object, where: str) -> tuple[str, object]:
     """Return a field and its value as they are called now. Raises ``UsageError`` unless there is such a field."""
-    key = RENAMED_FIELDS.get(key, key)
+    key = RENAMED.get(key, key)
     classes = stage_tables()
     names = [*SHARED, "all", *classes]
     if table not in names:
@@ -281,26 +266,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _override(tables: dict[str, dict[str, object]], sets: Sequence[str]) -> set[tuple[str, str]]:
     """Put ``TABLE.FIELD=VALUE`` over what a file says: ``all`` reaches every stage that is not named itself."""
-    assigned = {(table, name): value for table, name, value in map(_assignment, sets)}
+    assigned: dict[tuple[str, str], object] = {}
+    for text in sets:
+        key, equals, written = text.partition("=")
+        table, dot, name = key.strip().partition(".")
+        if not equals or not dot:
+            raise UsageError(f"--set {text}: write TABLE.FIELD=VALUE, such as train_rpn.lr=0.01")
+        try:
+            value = tomllib.loads(f"value = {written}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = written.strip()
+        name, value = _current(table, name, value, f"--set {text}")
+        assigned[table, name] = value
+    # Else a value in a stage's own table of the file would stand against --set all.FIELD.
     for _, name in (each for each in assigned if each[0] == "all"):
         for table in stage_tables():
             tables.get(table, {}).pop(name, None)
     for (table, name), value in assigned.items():
         tables.setdefault(table, {})[name] = value
     return set(assigned)
-
-
-def _assignment(text: str) -> tuple[str, str, object]:
-    """Return table, field and value of ``TABLE.FIELD=VALUE``. Raises ``UsageError``."""
-    key, equals, written = text.partition("=")
-    table, dot, name = key.strip().partition(".")
-    if not equals or not dot:
-        raise UsageError(f"--set {text}: write TABLE.FIELD=VALUE, such as train_rpn.lr=0.01")
-    try:
-        value = tomllib.loads(f"value = {written}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = written.strip()
-    return table, *_current(table, name, value, f"--set {text}")
 
 
 _type_hints = cache(typing.get_type_hints)

@@ -78,6 +78,7 @@ class Run:
     def _needed(self, steps: Sequence[Step]) -> set[str]:
         """Return what the last step's output depends on, given artifacts standing for all before them."""
         needed = {steps[-1].output}
+        # Backwards, because a step is needed only if one behind it is, and is not given.
         for step in reversed(steps):
             record = self.record(step.output)
             given = record is not None and record.given is not None and self.path(step.output).is_file()
@@ -95,6 +96,7 @@ class Run:
                                            f"(take it as it is with --from {step.output})",))
         if record.sha256 != self.memo.sha256(path):
             return Verdict(step, "stale", (f"{path.name} was changed after it was made",))
+        # Nobody can say how it should have been made, so only a change of the file makes it stale.
         if record.given is not None:
             return Verdict(step, "given", (f"given: {record.given}",))
         waiting = [name for name in step.inputs_for(self.recipe.config(step)) if name in pending]
@@ -109,7 +111,7 @@ class Run:
         reasons = []
         if record.stage != step.name:
             reasons.append(f"it was made by {record.stage}, and is now made by {step.name}")
-        elif record.version != step.version:
+        elif record.version != step.config_class.version:
             reasons.append(f"{step.name} computes differently since version {record.version}")
         inputs, config = step.inputs_for(self.recipe.config(step)), self.fingerprint(step)
         for name in inputs:
@@ -133,7 +135,7 @@ class Run:
 
     def data_digest(self, step: Step) -> str | None:
         """Return the digest of the split that a step reads; None if it reads none, or if it is not there."""
-        split = step.split
+        split = step.config_class.split
         if split is not None and split not in self._data:
             try:
                 dataset = open_dataset(self.recipe.data, split, self.runtime.data_root)
@@ -148,12 +150,12 @@ class Run:
         fingerprint: dict[str, JSON] = plain(dataclasses.asdict(self.recipe.config(step)))
         if isinstance(data := fingerprint.get("data"), dict):
             # Else to evaluate on another test set would make all networks stale.
-            data.pop("test" if step.split == "train" else "train")
+            data.pop("test" if step.config_class.split == "train" else "train")
         return fingerprint
 
     def check_data(self, step: Step) -> None:
         """Look at every image and object of the step's split before time is spent on it; warnings are reported once."""
-        split = step.split
+        split = step.config_class.split
         if split is None or split in self._checked:
             return
         self._checked.add(split)
@@ -188,8 +190,8 @@ class Run:
         data = self.data_digest(step)
         runtime = dataclasses.replace(
             self.runtime, inputs_key=json.dumps([hashes, data]), data_digest=data or "",
-            report=lambda event: self.report(step, event),
-            ranks=self.runtime.ranks if step.divided else SingleProcess())
+            report=partial(self.report, step),
+            ranks=self.runtime.ranks if step.config_class.divided else SingleProcess())
         steps = self.recipe.steps
         place = f"{steps.index(step) + 1} of {len(steps)}" if step in steps else ""
         self.report(step, Started(step.name, inputs, place, why))
@@ -205,7 +207,7 @@ class Run:
         seconds = trained if isinstance(trained, float) and trained else time.perf_counter() - started
         path = self.path(step.output)
         record = self._keep(Record(
-            artifact=step.output, stage=step.name, version=step.version, inputs=hashes, data=data,
+            artifact=step.output, stage=step.name, version=step.config_class.version, inputs=hashes, data=data,
             config=self.fingerprint(step), seconds=round(seconds, 2), metrics=facts,
             sha256=sha256_file(path), size=path.stat().st_size, versions=versions()))
         self.report(step, Finished(facts, record.seconds))
@@ -224,7 +226,7 @@ class Run:
             return False
         inputs = step.inputs_for(self.recipe.config(step))
         alike = (
-            (record.stage, record.version) == (step.name, step.version)
+            (record.stage, record.version) == (step.name, step.config_class.version)
             and all(self.path(name).is_file() for name in inputs)
             and record.inputs == {name: self.memo.sha256(self.path(name)) for name in inputs}
             and record.config == self.fingerprint(step)
@@ -239,10 +241,8 @@ class Run:
         return alike
 
     def import_artifact(self, artifact: str, source: Path | None, why: str) -> None:
-        """Take an artifact as given: the one in the folder, or ``source``, which is copied in after a look at it.
-
-        Weights of other programs become a network on the way in. Raises ``ArtifactError`` for what it cannot be.
-        """
+        """Take an artifact as given, the one in the folder or ``source``; ``ArtifactError`` for what it cannot be."""
+        # A source is copied after a look at it; weights of other programs become a network on the way in.
         kind, path, network = Kind.of(artifact), self.path(artifact), self.recipe.network
         if source is None:
             if not path.is_file():
@@ -328,6 +328,7 @@ def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: 
         if place in given:
             raise UsageError(f"--from {given[place]} and --from {word} are one artifact: name it once")
         given[place] = word
+    # Only now: no file is touched before all words make sense.
     for place, word in given.items():
         _, equals, file = word.partition("=")
         if equals:

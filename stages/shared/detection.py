@@ -34,7 +34,7 @@ def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, con
     from stages.shared.inference import Inference, write_detections
     from stages.shared.training import CachedProposals
 
-    inference = Inference(checkpoints, config, runtime, split="test")
+    inference = Inference(checkpoints, config, runtime)
     rpn, detector = inference.networks[0], inference.networks[-1]
     dataset = inference.dataset
     cached = CachedProposals(proposals, dataset, config.proposals) if proposals else None
@@ -52,10 +52,7 @@ def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, con
 
 def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset: Dataset, config: Detect,
              cached: "CachedProposals | None" = None) -> "list[Detected]":
-    """Return what is found in each image of a batch, in the original frame.
-
-    The proposals are the RPN's own, or cached ones. The RPN and the detector may be one network.
-    """
+    """Return what is found in each image, in the original frame, on the RPN's own proposals or on cached ones."""
     from altopt.batches.samples import boxes_in_input, to_original
     from altopt.evaluation.detections import Detections
     from altopt.models.detector import detect_on, own_proposals, propose
@@ -67,7 +64,7 @@ def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset:
     else:
         rois = [boxes for boxes, _ in propose(rpn, features, batch, own_proposals(config))]
     if detector is not rpn:
-        features = detector.conv(batch.images)
+        features = detector.conv(batch.images)  # (B, C, H, W)
     made = []
     results = detect_on(detector, features, batch, rois, config)
     for sample, own, (boxes, scores, labels) in zip(batch.samples, rois, results, strict=True):

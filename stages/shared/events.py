@@ -22,21 +22,21 @@ class Event:
 
 @dataclass(frozen=True)
 class Started(Event):
-    """A stage begins to make its output from these artifacts; ``place`` is such as 1 of 8, among the run's steps."""
+    """A stage begins to make its output from these artifacts."""
 
     kind = "started"
     stage: str
     inputs: tuple[str, ...]
-    place: str = ""
+    place: str = ""  # such as 1 of 8, among the run's steps
     why: str = ""
 
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """A stage has made its output in so many seconds; ``facts`` are what its record keeps."""
+    """A stage has made its output in so many seconds."""
 
     kind = "finished"
-    facts: Mapping[str, object]
+    facts: Mapping[str, object]  # what its record keeps
     seconds: float
 
 
@@ -50,13 +50,13 @@ class Resumed(Event):
 
 @dataclass(frozen=True)
 class TrainingProgress(Event):
-    """Training after so many iterations; losses and speed are means since the last report."""
+    """Training after so many iterations."""
 
     kind = "progress"
     iteration: int
     iterations: int
     lr: float
-    losses: Mapping[str, float]
+    losses: Mapping[str, float]  # means since the last report, as the speed is
     images_per_second: float
     wait_share: float  # of the time: the loop had no batch to work on
     seconds: float
@@ -74,10 +74,10 @@ class ImagesDone(Event):
 
 @dataclass(frozen=True)
 class WeightsDrawn(Event):
-    """These parts of a network got new random weights; none: all have come from the initial ones."""
+    """These parts of a network got new random weights."""
 
     kind = "weights"
-    drawn: tuple[str, ...]
+    drawn: tuple[str, ...]  # empty: all have come from the initial ones
 
 
 @dataclass(frozen=True)

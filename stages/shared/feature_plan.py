@@ -17,7 +17,7 @@ from cache.files import canonical_json, sha256_text, write_text_atomic
 from stages.shared.stage_config import StageConfig, Trains
 
 SPARE_SHARE, SPARE_BYTES = 10, 2**30  # what a store must leave free: a tenth of its size, and at least a GiB
-FOLDER = "features"
+FOLDER, SIZES = "features", ".sizes.json"
 Sizes = Sequence[tuple[int, int, int]]
 
 
@@ -30,18 +30,15 @@ class Decision:
 
 
 class Foreseen(TypedDict):
-    """What a store will take in bytes, and whether "auto" makes one; JSON-able."""
+    """What a store will come to; JSON-able."""
 
-    bytes: int
-    used: bool
+    bytes: int  # on disk
+    used: bool  # whether "auto" makes one
     reason: str
 
 
 def freezes_all(config: StageConfig) -> bool:
-    """Return whether the conv layers of a stage with this config all stay as they are, and it can read stored maps.
-
-    Raises ``UsageError`` where it freezes layers that do not exist.
-    """
+    """Return whether a stage can read stored maps: all conv layers are frozen. ``UsageError`` for unknown layers."""
     if not isinstance(config, Trains) or not config.stores_maps or config.scales:
         return False
     weighted = [name for layer in LAYERS[config.network.name] for name in layer.weights]
@@ -51,9 +48,10 @@ def freezes_all(config: StageConfig) -> bool:
 def decide(wish: str, needed: int, free: int, visits: int, entries: int) -> Decision:
     """Return what ``--feature-store`` comes to: a store of ``needed`` bytes on a disk with ``free`` ones.
 
-    The stage looks at ``entries`` images, mirror images counted, ``visits`` times in all; one look at each is enough,
-    since later stages read the store as well. Asked for with "on", a store is made whatever it costs.
+    The stage looks at ``entries`` images, mirror images counted, ``visits`` times in all.
     """
+    # One look at each is enough, since later stages read the store as well. Asked for with "on", it is made whatever it
+    # costs.
     if wish == "off":
         return Decision(False, "not wanted (--feature-store off)")
     if wish == "on":
@@ -81,13 +79,13 @@ def sizes_of(dataset: Dataset) -> Sizes:
 
 def remember_sizes(folder: Path, config: DataConfig, dataset: Dataset, root: Path | None) -> None:
     """Keep the sizes of a training split, just looked at, for ``altopt plan``, which has no time to look."""
-    write_text_atomic(_sizes_path(folder), json.dumps({"key": _key(config, root), "sizes": sizes_of(dataset)}))
+    write_text_atomic(folder / SIZES, json.dumps({"key": _key(config, root), "sizes": sizes_of(dataset)}))
 
 
 def known_sizes(folder: Path, config: DataConfig, root: Path | None) -> Sizes | None:
     """Return the sizes of the training split's images if they are known without reading annotations."""
     try:
-        kept = json.loads(_sizes_path(folder).read_text(encoding="utf-8"))
+        kept = json.loads((folder / SIZES).read_text(encoding="utf-8"))
         if kept["key"] == _key(config, root):
             return [(int(width), int(height), int(count)) for width, height, count in kept["sizes"]]
     except (OSError, ValueError, TypeError, KeyError):
@@ -96,10 +94,8 @@ def known_sizes(folder: Path, config: DataConfig, root: Path | None) -> Sizes | 
 
 
 def foreseen(folder: Path, config: StageConfig, root: Path | None) -> Foreseen | None:
-    """Return what the store of a stage with that config will take.
-
-    None: the stage stores nothing, or nobody has looked at its images yet.
-    """
+    """Return what the store of a stage with that config will take."""
+    # None: the stage stores nothing, or nobody has looked at its images yet.
     if not isinstance(config, Trains):
         return None
     try:
@@ -119,10 +115,6 @@ def foreseen(folder: Path, config: StageConfig, root: Path | None) -> Foreseen |
 def store_line(output: str, what: Foreseen) -> str:
     """Return what ``foreseen`` says as a line of the plan."""
     return f"{output}: feature store {'on' if what['used'] else 'off'}: {what['reason']}"
-
-
-def _sizes_path(folder: Path) -> Path:
-    return folder / ".sizes.json"
 
 
 def _key(config: DataConfig, root: Path | None) -> str:

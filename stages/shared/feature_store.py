@@ -1,19 +1,17 @@
-"""The store of frozen conv features: training sees the same maps again and again, so they are computed once.
-
-A store is a file of runs/NAME/features/, named by a digest of the conv layers and one of all else that its maps depend
-on: the frame, the data, the precision, and what computed them. M2, M3 and M4 share their conv layers, so M3, P2 and M4
-share a store. It is a cache and no artifact: it has no record, nothing depends on whether it is there, and a stage
-computes the same bytes with and without it (altopt/models/frozen.py says why).
-
-It is built when a stage first needs it, and filled on after an interruption. Before that, the stores of other conv
-layers in the folder are removed: they are large, and no stage to come starts from those.
-"""
+"""The store of frozen conv features: training sees the same maps again and again, so they are computed once."""
+# A store is a file of runs/NAME/features/, named by a digest of the conv layers and one of all else that its maps
+# depend on: the frame, the data, the precision, and what computed them. M2, M3 and M4 share their conv layers, so M3,
+# P2 and M4 share a store. It is a cache and no artifact: it has no record, nothing depends on whether it is there, and
+# a stage computes the same bytes with and without it. It is built when a stage first needs it, and filled on after an
+# interruption. Before that, the stores of other conv layers in the folder are removed: they are large, and no stage to
+# come starts from those.
 
 import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
@@ -21,38 +19,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from altopt.batches.samples import Sample, read_sample, stored_sample
+from altopt.batches.reading import Prefetcher
+from altopt.batches.samples import Sample, make_batch, read_sample, stored_sample
 from altopt.config import NetworkConfig
 from altopt.datasets.dataset import Dataset
 from altopt.errors import ArtifactError, ResourceError
-from altopt.extents import maps_bytes
+from altopt.extents import map_shape, maps_bytes
+from altopt.models.trunk import image_maps
 from cache.checkpoints import digest
-from cache.features import FeatureMapFile, FeatureMapWriter, MapKey, MapSettings, Precision
+from cache.features import FeatureMapFile, FeatureMapWriter, MapKey, Precision
 from cache.files import canonical_json, sha256_text
 from cache.preallocated import growing_path
-from stages.shared.events import Note
-from stages.shared.feature_maps import computed_map, map_shapes, write_maps
+from stages.shared.events import ImagesDone, Note
 from stages.shared.feature_plan import FOLDER, Decision, decide, gigabytes, sizes_of
-from stages.shared.step import Facts, Runtime
+from stages.shared.step import Runtime
 
 DIGITS = 16  # of a digest in a file's name
+Shapes = Mapping[MapKey, tuple[int, int, int]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class FeatureStore:
-    """What the conv layers make of one stage's images, as a context.
-
-    ``maps`` are those found or built, None where the stage goes without. ``facts`` are for the stage's record,
-    ``seconds`` is what building took in this process.
-    """
+    """What the conv layers make of one stage's images, as a context."""
 
     def __init__(self, out: Path, conv: nn.Sequential, network: NetworkConfig, dataset: Dataset, runtime: Runtime, *,
                  precision: Precision, device: torch.device) -> None:
         self.folder = out.parent / FOLDER
         self.conv, self.network, self.dataset, self.runtime = conv, network, dataset, runtime
         self.precision, self.device = precision, device
-        self.maps: FeatureMapFile | None = None
-        self.facts: dict[str, str | int | float] = {}
-        self.seconds = 0.0
+        self.maps: FeatureMapFile | None = None  # those found or built
+        self.facts: dict[str, str | int | float] = {}  # for the stage's record
+        self.seconds = 0.0  # that building took in this process
         self._threads = torch.get_num_threads()
         self._damaged = False
         self._repair = threading.Lock()
@@ -67,33 +64,36 @@ class FeatureStore:
         self.maps = None
 
     def find(self, flips: tuple[bool, ...]) -> None:
-        """Take the finished store, with mirror images or without as ``flips`` allows; build none.
-
-        That is for stages that look at each image once.
-        """
+        """Take the finished store, with mirror images or without as ``flips`` allows; build none."""
+        # That is for stages that look at each image once.
         if self.runtime.feature_store != "off":
             self.maps = self._finished(flips)
         if self.maps is not None:
             self._say("read")
 
     def find_or_build(self, flips: bool, visits: int) -> None:
-        """Take the store, or build it if that pays for so many visits of images; see ``decide``.
-
-        Without a word where a conv layer learns. Of several ranks the first one decides; they build it together, and
-        all read it or none.
-        """
-        # Asked of the network, not of the config: whatever was configured, a map of learning layers is never stored.
-        if any(weights.requires_grad for weights in self.conv.parameters()):
+        """Take the store, or build it if that pays for so many visits of images; see ``decide``."""
+        # Of several ranks the first one decides; they build it together, and all read it or none.
+        ranks, covering = self.runtime.ranks, (True,) if flips else (False, True)  # with mirror images it serves both
+        if not ranks.first:
+            while (news := ranks.broadcast(None)) == "build":
+                self._write(None, flips)
+            self.maps = self._finished(covering) if news else None
             return
-        ranks = self.runtime.ranks
-        if ranks.first:
-            self._find_or_build(flips, visits)
-            ranks.broadcast(self.maps is not None)
-            return
-        while (news := ranks.broadcast(None)) == "build":
-            self._write(None, flips)
-        if news:
-            self.maps = self._finished(_covering(flips))
+        self.maps = self._finished(covering) if self.runtime.feature_store != "off" else None
+        if self.maps is not None:
+            self._say("read")
+        elif not (decision := self._decision(flips, visits)).used:
+            self._say(f"off: {decision.reason}")
+        else:
+            try:
+                self._build(flips, decision.reason)
+            except (ResourceError, ArtifactError) as error:
+                if self.runtime.feature_store == "on":
+                    raise
+                growing_path(self._path(flips)).unlink(missing_ok=True)
+                self._say(f"off: {error}")
+        ranks.broadcast(self.maps is not None)
 
     def sample(self, id: str, *, flipped: bool = False, proposals: np.ndarray | None = None) -> Sample:
         """Return an image of the data set as ``read_sample`` does, or its stored map; from any thread."""
@@ -117,29 +117,6 @@ class FeatureStore:
             sample = read_sample(self.dataset, id, self.network, flipped=flipped)
             return computed_map(self.conv, sample, self.precision, self.device)
 
-    def added_to(self, facts: Facts) -> Facts:
-        """Return the facts of a training with the store's own; to build it counts as training."""
-        return {**facts, **self.facts, "train_seconds": round(float(str(facts["train_seconds"])) + self.seconds, 2)}
-
-    def _find_or_build(self, flips: bool, visits: int) -> None:
-        wish = self.runtime.feature_store
-        if wish != "off":
-            self.maps = self._finished(_covering(flips))
-        if self.maps is not None:
-            self._say("read")
-            return
-        decision = self._decision(flips, visits)
-        if not decision.used:
-            self._say(f"off: {decision.reason}")
-            return
-        try:
-            self._build(flips, decision.reason)
-        except (ResourceError, ArtifactError) as error:
-            if wish == "on":
-                raise
-            growing_path(self._path(flips)).unlink(missing_ok=True)
-            self._say(f"off: {error}")
-
     def _decision(self, flips: bool, visits: int) -> Decision:
         wish = self.runtime.feature_store
         if wish == "off":
@@ -158,7 +135,7 @@ class FeatureStore:
     def _conv_digest(self) -> str:
         return digest({name: tensor.detach() for name, tensor in self.conv.state_dict().items()})
 
-    def _description(self, flips: bool) -> dict[str, str | MapSettings]:
+    def _description(self, flips: bool) -> dict[str, object]:
         return {"conv": self._conv_digest, "dataset": self.runtime.data_digest, "settings": {
             "network": self.network.name, "short_side": self.network.short_side, "max_side": self.network.max_side,
             "flips": flips, "computed_by": f"torch {torch.__version__} on {self.device.type}"}}
@@ -217,6 +194,39 @@ class FeatureStore:
         self.runtime.report(Note(text))
 
 
-def _covering(flips: bool) -> tuple[bool, ...]:
-    """Return with which mirror images a store has what is asked for: one that has them serves both."""
-    return (True,) if flips else (False, True)
+def map_shapes(dataset: Dataset, frames: Sequence[NetworkConfig], flips: bool) -> Shapes:
+    """Return (channels, height, width) of the map of every image in every frame, with ``flips`` mirrored too."""
+    shapes: dict[MapKey, tuple[int, int, int]] = {}
+    for id in dataset.ids:
+        of_frames = [map_shape(frame, dataset.size(id)) for frame in frames]
+        for mirrored in (False, True) if flips else (False,):
+            shapes |= {MapKey(id, mirrored, scale): shape for scale, shape in enumerate(of_frames)}
+    return shapes
+
+
+def computed_map(conv: nn.Sequential, sample: Sample, precision: Precision, device: torch.device) -> Tensor:
+    """Return what the conv layers, which are on the device, make of one image: ``Tensor[C, h, w]`` on the CPU."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        features = image_maps(conv, make_batch([sample], device))[0]  # (C, h, w)
+    return features.to(DTYPES[precision]).cpu()
+
+
+def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequential, read: Callable[[MapKey], Sample],
+               *, precision: Precision, device: torch.device, runtime: Runtime) -> int:
+    """Write every map that the writer does not have yet, reading samples ahead; return how many it had."""
+    # ``conv`` is on the device. Several ranks divide the work; rank 0 has the writer.
+    def work(own: Sequence[MapKey]) -> Iterator[Tensor]:
+        with Prefetcher(read, own, runtime.readers) as ahead:
+            for sample in ahead:
+                # One image at a time: convolutions of several sum in another order, which changes last bits.
+                yield computed_map(conv, sample, precision, device)
+
+    missing = runtime.ranks.broadcast([key for key in shapes if not writer.done(key)] if writer is not None else None)
+    found = len(shapes) - len(missing)
+    # Closed at once after an error, or readers would go on in the background while the file is given up.
+    with closing(runtime.ranks.map_images(missing, work)) as made:
+        for done, (features, key) in enumerate(zip(made, missing, strict=False), found + 1):
+            assert writer is not None
+            writer.write(key, features)
+            runtime.report(ImagesDone(done, len(shapes), "maps"))
+    return found

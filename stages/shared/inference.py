@@ -4,15 +4,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from altopt.batches.reading import Prefetcher
-from altopt.config import NetworkConfig
-from altopt.datasets.dataset import DataConfig, Dataset
+from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError
 from altopt.evaluation.detections import Detections, to_coco_results
@@ -24,29 +23,13 @@ from altopt.models.network_parts import NetworkOfParts
 from cache.checkpoints import load_checkpoint
 from cache.files import write_json_atomic
 from stages.shared.events import ImagesDone
-from stages.shared.stage_config import Split
+from stages.shared.stage_config import OnTrainSplit
 from stages.shared.step import Facts, Runtime
 from stages.shared.training import device_of, require_network, require_same_frame
 
 Read = TypeVar("Read")
 Made = TypeVar("Made")
 Writer = TypeVar("Writer")
-
-
-class InferenceConfig(Protocol):
-    """What any config says that networks are run by."""
-
-    @property
-    def network(self) -> NetworkConfig:
-        """The network, and the scale at which it sees images."""
-
-    @property
-    def data(self) -> DataConfig:
-        """The data set."""
-
-    @property
-    def precision(self) -> Literal["float32", "bfloat16"]:
-        """What the network computes in."""
 
 
 class Inference:
@@ -56,11 +39,11 @@ class Inference:
     was made for another network or data set.
     """
 
-    def __init__(self, checkpoints: Sequence[tuple[Path, Sequence[str]]], config: InferenceConfig, runtime: Runtime,
-                 split: Split) -> None:
+    def __init__(self, checkpoints: Sequence[tuple[Path, Sequence[str]]], config: OnTrainSplit,
+                 runtime: Runtime) -> None:
         self.network_config, self.precision, self.runtime = config.network, config.precision, runtime
         self.device = device_of(runtime)
-        self.dataset: Dataset = open_dataset(config.data, split, runtime.data_root)
+        self.dataset: Dataset = open_dataset(config.data, config.split, runtime.data_root)
         self.networks = [self._load(path, parts) for path, parts in checkpoints]
 
     def _load(self, path: Path, parts: Sequence[str]) -> FasterRCNN:
@@ -140,11 +123,11 @@ def written_by_first(ranks: SingleProcess,
 
 
 class Detected(NamedTuple):
-    """What was found in an image, and the proposals it was found in, float32 [K, 4] xyxy in the original frame."""
+    """What was found in an image, and the proposals it was found in."""
 
     id: str
     detections: Detections
-    proposals: NDArray[np.float32]
+    proposals: NDArray[np.float32]  # (K, 4) xyxy in the original frame
 
 
 def write_detections(inference: Inference, groups: Sequence[list[str]], read: Callable[[list[str]], Read],

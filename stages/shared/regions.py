@@ -4,39 +4,43 @@ Letters: R regions of an image, G its objects, K classes, D features of fc7, E f
 are kept pooled.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from altopt.batches.samples import Sample, make_batch, read_sample
 from altopt.batches.sampling import match_rois
-from altopt.config import DetectionSettings, RegionDetectionSettings
+from altopt.config import DetectionSettings, NetworkConfig, RegionDetectionSettings
 from altopt.datasets.dataset import Dataset, Objects
 from altopt.errors import ArtifactError
 from altopt.evaluation.detections import Detections
+from altopt.extents import original_frame, scale_of
 from altopt.machine.randomness import generator
 from altopt.models.fast_rcnn import FastRCNNHead, postprocess_detections
 from altopt.models.region_classifier import RegionClassifier
 from altopt.models.region_detections import region_detections
 from altopt.ops import boxes as bx
+from altopt.ops.pyramid import pool_at_nearest_scale
+from altopt.ops.warped_crops import warp
 from cache.checkpoints import load_checkpoint
+from cache.features import FeatureMapFile, MapKey
 from cache.files import sha256_file
 from cache.records import JSON
 from cache.region_features import ImageRegions, RegionCount, RegionFeatureWriter, RegionSizes
 from stages.shared.inference import (
     Detected,
     Inference,
-    InferenceConfig,
     require_classes,
     write_detections,
     written_by_first,
 )
-from stages.shared.stage_config import Split
+from stages.shared.stage_config import CachesRegions, OnRegions
 from stages.shared.step import Facts, Runtime
 from stages.shared.training import CachedProposals, describe_network, require_network
 
@@ -45,30 +49,6 @@ Prepared = TypeVar("Prepared")
 Pool = Callable[[Tensor], Tensor]  # boxes Tensor[r, 4] in the original frame -> what fc6 sees of them, Tensor[r, E]
 # What fc6 sees of regions, Tensor[R, E], and what fc7 makes of it, Tensor[R, D] -> their scores and deltas.
 Outputs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class RegionConfig(InferenceConfig, Protocol):
-    """What a config says of regions."""
-
-    @property
-    def proposals(self) -> int:
-        """How many proposals of an image are regions, the best ones."""
-
-    @property
-    def rois_at_once(self) -> int:
-        """How many regions go through the network together."""
-
-
-class CachedRegionConfig(RegionConfig, Protocol):
-    """What a config says of features that are written down."""
-
-    @property
-    def regressor_iou(self) -> float:
-        """Above which overlap with an object a proposal trains box regressors."""
-
-    @property
-    def stored(self) -> Literal["float32", "float16"]:
-        """What features are stored in."""
 
 
 class Regions(Protocol[Prepared]):
@@ -84,8 +64,8 @@ class Regions(Protocol[Prepared]):
 class RegionNetwork(Inference):
     """A fine-tuned region classifier in evaluation mode, and a split of the data set."""
 
-    def __init__(self, path: Path, method: str, config: RegionConfig, runtime: Runtime, split: Split) -> None:
-        super().__init__([], config, runtime, split)
+    def __init__(self, path: Path, method: str, config: OnRegions, runtime: Runtime) -> None:
+        super().__init__([], config, runtime)
         self.path, self.method, self.config = path, method, config
         tensors, self.description = load_checkpoint(path)
         require_network(path, self.description, config.network)
@@ -103,44 +83,40 @@ class RegionNetwork(Inference):
         """Yield what fc6 sees, ``Tensor[r, E]``, and fc7, ``Tensor[r, D]``, in float32 for a few boxes at a time."""
         for part in torch.split(boxes.to(self.device), self.config.rois_at_once):
             with torch.inference_mode(), self.autocast():
-                pooled = pool(part)
-                hidden = self.classifier.fc(pooled)
+                pooled = pool(part)  # (r, E)
+                hidden = self.classifier.fc(pooled)  # (r, D)
             yield pooled.float(), hidden.float()
 
 
 @dataclass(frozen=True, eq=False)
 class ImageBoxes:
-    """An image's regions before any network has seen them, objects first.
+    """An image's regions before any network has seen them, objects first."""
 
-    ``boxes`` ``Tensor[R, 4]`` in the original frame, ``labels`` int64 ``Tensor[R]`` (-1 for proposals), ``overlaps``
-    ``Tensor[R, K]``, ``kept`` int64 ``Tensor[Q]`` into the regions, ``matched`` int64 ``Tensor[Q]`` into the objects.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    overlaps: Tensor
-    kept: Tensor
-    matched: Tensor
+    boxes: Tensor  # (R, 4) in the original frame
+    labels: Tensor  # (R,) int64, -1 for proposals
+    overlaps: Tensor  # (R, K)
+    kept: Tensor  # (Q,) int64 into the regions
+    matched: Tensor  # (Q,) int64 into the objects
 
 
 def boxes_of(dataset: Dataset, id: str, proposals: NDArray[np.float32], regressor_iou: float) -> ImageBoxes:
     """Return an image's objects and proposals; kept are proposals with IoU above ``regressor_iou``."""
     usable = dataset.objects(id).usable()
-    objects, classes = torch.from_numpy(usable.boxes), torch.from_numpy(usable.labels)
+    objects, classes = torch.from_numpy(usable.boxes), torch.from_numpy(usable.labels)  # (G, 4), (G,)
     boxes = torch.cat([objects, torch.from_numpy(proposals)])  # (R, 4)
-    labels = torch.cat([classes, classes.new_full((len(proposals),), -1)])
-    overlaps = torch.zeros(len(boxes), len(dataset.classes))
+    labels = torch.cat([classes, classes.new_full((len(proposals),), -1)])  # (R,)
+    overlaps = torch.zeros(len(boxes), len(dataset.classes))  # (R, K)
     if len(objects):
         of_object = bx.iou(boxes, objects)  # (R, G)
         overlaps.scatter_reduce_(1, classes.expand(len(boxes), -1), of_object, "amax")
-    best, matched = match_rois(boxes, objects)
+    best, matched = match_rois(boxes, objects)  # (R,) each
     # An object is no example for regressors: its deltas to itself are nought.
-    kept = torch.nonzero((best > regressor_iou) & (labels < 0))[:, 0]
+    kept = torch.nonzero((best > regressor_iou) & (labels < 0))[:, 0]  # (Q,)
     return ImageBoxes(boxes, labels, overlaps, kept, matched[kept])
 
 
 def cache_regions(network: RegionNetwork, regions: Regions[Prepared], proposals: Path, out: Path,
-                  config: CachedRegionConfig, settings: Mapping[str, JSON]) -> Facts:
+                  config: CachesRegions, settings: Mapping[str, JSON]) -> Facts:
     """Write the features of every region of the training split; return facts for the record."""
     dataset, runtime, classifier = network.dataset, network.runtime, network.classifier
     cached = CachedProposals(proposals, dataset, config.proposals)
@@ -181,7 +157,7 @@ def cache_regions(network: RegionNetwork, regions: Regions[Prepared], proposals:
 
 def _features_of(network: RegionNetwork, pool: Pool, each: ImageBoxes, objects: Objects,
                  stored: np.dtype[np.floating]) -> ImageRegions:
-    kept = torch.zeros(len(each.boxes), dtype=torch.bool)
+    kept = torch.zeros(len(each.boxes), dtype=torch.bool)  # (R,)
     kept[each.kept] = True
     classifier = network.classifier
     hidden = [np.empty((0, classifier.hidden_size), stored)]
@@ -200,8 +176,8 @@ def _features_of(network: RegionNetwork, pool: Pool, each: ImageBoxes, objects: 
 
 def linear_layers(svms: Path, regressors: Path, network: RegionNetwork) -> Outputs:
     """Return the SVMs and the box regressors of all classes: scores ``Tensor[R, K]`` and deltas ``Tensor[R, K, 4]``."""
-    weights, biases = linear_layer(svms, network)
-    of_boxes, box_biases = linear_layer(regressors, network)
+    weights, biases = linear_layer(svms, network)  # (K, D), (K,)
+    of_boxes, box_biases = linear_layer(regressors, network)  # (K, 4, E), (K, 4)
 
     def outputs(pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         deltas = torch.addmm(box_biases.flatten(), pooled, of_boxes.flatten(0, 1).T)  # (R, K*4)
@@ -212,6 +188,7 @@ def linear_layers(svms: Path, regressors: Path, network: RegionNetwork) -> Outpu
 
 def softmax_and_boxes(network: RegionNetwork) -> Outputs:
     """Return the head of a Fast R-CNN: logits ``Tensor[R, K + 1]`` and deltas ``Tensor[R, K + 1, 4]``."""
+    # On no device: the weights come from the file, and would only be drawn in vain.
     with torch.device("meta"):
         head = FastRCNNHead(network.classifier.hidden_size, len(network.dataset.classes))
     tensors, _ = load_checkpoint(network.path)
@@ -219,7 +196,7 @@ def softmax_and_boxes(network: RegionNetwork) -> Outputs:
     head.to(network.device).eval()
 
     def outputs(pooled: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logits, normalised = head(hidden)
+        logits, normalised = head(hidden)  # (R, K + 1), (R, K + 1, 4)
         return logits, head.deltas(normalised)
 
     return outputs
@@ -228,7 +205,7 @@ def softmax_and_boxes(network: RegionNetwork) -> Outputs:
 def svms_and_boxes(svms: Path, network: RegionNetwork) -> Outputs:
     """Return SVMs in place of a Fast R-CNN's softmax, with its own box layer; classes are without background."""
     head = softmax_and_boxes(network)
-    weights, biases = linear_layer(svms, network)
+    weights, biases = linear_layer(svms, network)  # (K, D), (K,)
     return lambda pooled, hidden: (torch.addmm(biases, hidden, weights.T), head(pooled, hidden)[1][:, 1:])
 
 
@@ -245,18 +222,16 @@ def linear_layer(path: Path, network: RegionNetwork) -> tuple[Tensor, Tensor]:
 
 def detect_regions(network: RegionNetwork, regions: Regions[Prepared], outputs: Outputs, proposals: Path, out: Path,
                    settings: DetectionSettings | RegionDetectionSettings) -> Facts:
-    """Score and refine the proposals of every test image; write detections and return facts for the record.
-
-    Scores are a softmax's where the settings are a Fast R-CNN's, and else those of SVMs.
-    """
+    """Score and refine the proposals of every test image; write detections and return facts for the record."""
+    # Scores are a softmax's where the settings are a Fast R-CNN's, and else those of SVMs.
     limit = network.config.proposals
     cached = CachedProposals(proposals, network.dataset, limit)
 
     def detect(ids: list[str], prepared: Prepared) -> list[Detected]:
         proposed, size = cached.get(ids[0]), network.dataset.size(ids[0])
-        boxes = torch.from_numpy(proposed).to(network.device)
+        boxes = torch.from_numpy(proposed).to(network.device)  # (R, 4)
         parts = [outputs(pooled, hidden) for pooled, hidden in network.features(regions.open(prepared), boxes)]
-        scores, deltas = (torch.cat(each) for each in zip(*parts, strict=True))
+        scores, deltas = (torch.cat(each) for each in zip(*parts, strict=True))  # (R, K), (R, K, 4), or K + 1
         if isinstance(settings, DetectionSettings):
             found = postprocess_detections(scores, deltas, boxes, size, settings)
         else:
@@ -269,3 +244,47 @@ def detect_regions(network: RegionNetwork, regions: Regions[Prepared], outputs: 
 def describe_features(description: Mapping[str, object]) -> dict[str, object]:
     """Return what SVMs and regressors say of the features that they were trained on."""
     return {name: description[name] for name in ("network", "classes", "model", "method")}
+
+
+class WarpedRegions:
+    """Slow R-CNN: each region is cut out of the original image and goes through the conv layers by itself."""
+
+    def __init__(self, network: RegionNetwork) -> None:
+        self.network = network
+        self.side: int = network.description["crop_side"]
+
+    def read(self, id: str) -> Sample:
+        """Return the image in its original frame."""
+        dataset = self.network.dataset
+        return read_sample(dataset, id, original_frame(self.network.config.network, dataset.size(id)))
+
+    def open(self, prepared: Sample) -> Pool:
+        """Return what crops boxes out of the image, warps them, and runs the conv layers on each."""
+        image = make_batch([prepared], self.network.device).images[0]  # (3, H, W)
+        return lambda boxes: self.network.classifier.pool_crops(warp(image, boxes, self.side))
+
+
+class PyramidRegions:
+    """SPP-net: each region pools a pyramid from the map whose scale suits it best; maps are stored ones, or fresh."""
+    # Fast R-CNN's RoI pooling is such a pyramid, of one level.
+
+    def __init__(self, network: RegionNetwork, frames: Sequence[NetworkConfig], area: int,
+                 stored: FeatureMapFile | None = None) -> None:
+        self.network, self.frames, self.area, self.stored = network, frames, area, stored
+
+    def read(self, id: str) -> tuple[str, Sequence[Sample | Tensor]]:
+        """Return the image's id and, for each frame, the image or its stored map."""
+        if self.stored is not None:
+            return id, [self.stored.get(MapKey(id, False, scale)) for scale in range(len(self.frames))]
+        return id, [read_sample(self.network.dataset, id, frame) for frame in self.frames]
+
+    def open(self, prepared: tuple[str, Sequence[Sample | Tensor]]) -> Pool:
+        """Return what pools boxes from the maps, once they are made, or on the device."""
+        classifier, device, levels = self.network.classifier, self.network.device, self.network.levels
+        size = self.network.dataset.size(prepared[0])
+        scales = [scale_of(size, frame.short_side, frame.max_side) for frame in self.frames]
+        with torch.inference_mode(), self.network.autocast():
+            maps = [each.to(device).float()[None] if isinstance(each, Tensor)
+                    else classifier.conv(make_batch([each], device).images) for each in prepared[1]]  # (1, C, h, w)
+        return lambda boxes: pool_at_nearest_scale(
+            boxes, scales, self.area, lambda scale, here: classifier.pool_pyramids(maps[scale], [here], levels))

@@ -49,7 +49,7 @@ class ReadsData(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnTrainSplit(ReadsData):
+class OnTrainSplit(Precision, ReadsData):
     """A stage that runs a network over the training split, whose images several processes divide."""
 
     divided: ClassVar[bool] = True
@@ -82,7 +82,7 @@ class TrainsOnImages(Trains):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnRegions(Precision, OnTrainSplit):
+class OnRegions(OnTrainSplit):
     """A stage that runs a network over the proposals of a split."""
 
     proposals: int = setting(2000, "R-CNN, section 2.1; SPP-net, 4.1; Fast R-CNN, 2: about 2000 an image", at_least=1)

@@ -1,9 +1,7 @@
-"""One step of a scheme: a stage function, the artifact it makes, and the artifacts it makes it from.
-
-A stage is an ordinary function ``stage(input, ..., *, out, config, runtime)`` that writes one file and returns a dict
-of facts for its record. The class of its ``config`` stands in its signature; its fields are the fingerprint.
-Stage functions import torch when they run, not when they are imported, so that ``altopt plan`` answers at once.
-"""
+"""One step of a scheme: a stage function, the artifact it makes, and the artifacts it makes it from."""
+# A stage is an ordinary function ``stage(input, ..., *, out, config, runtime)`` that writes one file and returns a dict
+# of facts for its record. The class of its ``config`` stands in its signature; its fields are the fingerprint. Stage
+# functions import torch when they run, not when they are imported, so that ``altopt plan`` answers at once.
 
 import os
 import re
@@ -98,21 +96,6 @@ class Step:
         return cast(type, self.stage.__annotations__["config"])
 
     @property
-    def version(self) -> int:
-        """The version of the stage's code: what an earlier one made is stale."""
-        return self.config_class.version
-
-    @property
-    def split(self) -> Split | None:
-        """The split of the data set that the stage reads, if it reads one."""
-        return self.config_class.split
-
-    @property
-    def divided(self) -> bool:
-        """Whether several processes work on the stage together; if not, rank 0 does it alone."""
-        return self.config_class.divided
-
-    @property
     def summary(self) -> str:
         """The first line of the stage's docstring."""
         return (self.stage.__doc__ or "").strip().splitlines()[0]
@@ -129,10 +112,8 @@ def file_name(artifact: str) -> str:
 
 def split_of(artifact: str) -> Split:
     """Return the split that proposals are of: P0, P1, ... train, T0 test. Raises ``UsageError`` for others."""
-    splits: dict[Kind, Split] = {Kind.PROPOSALS: "train", Kind.TEST_PROPOSALS: "test"}
-    for kind, split in splits.items():
-        if re.fullmatch(rf"{kind.letter}\d", artifact):
-            return split
+    if re.fullmatch(r"[PT]\d", artifact):
+        return "train" if Kind.of(artifact) is Kind.PROPOSALS else "test"
     raise UsageError(f"{artifact!r} is not a name for proposals: P0, P1, ... are those of the training split, T0 of "
                      "the test split")
 
@@ -144,8 +125,8 @@ class Runtime:
     device: str = "auto"
     workers: int | None = None  # None: as ``readers`` and ``searchers`` have it
     data_root: Path | None = None
-    snapshot_seconds: float = 30.0
-    report_every: int = 20
+    snapshot_seconds: float = 30.0  # between two snapshots, at least
+    report_every: int = 20  # iterations
     feature_store: str = "auto"  # or "on", "off": whether maps of frozen layers are stored
     deterministic: bool = False  # sums in a fixed order on CUDA too (altopt/machine/determinism.py)
     inputs_key: str = ""  # hashes of the inputs: a snapshot made from others is not resumed

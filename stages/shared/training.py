@@ -1,48 +1,50 @@
 """What every trained stage does around the training loop: read weights, freeze, keep snapshots, verify, write."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from altopt.batches.local_batches import LocalBatches
 from altopt.batches.reading import BatchOrder, Entry
-from altopt.batches.samples import Batch, Sample
+from altopt.batches.samples import Batch, Sample, read_sample
 from altopt.batches.sampling import RoISampling, RoIThresholds, has_samples
 from altopt.config import NetworkConfig, RoITraining
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
-from altopt.machine.distributed import SingleProcess
 from altopt.machine.interruption import Stop, deferred_signals
 from altopt.machine.randomness import generator
 from altopt.models.detector import FasterRCNN
 from altopt.models.losses import LossModule
 from altopt.models.network_parts import NetworkOfParts
-from altopt.models.region_classifier import RegionClassifier
 from altopt.training.box_statistics import fixed_statistics, measure
 from altopt.training.loop import LoopRuntime, Progress, freeze, layers_named, train
 from cache.checkpoints import digest, load_checkpoint, save_checkpoint
 from cache.files import sha256_text
 from cache.proposals import ProposalFile
 from cache.records import JSON
-from cache.snapshots import SnapshotClock, load_snapshot, remove_snapshot, save_snapshot
+from cache.snapshots import SnapshotClock, load_snapshot, save_snapshot
 from stages.shared.events import Resumed, TrainingProgress, WeightsDrawn
-from stages.shared.feature_store import FeatureStore
 from stages.shared.stage_config import Trains, TrainsOnData
 from stages.shared.step import Runtime
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from altopt.models.region_classifier import RegionClassifier
+    from stages.shared.feature_store import FeatureStore
+
 
 def device_of(runtime: Runtime) -> torch.device:
-    """Return the device that the runtime asks for; ``auto`` is CUDA where there is one, a GPU for each rank.
-
-    Raises ``UsageError`` for one that is not there.
-    """
+    """Return the runtime's device; ``auto`` is CUDA where there is one, a GPU for each rank. Raises ``UsageError``."""
     if runtime.device == "auto":
         return runtime.ranks.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -77,10 +79,13 @@ def require_same_frame(path: Path, description: dict[str, Any], network: Network
 class TrainedStage:
     """A stage that trains something: its data, its seed, and the loop with snapshots beside the output."""
 
+    store: "FeatureStore | None" = None  # of what frozen conv layers make of the images
+
     def __init__(self, stage: str, out: Path, config: TrainsOnData, runtime: Runtime) -> None:
         self.stage, self.out, self.config, self.runtime = stage, out, config, runtime
         self.dataset: Dataset = open_dataset(config.data, "train", runtime.data_root)
         self.seed: tuple[object, ...] = (config.seed, stage)
+        self.snapshot = out.with_name(f"{out.stem}.snapshot.safetensors")  # of the state, while it trains
         self.device = device_of(runtime)
 
     def entries(self, ids: Sequence[str] | None = None) -> list[Entry]:
@@ -100,9 +105,6 @@ class TrainedStage:
         exact: dict[str, JSON] = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
         fingerprint = sha256_text(json.dumps([runtime.inputs_key, asdict(config) | exact], sort_keys=True))
 
-        def read_own(iteration: int) -> list[Sample]:
-            return [read(entry, iteration) for entry in batches[iteration]]
-
         def report(progress: Progress) -> None:
             runtime.report(TrainingProgress(
                 progress.iteration, progress.iterations, progress.lr, progress.losses,
@@ -110,14 +112,17 @@ class TrainedStage:
 
         # A signal that arrives inside a step waits until the step is done and a snapshot is written.
         with deferred_signals() as stop:
-            seconds = train(module, read_own, config, self.seed, LoopRuntime(
+            seconds = train(module, lambda iteration: [read(entry, iteration) for entry in batches[iteration]],
+                            config, self.seed, LoopRuntime(
                 device=self.device, workers=runtime.readers, report=report, report_every=runtime.report_every,
-                snapshots=FileSnapshots(snapshot_path(self.out), fingerprint, runtime, stop),
+                snapshots=FileSnapshots(self.snapshot, fingerprint, runtime, stop),
                 diverged=self._keep_batch, group=runtime.ranks, batches=batches))
+        about_store: Mapping[str, JSON] = {} if self.store is None else self.store.facts
+        seconds += 0.0 if self.store is None else self.store.seconds  # to build it counts as training
         # The number of threads decides the order of sums, and so the last bits, on the CPU; that of processes
         # everywhere.
         return {"train_seconds": round(seconds, 2), "iterations": config.iterations,
-                "threads": torch.get_num_threads(), "processes": runtime.ranks.count, **exact}
+                "threads": torch.get_num_threads(), "processes": runtime.ranks.count, **exact, **about_store}
 
     def _keep_batch(self, batch: Batch, iteration: int) -> str:
         """Write the batch on which a loss was not finite, and say where."""
@@ -138,16 +143,13 @@ class Training(TrainedStage):
         super().__init__(stage, out, config, runtime)
         self.tensors, self.description = load_checkpoint(init)
         require_network(init, self.description, config.network)
-        self.parts = {name.split(".")[0] for name in self.tensors}
         self._frozen: dict[str, str] = {}  # module: digest of its weights before training
 
     def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
-        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are re-initialised.
-
-        ``parts`` are those that the stage trains or runs; only they are worth a report.
-        """
+        """Return the network with the initial weights; parts in ``fresh``, and missing ones, are re-initialised."""
+        # ``parts`` are those that the stage trains or runs: only they are worth a report.
         num_classes = len(self.dataset.classes)
-        scores = self.tensors.get("head.cls_score.weight")
+        scores = self.tensors.get("head.cls_score.weight")  # (K + 1, D)
         if scores is not None and "head" not in fresh and len(scores) != num_classes + 1:
             raise ArtifactError(f"the initial weights score {len(scores) - 1} classes and the data set has "
                                 f"{num_classes}: train the head anew, or give weights for these classes")
@@ -156,8 +158,10 @@ class Training(TrainedStage):
         self.runtime.report(WeightsDrawn(tuple(part for part in new if part in parts)))
         return network
 
-    def classifier(self, levels: Sequence[int] = ()) -> RegionClassifier:
+    def classifier(self, levels: Sequence[int] = ()) -> "RegionClassifier":
         """Return a region classifier with the initial weights; its head, and what does not fit, is re-initialised."""
+        from altopt.models.region_classifier import RegionClassifier
+
         classifier = RegionClassifier(self.config.network, len(self.dataset.classes), levels)
         new = classifier.fill(self.tensors, generator(*self.seed, "weights"), fresh=("head",))
         self.runtime.report(WeightsDrawn(tuple(new)))
@@ -171,13 +175,24 @@ class Training(TrainedStage):
         self._frozen = {name: digest(network.get_submodule(name).state_dict()) for name in frozen}
 
     @contextmanager
-    def stored_maps(self, conv: nn.Sequential) -> Iterator[FeatureStore]:
-        """Open what samples are read from: stored maps where all conv layers are frozen and that pays, or images."""
+    def stored_maps(self, conv: nn.Sequential) -> Iterator[None]:
+        """Let ``sample`` read stored maps in the block, where all conv layers are frozen and that pays."""
+        # Asked of the network, not of the config: whatever was configured, a map of learning layers is never stored.
+        if any(weight.requires_grad for weight in conv.parameters()):
+            yield
+            return
+        from stages.shared.feature_store import FeatureStore  # here: most stages need none
+
         with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime,
-                          precision=self.config.precision, device=self.device) as store:
-            if not any(weight.requires_grad for weight in conv.parameters()):
-                store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
-            yield store
+                          precision=self.config.precision, device=self.device) as self.store:
+            self.store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
+            yield
+
+    def sample(self, entry: Entry, proposals: "NDArray[np.float32] | None" = None) -> Sample:
+        """Return an image, or its stored map where there are such; from any thread."""
+        if self.store is not None:
+            return self.store.sample(entry.id, flipped=entry.flipped, proposals=proposals)
+        return read_sample(self.dataset, entry.id, self.config.network, flipped=entry.flipped, proposals=proposals)
 
     def scale(self, count: int, entry: Entry, iteration: int) -> int:
         """Return which of so many scales an image has at this visit."""
@@ -185,43 +200,28 @@ class Training(TrainedStage):
         return int(torch.randint(count, (), generator=random))
 
     def save(self, network: NetworkOfParts, parts: Sequence[str], **described: JSON) -> None:
-        """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it.
-
-        Of several processes the first one writes, after making sure that all have the same.
-        """
+        """Write the output, after making sure that frozen layers are what they were; ``described`` goes with it."""
+        # Of several processes the first one writes, after making sure that all have the same.
         tensors = network.tensors(parts)
-        require_alike(self.stage, tensors, self.runtime.ranks)
-        if not self.runtime.ranks.first:
+        ranks = self.runtime.ranks
+        if ranks.count > 1:
+            digests = ranks.all_gather({name: digest({name: tensor}) for name, tensor in tensors.items()})
+            for name, (rank, held) in product(tensors, enumerate(digests)):
+                if held[name] != digests[0][name]:
+                    raise AssertionError(f"{self.stage}: {name} of process {rank} is not that of process 0")
+        if not ranks.first:
             return
         for name, before in self._frozen.items():
             if digest(network.get_submodule(name).state_dict()) != before:
                 raise AssertionError(f"{self.stage} changed {name}, which is frozen")
         classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
         save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | described)
-        remove_snapshot(snapshot_path(self.out))
-
-
-def require_alike(stage: str, tensors: dict[str, Tensor], ranks: SingleProcess) -> None:
-    """Make sure that every rank ends with the same weights; if not, name the first layer that differs."""
-    if ranks.count == 1:
-        return
-    digests = ranks.all_gather({name: digest({name: tensor}) for name, tensor in tensors.items()})
-    for name in tensors:
-        for rank, held in enumerate(digests):
-            if held[name] != digests[0][name]:
-                raise AssertionError(f"{stage}: {name} of process {rank} is not that of process 0")
-
-
-def snapshot_path(out: Path) -> Path:
-    """Return where the state inside a stage lies while it runs: beside its output."""
-    return out.with_name(f"{out.stem}.snapshot.safetensors")
+        self.snapshot.unlink(missing_ok=True)
 
 
 class FileSnapshots:
-    """The training loop's state in a file; written when the clock says so, and when a signal asks to stop.
-
-    Of several ranks the first one writes, and a signal to any of them stops all after the same iteration.
-    """
+    """The training loop's state in a file; written when the clock says so, and when a signal asks to stop."""
+    # Of several ranks the first one writes, and a signal to any of them stops all after the same iteration.
 
     def __init__(self, path: Path, fingerprint: str, runtime: Runtime, stop: Stop) -> None:
         self.path, self.fingerprint, self.runtime, self.stop = path, fingerprint, runtime, stop
@@ -232,12 +232,13 @@ class FileSnapshots:
     def load(self) -> tuple[int, dict[str, Tensor], float] | None:
         """Return what the last process of the same stage, inputs and config left; None if nothing fits."""
         found = load_snapshot(self.path, self.fingerprint)
-        if len(set(self.ranks.all_gather(found and found.iteration))) > 1:
+        # Each reads the file itself: processes that began at different iterations would wait for each other for ever.
+        if len(set(self.ranks.all_gather(found and found[0]))) > 1:
             raise ArtifactError(f"{self.path.name} is not the same for all processes: let them share the run folder")
         if found is None:
             return None
-        self.runtime.report(Resumed(found.iteration))
-        return found.iteration, found.tensors, found.seconds
+        self.runtime.report(Resumed(found[0]))
+        return found
 
     def due(self) -> bool:
         """Return whether to save now, or to stop."""
@@ -259,13 +260,12 @@ class CachedProposals:
 
     def __init__(self, path: Path, dataset: Dataset, limit: int) -> None:
         self.file, self.limit = ProposalFile(path), limit
-        held = set(self.file.image_ids)
-        missing = [id for id in dataset.ids if id not in held]
+        missing = [id for id in dataset.ids if id not in self.file]
         if missing:
             raise ArtifactError(f"{path.name} has no proposals for image {missing[0]} and {len(missing) - 1} others "
                                 f"of {dataset.name}: make {path.stem} again, or import one for this data set")
 
-    def get(self, id: str) -> Any:
+    def get(self, id: str) -> "NDArray[np.float32]":
         """Return an image's boxes, float32 [K, 4] in the original frame, best first."""
         return self.file.get(id)[0][: self.limit]
 

@@ -73,8 +73,7 @@ class TrainFastRCNNFrozenConv(FastRCNNConfig):
                          "whose outputs continue)")
 
 
-def train_fast_rcnn(init: Path, proposals: Path, *, out: Path, config: TrainFastRCNN,
-                    runtime: Runtime) -> Facts:
+def train_fast_rcnn(init: Path, proposals: Path, *, out: Path, config: TrainFastRCNN, runtime: Runtime) -> Facts:
     """Train Fast R-CNN, and the conv layers under it, from pre-trained weights on cached proposals."""
     return _train("train_fast_rcnn", (init, proposals, out), config, runtime, fresh=("head",),
                   scales=config.network.at_scales(config.scales, config.max_side))
@@ -86,8 +85,7 @@ def train_classification(init: Path, proposals: Path, *, out: Path, config: Trai
     return train_fast_rcnn(init, proposals, out=out, config=config, runtime=runtime)
 
 
-def train_box_layer(init: Path, proposals: Path, *, out: Path, config: TrainBoxLayer,
-                    runtime: Runtime) -> Facts:
+def train_box_layer(init: Path, proposals: Path, *, out: Path, config: TrainBoxLayer, runtime: Runtime) -> Facts:
     """Train the box layer of a Fast R-CNN that was trained without; nothing else changes."""
     from altopt.errors import ArtifactError
     from cache.checkpoints import load_checkpoint
@@ -129,15 +127,15 @@ def _train(name: str, paths: tuple[Path, Path, Path], config: FastRCNNConfig, ru
         network.use_box_statistics(*box_statistics(training, cached, config.box_statistics, config.fg_iou))
     network.set_dropout(config.dropout)
     module = fast_rcnn_training(network, config, training.seed)
-    with training.stored_maps(network.conv) as store:
+    with training.stored_maps(network.conv):
         def read(entry: "Entry", iteration: int) -> "Sample":
             boxes = cached.get(entry.id)
             if not scales:
-                return store.sample(entry.id, flipped=entry.flipped, proposals=boxes)
+                return training.sample(entry, boxes)
             scale = scales[training.scale(len(scales), entry, iteration)]
             return read_sample(training.dataset, entry.id, scale, flipped=entry.flipped, proposals=boxes)
 
-        facts = store.added_to(training.run(module, entries, read))
+        facts = training.run(module, entries, read)
     training.save(network, ["conv", "fc", "head"])
     return {**facts, "images_without_rois": unusable}
 

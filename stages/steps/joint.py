@@ -19,10 +19,8 @@ PARTS = ("conv", "rpn", "fc", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig(AnchorTargets, RoITraining, ProposalSettings, TrainsOnImages):
-    """How one network is trained with four losses on proposals that it makes as it learns.
-
-    Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
-    """
+    """How one network is trained with four losses on proposals that it makes as it learns."""
+    # Box targets have py-faster-rcnn's fixed deviations: before training there are no proposals to measure any on.
 
     version: ClassVar[int] = 4  # a batch goes through fc6 and fc7 once
     iterations: int = setting(70_000, SOLVER)
@@ -60,8 +58,7 @@ class TrainExactJoint(JointConfig):
                "proposals' recall without a bound, and nothing with one of a quarter; 0 is none", at_least=0)
 
 
-def train_approximate_joint(init: Path, *, out: Path, config: TrainApproximateJoint,
-                            runtime: Runtime) -> Facts:
+def train_approximate_joint(init: Path, *, out: Path, config: TrainApproximateJoint, runtime: Runtime) -> Facts:
     """Train RPN and Fast R-CNN together with four losses, proposals being constants in the backward pass."""
     return _train("train_approximate_joint", init, out, config, runtime, None, samples_per_bin=0)
 
@@ -86,9 +83,8 @@ def _train(name: str, init: Path, out: Path, config: JointConfig, runtime: Runti
     network.set_dropout(config.dropout)
     network.samples_per_bin = samples_per_bin
     module = joint_training(network, config, path, training.seed)
-    with training.stored_maps(network.conv) as store:
-        facts = store.added_to(training.run(
-            module, training.entries(), lambda entry, _: store.sample(entry.id, flipped=entry.flipped)))
+    with training.stored_maps(network.conv):
+        facts = training.run(module, training.entries(), lambda entry, _: training.sample(entry))
     pooling = {"samples_per_bin": samples_per_bin} if samples_per_bin else {}
     training.save(network, PARTS, **pooling)
     return facts

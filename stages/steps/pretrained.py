@@ -48,8 +48,7 @@ def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -
     from altopt.models.classification import CropClassifier, draw_crop
     from altopt.models.network_parts import initialise_all
     from cache.checkpoints import save_checkpoint
-    from cache.snapshots import remove_snapshot
-    from stages.shared.training import TrainedStage, snapshot_path
+    from stages.shared.training import TrainedStage
 
     training = TrainedStage("pretrain_on_crops", out, config, runtime)
     dataset = training.dataset
@@ -61,7 +60,7 @@ def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -
 
     facts = training.run(module, training.entries(), read)
     save_checkpoint(out, module.tensors(), {"network": {"name": config.backbone}, "classes": list(dataset.classes)})
-    remove_snapshot(snapshot_path(out))
+    training.snapshot.unlink(missing_ok=True)
     return facts
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from altopt.config import Precision, ProposalSettings, setting
+from altopt.config import ProposalSettings, setting
 from altopt.datasets.dataset import Dataset
 from stages.shared.stage_config import OnTrainSplit
 from stages.shared.step import Facts, Runtime
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateProposals(ProposalSettings, Precision, OnTrainSplit):
+class GenerateProposals(ProposalSettings, OnTrainSplit):
     """How the RPN's boxes are made into proposals."""
 
     version: ClassVar[int] = 2
@@ -28,17 +28,15 @@ class GenerateProposals(ProposalSettings, Precision, OnTrainSplit):
 
 
 def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> Facts:
-    """Cache the RPN's proposals for every training image, upright only.
-
-    Training on frozen conv layers has left a store of what they make of the images, unless it did without.
-    """
+    """Cache the RPN's proposals for every training image, upright only."""
+    # Training on frozen conv layers has left a store of what they make of the images, unless it did without.
     from altopt.batches.samples import Sample, make_batch
     from cache.files import sha256_file
     from cache.proposals import ProposalWriter
     from stages.shared.feature_store import FeatureStore
     from stages.shared.inference import Inference, written_by_first
 
-    inference = Inference([(rpn, ("conv", "rpn"))], config, runtime, split="train")
+    inference = Inference([(rpn, ("conv", "rpn"))], config, runtime)
     network, dataset = inference.networks[0], inference.dataset
     settings = {field.name: asdict(config)[field.name] for field in fields(ProposalSettings)}
     settings |= {"network": asdict(config.network), "precision": config.precision}

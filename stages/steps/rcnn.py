@@ -74,10 +74,9 @@ def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: T
 def cache_warped_features(network: Path, proposals: Path, *, out: Path, config: CacheWarpedFeatures,
                           runtime: Runtime) -> Facts:
     """Cache fc7 of every warped region of the training split, and what the box regressors train on."""
-    from stages.shared.region_views import WarpedRegions
-    from stages.shared.regions import RegionNetwork, cache_regions
+    from stages.shared.regions import RegionNetwork, WarpedRegions, cache_regions
 
-    fine_tuned = RegionNetwork(network, METHOD, config, runtime, "train")
+    fine_tuned = RegionNetwork(network, METHOD, config, runtime)
     regions = WarpedRegions(fine_tuned)
     return cache_regions(fine_tuned, regions, proposals, out, config, {"crop_side": regions.side})
 
@@ -85,9 +84,8 @@ def cache_warped_features(network: Path, proposals: Path, *, out: Path, config: 
 def detect_rcnn(network: Path, svms: Path, regressors: Path, proposals: Path, *, out: Path, config: DetectRCNN,
                 runtime: Runtime) -> Facts:
     """Detect on the test split with slow R-CNN: every proposal warped, scored by SVMs, its box regressed."""
-    from stages.shared.region_views import WarpedRegions
-    from stages.shared.regions import RegionNetwork, detect_regions, linear_layers
+    from stages.shared.regions import RegionNetwork, WarpedRegions, detect_regions, linear_layers
 
-    fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
+    fine_tuned = RegionNetwork(network, METHOD, config, runtime)
     outputs = linear_layers(svms, regressors, fine_tuned)
     return detect_regions(fine_tuned, WarpedRegions(fine_tuned), outputs, proposals, out, config)

@@ -53,11 +53,11 @@ def _train(name: str, init: Path, out: Path, config: RPNConfig, runtime: Runtime
     network = training.network(("conv", "rpn"))
     training.freeze(network)
     module = rpn_training(network, config, training.seed)
-    with training.stored_maps(network.conv) as store:
-        facts = store.added_to(training.run(
-            module, training.entries(), lambda entry, _: store.sample(entry.id, flipped=entry.flipped)))
-    kept = [part for part in ("fc", "head") if part in training.parts]
-    training.save(network, ["conv", "rpn", *kept])
+    with training.stored_maps(network.conv):
+        facts = training.run(module, training.entries(), lambda entry, _: training.sample(entry))
+    held = {name.partition(".")[0] for name in training.tensors}
+    # What the detector has learned goes along, for a later stage that continues it.
+    training.save(network, ["conv", "rpn", *(part for part in ("fc", "head") if part in held)])
     return facts
 
 

@@ -1,14 +1,12 @@
-"""Selective search on a whole split, as R-CNN and Fast R-CNN have their proposals from: P0 and T0.
-
-Images are searched by processes, what they find is kept in a journal and written in the split's order.
-"""
+"""Selective search on a whole split, as R-CNN and Fast R-CNN have their proposals from: P0 and T0."""
+# Images are searched by processes, what they find is kept in a journal and written in the split's order.
 
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from altopt.config import setting
 from altopt.datasets.dataset import Dataset
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from cache.journal import Journal
 
 Found = tuple[str, list[list[int]], list[int]]  # image id, x y width height, width and height that they are in
 
@@ -95,16 +95,19 @@ def to_proposals(found: Found, size: tuple[int, int], config: SelectiveSearch) -
     import numpy as np
 
     _, rows, searched = found
-    boxes = np.array(rows, np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
+    boxes = np.array(rows, np.float64).reshape(-1, 4)  # (K, 4)
+    boxes[:, 2:] += boxes[:, :2]  # from width and height to x2, y2
     boxes *= np.tile(size, 2)  # multiplied before it is divided, so that the image's edge stays where it is
     boxes /= np.tile(searched, 2)
-    large = (boxes[:, 2:] - boxes[:, :2] >= config.min_side).all(1)
+    large = (boxes[:, 2:] - boxes[:, :2] >= config.min_side).all(1)  # (K,)
     return boxes[large][: config.proposals].astype(np.float32)
 
 
-def _found(dataset: Dataset, config: SelectiveSearch, journal: Any, workers: int) -> Iterator[Found]:
+def _found(dataset: Dataset, config: SelectiveSearch, journal: "Journal", workers: int) -> Iterator[Found]:
     """Give what is found in each image of the split, in order: first what the journal kept, then the rest, kept."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     from altopt.batches.reading import Prefetcher
 
     done = 0
@@ -112,7 +115,9 @@ def _found(dataset: Dataset, config: SelectiveSearch, journal: Any, workers: int
         done += 1
         yield found
     left = dataset.ids[done:]
-    with (_processes(min(workers, len(left))) as processes,
+    count = min(workers, len(left))
+    # Spawned, not forked: the parent has threads and an open HDF5 file. ``rand`` has one state in each process.
+    with (ProcessPoolExecutor(count, get_context("spawn"), _prepare) if count else nullcontext() as processes,
           Prefetcher(lambda id: _find(dataset, id, config, processes), left, workers) as ahead):
         for found in ahead:
             journal.append(found)
@@ -138,31 +143,14 @@ def _find(dataset: Dataset, id: str, config: SelectiveSearch, processes: "Proces
     return id, boxes.tolist(), [pixels.shape[1], pixels.shape[0]]
 
 
-def _processes(workers: int) -> Any:
-    """Return a pool of processes, or None in its place where there are none to be: ``rand`` has one state in each."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    if not workers:
-        return nullcontext()
-    # Spawned, not forked: the parent has threads and an open HDF5 file.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare)
-
-
 def _prepare() -> None:
     """Leave Ctrl-C to the parent, and end with it, however that ends."""
+    import multiprocessing
     import signal
     import threading
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    import multiprocessing
     from multiprocessing.connection import wait
 
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

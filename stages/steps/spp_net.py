@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from altopt.config import SHARE, Bounds, NetworkConfig, Precision, RoITraining, setting
+from altopt.config import SHARE, Bounds, NetworkConfig, RoITraining, setting
 from cache.records import JSON
 from stages.shared.stage_config import CachesRegions, DetectsRegions, Freeze, OnTrainSplit, Trains
 from stages.shared.step import Facts, Runtime
@@ -21,7 +21,7 @@ METHOD = "spp_net"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConvFeatures(Precision, OnTrainSplit):
+class CacheConvFeatures(OnTrainSplit):
     """Feature maps of the last conv layer for every training image, its mirror image, and every scale."""
 
     version: ClassVar[int] = 2
@@ -67,10 +67,10 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     from altopt.batches.samples import Sample, read_sample
     from cache.checkpoints import digest
     from cache.features import FeatureMapWriter, MapKey
-    from stages.shared.feature_maps import map_shapes, write_maps
+    from stages.shared.feature_store import map_shapes, write_maps
     from stages.shared.inference import Inference, written_by_first
 
-    inference = Inference([(init, ("conv",))], config, runtime, split="train")
+    inference = Inference([(init, ("conv",))], config, runtime)
     network, dataset = inference.networks[0], inference.dataset
     settings = {"network": config.network.name, "scales": list(config.scales), "max_side": config.max_side}
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
@@ -80,8 +80,7 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
     def read(key: MapKey) -> Sample:
         return read_sample(dataset, key.image_id, frames[key.scale], flipped=key.mirrored)
 
-    with written_by_first(
-            runtime.ranks, lambda: FeatureMapWriter(out, attributes, shapes, config.precision)) as writer:
+    with written_by_first(runtime.ranks, lambda: FeatureMapWriter(out, attributes, shapes, config.precision)) as writer:
         found = write_maps(writer, shapes, network.conv, read, precision=config.precision, device=inference.device,
                            runtime=runtime)
     if not runtime.ranks.first:
@@ -111,7 +110,7 @@ def train_fc_layers(init: Path, maps: Path, proposals: Path, *, out: Path, confi
 
         def read(entry: "Entry", iteration: int) -> "Sample":
             scale = training.scale(len(frames), entry, iteration)
-            features = stored.get(MapKey(entry.id, entry.flipped, scale))
+            features = stored.get(MapKey(entry.id, entry.flipped, scale))  # (C, h, w)
             return stored_sample(dataset, entry.id, frames[scale], features, flipped=entry.flipped,
                                  proposals=cached.get(entry.id))
 
@@ -124,28 +123,26 @@ def cache_region_features(network: Path, maps: Path, proposals: Path, *, out: Pa
                           runtime: Runtime) -> Facts:
     """Cache fc7 of every region of the training split, and what the box regressors train on."""
     from cache.features import FeatureMapFile
-    from stages.shared.region_views import StoredPyramids
-    from stages.shared.regions import RegionNetwork, cache_regions
+    from stages.shared.regions import PyramidRegions, RegionNetwork, cache_regions
 
-    fine_tuned = RegionNetwork(network, METHOD, config, runtime, "train")
+    fine_tuned = RegionNetwork(network, METHOD, config, runtime)
     with FeatureMapFile(maps) as stored:
         frames = _stored_frames(stored, maps, fine_tuned.classifier.tensors(["conv"]), config.network)
         settings: dict[str, JSON] = {"region_area": config.region_area,
                                      "scales": [frame.short_side for frame in frames]}
-        regions = StoredPyramids(fine_tuned, frames, config.region_area, stored)
+        regions = PyramidRegions(fine_tuned, frames, config.region_area, stored)
         return cache_regions(fine_tuned, regions, proposals, out, config, settings)
 
 
 def detect_spp_net(network: Path, svms: Path, regressors: Path, proposals: Path, *, out: Path, config: DetectSPPNet,
                    runtime: Runtime) -> Facts:
     """Detect on the test split with SPP-net: one pass of the conv layers for each scale, then SVMs and regressors."""
-    from stages.shared.region_views import FreshPyramids
-    from stages.shared.regions import RegionNetwork, detect_regions, linear_layers
+    from stages.shared.regions import PyramidRegions, RegionNetwork, detect_regions, linear_layers
 
-    fine_tuned = RegionNetwork(network, METHOD, config, runtime, "test")
+    fine_tuned = RegionNetwork(network, METHOD, config, runtime)
     frames = config.network.at_scales(config.scales, config.max_side)
     outputs = linear_layers(svms, regressors, fine_tuned)
-    regions = FreshPyramids(fine_tuned, frames, config.region_area)
+    regions = PyramidRegions(fine_tuned, frames, config.region_area)
     return detect_regions(fine_tuned, regions, outputs, proposals, out, config)
 
 

@@ -53,19 +53,20 @@ def train_svms(features: Path, *, out: Path, config: TrainSVMs, runtime: Runtime
 
     require_solver()
     with RegionFeatureFile(features) as file:
-        scale = _scale(len(file), config.norm_images, config.seed, file.features, config.norm_target)
+        scale = _scale(len(file), config.norm_images, config.seed,
+                       lambda image: file.rows("features", image), config.norm_target)
         found = [file.objects(image) for image in range(len(file))]  # (labels, features) of annotated objects
         none = np.empty((0, file.width("features")), np.float32)
         svms = []
         for label, name in enumerate(file.classes):
-            positives = np.concatenate([none, *(rows[labels == label] for labels, rows in found)])
+            positives = np.concatenate([none, *(rows[labels == label] for labels, rows in found)])  # (P, D)
             svms.append(MinedSVM(positives * scale, config, seed_of(config.seed, "svm", name) % 2**31))
         for image in range(len(file)):
-            mine(svms, file.features(image) * scale, file.rows("overlaps", image))
+            mine(svms, file.rows("features", image) * scale, file.rows("overlaps", image))
             runtime.report(ImagesDone(image + 1, len(file)))
         for svm in svms:
             svm.train()
-        zeros = np.zeros(file.width("features"), np.float32)
+        zeros = np.zeros(file.width("features"), np.float32)  # (D,)
         weights = [zeros if svm.weights is None else svm.weights * scale for svm in svms]
         biases = [-np.inf if svm.weights is None else svm.bias for svm in svms]  # a class never seen is never found
         tensors = {"weights": torch.from_numpy(np.stack(weights).astype(np.float32)),
@@ -88,19 +89,19 @@ def train_regressors(features: Path, *, out: Path, config: TrainRegressors, runt
     from stages.shared.regions import describe_features
 
     with RegionFeatureFile(features) as file:
-        labels = file.pooled_labels()
+        labels = file.pooled_labels()  # (sum of Q,)
         scale = _scale(len(labels), config.norm_regions, config.seed,
                        lambda region: next(file.pooled(np.array([region]))), config.norm_target)
         penalty = config.ridge or PENALTY[str(file.description["method"])]
-        weights = torch.zeros(len(file.classes), 4, file.width("pooled"))
-        biases = torch.zeros(len(file.classes), 4)
+        weights = torch.zeros(len(file.classes), 4, file.width("pooled"))  # (K, 4, E)
+        biases = torch.zeros(len(file.classes), 4)  # (K, 4)
         for label in range(len(file.classes)):
             own = np.flatnonzero(labels == label)
             if len(own):  # a class without regions leaves its boxes as they are
                 def blocks(own: "NDArray[np.int64]" = own) -> "Iterator[torch.Tensor]":
                     return (torch.from_numpy(rows) * scale for rows in file.pooled(own))
 
-                targets = torch.from_numpy(file.pooled_targets(own))
+                targets = torch.from_numpy(file.pooled_targets(own))  # (n, 4)
                 weights[label], biases[label] = fit_box_ridge(blocks, targets, penalty, config.whitening_floor)
             runtime.report(ImagesDone(label + 1, len(file.classes), "classes"))
         save_checkpoint(out, {"weights": weights * scale, "biases": biases}, describe_features(file.description))

@@ -137,6 +137,11 @@ def test_names_of_an_earlier_version_in_a_score():
                    ) == {"images": 4, "classes": {"pictures": {"ap": 1}}, "limits": {"50": {"proposals_per_image": 3}}}
 
 
+def test_values_of_an_earlier_version_by_their_field():
+    assert renamed({"outputs": "draw-anew", "data": {"folder": "pictures", "train": "draw-anew"}}
+                   ) == {"outputs": "re-initialise", "data": {"folder": "pictures", "train": "draw-anew"}}
+
+
 @dataclass(frozen=True)
 class Inner:
     side: int = 16

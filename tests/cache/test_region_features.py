@@ -36,7 +36,7 @@ def test_round_trip(tmp_path, stored):
         assert (len(file), file.width("features"), file.width("pooled")) == (3, 5, 6)
         for image, id in enumerate(COUNTS):
             expected = regions_of(id, stored)
-            np.testing.assert_array_equal(file.features(image), expected.features.astype(np.float32))
+            np.testing.assert_array_equal(file.rows("features", image), expected.features.astype(np.float32))
             for name in ("boxes", "overlaps"):
                 np.testing.assert_array_equal(file.rows(name, image), getattr(expected, name))
             np.testing.assert_array_equal(file.labels(image), expected.labels)

@@ -21,6 +21,7 @@ from stages.pipeline.comparison import (
     SLIDES,
     Comparison,
     Outcome,
+    Variant,
     chosen_variants,
     given_artifacts,
     outcome,
@@ -29,7 +30,6 @@ from stages.pipeline.comparison import (
     rows,
     write,
 )
-from stages.pipeline.variants import Variant
 from stages.shared.events import Reason
 from stages.shared.step import Runtime
 

@@ -14,8 +14,7 @@ from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
 from altopt.evaluation.recall import proposal_recall
 from cache.proposals import ProposalFile
-from stages.pipeline.exporting import export_proposals
-from stages.pipeline.importing import import_proposals, open_split, read_proposals
+from stages.pipeline.importing import export_proposals, import_proposals, open_split, read_proposals
 from stages.steps.selective_search import search_step
 
 VOC = """<annotation><size><width>{}</width><height>{}</height><depth>3</depth></size><object><name>thing</name>

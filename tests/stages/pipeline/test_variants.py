@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from altopt.errors import UsageError
+from stages.pipeline.comparison import Variant, chosen_variants, read_variants
 from stages.pipeline.recipe import read_recipe
-from stages.pipeline.variants import Variant, plain_variants, read_variants
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ set = ["all.lr=0.1", 'data.train=["x"]']
 
 
 def test_schemes_as_they_are():
-    assert plain_variants(["rcnn", "spp-net", "rcnn"]) == [Variant("rcnn", "rcnn"), Variant("spp-net", "spp-net")]
+    assert chosen_variants("rcnn,spp-net,rcnn") == [Variant("rcnn", "rcnn"), Variant("spp-net", "spp-net")]
 
 
 @pytest.mark.parametrize(("text", "message"), [

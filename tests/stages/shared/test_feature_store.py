@@ -149,7 +149,7 @@ def test_bfloat16_is_stored_as_it_is_computed(folder):
 def test_maps_are_those_of_m2s_conv_layers_image_by_image(folder):
     run = make_m3(folder, feature_store="on")
     config = run.recipe.config(find_step(run.recipe.steps, "M3"))
-    inference = Inference([(folder / "M2.safetensors", ("conv",))], config, run.runtime, "train")
+    inference = Inference([(folder / "M2.safetensors", ("conv",))], config, run.runtime)
     with FeatureMapFile(folder / FOLDER / stores(folder)[0]) as file:
         assert len(file.keys) == MAPS
         for key in file.keys:
@@ -241,7 +241,7 @@ def test_killed_while_building_and_while_training_gives_the_same_bytes(folder, w
 def test_the_digest_is_of_all_that_maps_depend_on(folder):
     run = opened(folder)
     config = run.recipe.config(find_step(run.recipe.steps, "M3"))
-    inference = Inference([(folder / "M2.safetensors", ("conv",))], config, run.runtime, "train")
+    inference = Inference([(folder / "M2.safetensors", ("conv",))], config, run.runtime)
     conv = inference.networks[0].conv
 
     def path(flips=True, precision="float32", data="d", **network):

@@ -162,7 +162,7 @@ def test_a_network_detects_with_the_op_that_it_was_trained_with(trained, tmp_pat
     assert detections(tmp_path, exact, tmp_path / "a.json") != detections(tmp_path, other, tmp_path / "b.json")
     config = config_as(Detect, open_tiny(tmp_path / "tiny").recipe, DETECTIONS["alternating"][1])
     runtime = Runtime(device="cpu", data_root=tmp_path)
-    networks = Inference([(exact, PARTS), (other, PARTS)], config, runtime, split="test").networks
+    networks = Inference([(exact, PARTS), (other, PARTS)], config, runtime).networks
     assert [network.samples_per_bin for network in networks] == [2, 0]
 
 

@@ -124,7 +124,7 @@ def test_spp_net_features_are_pyramids_of_the_scale_that_suits_the_region(made):
     scales = []
     with RegionFeatureFile(folder / "F2.safetensors") as file, FeatureMapFile(folder / "F1.safetensors") as maps:
         for image, id in enumerate(TRAIN.ids):
-            for box, hidden in zip(file.rows("boxes", image), file.features(image), strict=True):
+            for box, hidden in zip(file.rows("boxes", image), file.rows("features", image), strict=True):
                 area = (box[2] - box[0]) * (box[3] - box[1])
                 scale = min((0, 1), key=lambda s: abs(area * (0.8, 1.2)[s] ** 2 - 1600))
                 scaled = torch.tensor(box)[None] * (0.8, 1.2)[scale]
@@ -144,7 +144,7 @@ def test_rcnn_features_are_those_of_each_warped_region_by_itself(made):
     assert sample.scale == 1
     image = make_batch([sample], CPU).images[0]
     with RegionFeatureFile(folder / "F1.safetensors") as file:
-        rows = zip(file.rows("boxes", 1), file.features(1), strict=True)
+        rows = zip(file.rows("boxes", 1), file.rows("features", 1), strict=True)
         for box, hidden in list(rows)[::3]:
             expected = network.fc(network.pool_crops(warp(image, torch.tensor(box)[None], 64)))[0]
             torch.testing.assert_close(torch.tensor(hidden), expected, atol=5e-3, rtol=5e-3)  # stored as float16
@@ -292,8 +292,8 @@ def test_bfloat16_is_stored_as_computed_and_changes_little(made, copied):
     float32 = made[0]["spp_net"]
     assert (folder / "F1.safetensors").stat().st_size < 0.55 * (float32 / "F1.safetensors").stat().st_size
     with RegionFeatureFile(folder / "F2.safetensors") as one, RegionFeatureFile(float32 / "F2.safetensors") as other:
-        difference = np.abs(one.features(0) - other.features(0)).max()
-        assert 0 < difference < 0.05 * np.abs(other.features(0)).max()
+        difference = np.abs(one.rows("features", 0) - other.rows("features", 0)).max()
+        assert 0 < difference < 0.05 * np.abs(other.rows("features", 0)).max()
     assert sum(map(len, read_detections(folder / file_name("D1"), TEST.ids, TEST.category_ids).values())) > 0
 
 
@@ -309,10 +309,10 @@ def test_linear_layers_take_features_as_they_are(made, scheme, artifact):
         svm = MinedSVM(np.concatenate([rows[labels == label] for labels, rows in found]) * scale, TrainSVMs(),
                        seed_of(3, "svm", TRAIN.classes[label]) % 2**31)
         for image in range(len(file)):
-            mine([svm], file.features(image) * scale, file.rows("overlaps", image)[:, label : label + 1])
+            mine([svm], file.rows("features", image) * scale, file.rows("overlaps", image)[:, label : label + 1])
         svm.train()
-        scores = torch.tensor(file.features(0)) @ svms["weights"][label] + svms["biases"][label]
-        np.testing.assert_allclose(scores, svm.scores(file.features(0) * scale), atol=1e-3)
+        scores = torch.tensor(file.rows("features", 0)) @ svms["weights"][label] + svms["biases"][label]
+        np.testing.assert_allclose(scores, svm.scores(file.rows("features", 0) * scale), atol=1e-3)
 
         scale = facts["R1"]["feature_scale"]
         own = np.flatnonzero(file.pooled_labels() == label)
