@@ -6,23 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
-import torchvision
 from device_runs import Asking, around_steps
 from tiny_runs import link_or_copy, open_tiny, write_recipe
 
-import altopt.ops.roi_pool
 from stages.pipeline.recipe import read_recipe
 from stages.pipeline.run import Run
 
 # What a step of joint training on two images asks for: which boxes are inside and large enough, and what suppression
 # keeps; and numbers that it compares with. To get it down to one wait in a step is later work.
 JOINT = {"lift_fresh": 4, "nonzero": 6, "nms": 2}
-
-
-@pytest.fixture(autouse=True)
-def pooled_as_on_a_gpu(monkeypatch):
-    """By torchvision's op: the CPU has ways of its own."""
-    monkeypatch.setattr(altopt.ops.roi_pool, "_kernel_for", lambda device, learned: torchvision.ops.roi_pool)
 
 
 def copy_of(finished, tmp_path):
