@@ -178,7 +178,8 @@ class Training(TrainedStage):
     def stored_maps(self, conv: nn.Sequential) -> Iterator[None]:
         """Let ``sample`` read stored maps in the block, where all conv layers are frozen and that pays."""
         # Asked of the network, not of the config: whatever was configured, a map of learning layers is never stored.
-        if any(weight.requires_grad for weight in conv.parameters()):
+        # At several scales an image has several maps, and none is seen often enough.
+        if self.config.scales or any(weight.requires_grad for weight in conv.parameters()):
             yield
             return
         from stages.shared.feature_store import FeatureStore  # here: most stages need none

@@ -306,6 +306,13 @@ def test_a_stage_whose_conv_layers_learn_stores_nothing_and_says_nothing(beginni
     assert not any("feature_store" in facts(beginning, artifact) for artifact in LEARNING)
 
 
+def test_frozen_layers_that_see_several_scales_store_nothing(folder):
+    run = opened(folder, "train_fast_rcnn.freeze=['conv*']", "train_fast_rcnn.scales=[64,80]", feature_store="on")
+    run.make(find_step(run.recipe.steps, "M2"))
+    assert stores(folder) == []
+    assert "feature_store" not in facts(folder, "M2")
+
+
 @pytest.mark.parametrize("stage", [train_approximate_joint, train_exact_joint])
 def test_joint_training_with_frozen_layers_too(beginning, stage):
     step, results = Step("J1", stage, "M0"), []
