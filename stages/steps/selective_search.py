@@ -138,8 +138,8 @@ def _find(dataset: Dataset, id: str, config: SelectiveSearch, processes: "Proces
     try:
         boxes = processes.submit(search, *arguments).result() if processes else search(*arguments)
     except BrokenProcessPool:
-        raise ResourceError(f"a process that searched {id} was killed, perhaps for want of memory: run the same "
-                            "command again with fewer --workers, or a lower search_side") from None
+        raise ResourceError(f"a process that searched {id} ended by itself; where it was killed, the system's log says "
+                            "why: run the same command again, after want of memory with fewer --workers") from None
     return id, boxes.tolist(), [pixels.shape[1], pixels.shape[0]]
 
 

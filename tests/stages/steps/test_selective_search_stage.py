@@ -172,7 +172,7 @@ def die(*arguments):
 
 def test_a_process_that_dies(tmp_path, monkeypatch):
     monkeypatch.setattr("altopt.datasets.selective_search.selective_search", die)
-    with pytest.raises(ResourceError, match=r"a process that searched train-0000. was killed"):
+    with pytest.raises(ResourceError, match=r"a process that searched train-0000. ended by itself"):
         search(tmp_path / "P0.h5", workers=1)
 
 
