@@ -1,5 +1,6 @@
 """The command line: parse, one call, print. Heavy imports happen inside the commands that need them."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -130,6 +131,8 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
         steps = run.recipe.steps
         target = find_step(steps, until) if until else steps[-1]
         wanted = import_given(run, steps, given, target) if given else steps[: steps.index(target) + 1]
+        if not until and not all(verdict.valid for verdict in run.survey(wanted)):
+            run.image_ids("test")  # what is evaluated in the end should be there in the beginning
         made = run.bring_up_to_date(wanted)
         note_if_nothing(made, run, run.folder)
         if until:
@@ -457,13 +460,14 @@ def compare(options: Options, schemes: str | None, variants: Path | None, seeds:
     from altopt.errors import DivergedError, UsageError
     from stages.console.reporting import comparison_table
     from stages.pipeline import comparison
+    from stages.pipeline.recipe import check_run_name
 
     if schemes and variants:
         raise UsageError("--schemes and --variants both say what to compare: leave one out")
     chosen = comparison.read_variants(variants) if variants else comparison.chosen_variants(schemes)
     recipe = options.recipe or "shapes"
     name = "-".join(["compare", Path(recipe).stem, *([variants.stem] if variants else [])])
-    folder = Path("runs") / (options.run_name or name)
+    folder = Path("runs") / check_run_name(name if options.run_name is None else options.run_name)
     wanted = comparison.Comparison(folder, recipe, chosen, range(1, seeds + 1), options.sets, options.data_root, given)
     results = []
     for each in comparison.outcomes(wanted, options.runtime(), working_in):
@@ -499,6 +503,8 @@ def probe(options: Options, network: str | None, images: int, as_json: bool) -> 
 
 def run() -> None:
     """Run the command line, with one line and the documented exit code for every expected failure."""
+    if sys.stdout is None:  # closed by whoever started this process
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     code = exit_code(sys.argv[1:])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Without Python's own end: a thread of gloo's may let go of the last exchange's tensors only now, and one that
@@ -546,6 +552,16 @@ def exit_code(arguments: list[str]) -> int:
         return complain("stopped by SIGTERM; run the same command again to go on", 143)
     except SystemExit:  # what click makes of a closed pipe; its code would mean a bug
         return 141
+    except OSError as error:
+        from cache.files import NO_ROOM, file_error
+
+        if isinstance(error.filename, str | os.PathLike) and not isinstance(error, FileNotFoundError):
+            failure = file_error(Path(error.filename), error, "used")
+            return complain(str(failure), failure.exit_code)
+        if error.errno not in NO_ROOM and error.errno != errno.EIO:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries once more to write, when it ends
+        return complain(f"the output cannot be written: {error.strerror}: make room, or send it elsewhere", 6)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
             return complain("out of memory: lower images_per_batch or short_side (--set), or use --device cpu", 6)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,15 @@ def test_help_of_stages_lists_all_eight(altopt):
     (["stage", "3", "--recipe", "tiny.toml", "--from", "M4"], "--from M4"),
     (["run-all", "--recipe", "tiny.toml", "--until", "M9"], "no stage 'M9'"),
     (["run-all", "--recipe", "tiny.toml", "--workers", "-1"], "--workers"),
+    (["run-all", "--recipe", "tiny.toml", "--snapshot-seconds", "nan"], "nan is not a number of seconds"),
+    (["run-all", "--recipe", "tiny.toml", "--run", ""], "'' does not name a folder in runs"),
+    (["plan", "--recipe", "tiny.toml", "--run", "../x"], "'../x' does not name a folder in runs"),
+    (["plan", "--recipe", "tiny.toml", "--run", "/etc"], "'/etc' does not name a folder in runs"),
+    (["plan", "--recipe", "tiny.toml", "--run", "a\nb"], "'a\\nb' does not name a folder in runs"),
+    (["plan", "--recipe", "tiny.toml", "--run", "x" * 256], "is too long for a folder"),
+    (["compare", "--recipe", "tiny.toml", "--run", "../x"], "'../x' does not name a folder in runs"),
+    (["plan", "--recipe", "tiny.toml", "--set", 'data.test=["test:0"]'], '"test:0" is not a split of shapes'),
+    (["plan", "--recipe", "tiny.toml", "--set", 'data.classes=["a"]'], "leave the list of classes empty"),
     (["stage", "2", "--recipe", "tiny.toml", "--init", "M0"], "generate_proposals has no field 'init'"),
     (["stage", "3", "--recipe", "tiny.toml", "--init", "M9"], "must be M0 or M1 (the networks made before M2)"),
     (["stage", "1", "--recipe", "tiny.toml", "--device", "cuda:99"], "--device cuda:99"),
@@ -184,6 +194,25 @@ def test_run_all_makes_everything_then_nothing(altopt, workplace, finished):
     assert (again.code, again.err) == (0, "runs/tiny is up to date: nothing to do\n")
     assert json.loads(again.out)["folder"] == "runs/tiny"
     assert {path.name: path.stat().st_mtime_ns for path in Path("runs/tiny").glob("[MPD]*")} == before
+
+
+def test_a_file_in_the_place_of_the_feature_folder(altopt, copied):
+    shutil.rmtree(copied / "features", ignore_errors=True)
+    (copied / "features").touch()
+    answer = altopt("stage", "M4", "--force", "--feature-store", "on", "--recipe", "tiny.toml")
+    assert answer.code == 4
+    assert "features" in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_a_test_split_that_is_not_there_is_missed_before_the_first_stage(altopt, workplace):
+    lists = workplace / "VOC2007" / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    answer = altopt("run-all", "--recipe", "tiny.toml", "--data-root", ".", "--set", "data.format=voc",
+                    "--set", 'data.train=["VOC2007/trainval"]', "--set", 'data.test=["VOC2007/test"]')
+    assert answer.code == 3
+    assert "test.txt" in answer.err
+    assert not list((workplace / "runs" / "tiny").glob("M*"))
 
 
 def test_run_all_until(altopt, workplace):

@@ -36,3 +36,16 @@ def test_one_of_several_processes_leaves_without_pythons_own_end(processes, expe
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                           env=os.environ | {"PYTHONPATH": str(PROGRAM.parents[1]), "WORLD_SIZE": processes})
     assert (done.returncode, done.stdout, done.stderr) == (3, expected, "")
+
+
+@pytest.mark.parametrize("shell", ["> /dev/full", ">&-"])
+@pytest.mark.parametrize("command", ["plan", "plan --json", "recipe shapes", "--version"])
+def test_an_output_that_takes_nothing(tmp_path, command, shell):
+    run = ["bash", "-c", f"{sys.executable} {PROGRAM} {command} {shell}"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if shell == ">&-":
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 6
+        assert done.stderr.startswith("altopt: the output cannot be written: No space left on device: make room")
+        assert done.stderr.count("\n") == 1

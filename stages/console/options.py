@@ -1,5 +1,6 @@
 """What commands share: their options, and the run folder that the options speak of."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,12 @@ FC = TypeVar("FC", bound=Callable[..., object] | click.Command)
 def option(*names: str, **settings: object) -> Callable[[FC], FC]:
     """Return a click option that shows its default."""
     return click.option(*names, **({"show_default": True} | settings))  # type: ignore[arg-type]
+
+
+def _a_number(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # which is in every range of click's
+        raise click.BadParameter("nan is not a number of seconds", ctx, param)
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +92,8 @@ WORK_OPTIONS = [
     option("--workers", type=click.IntRange(0, 64), default=None,
            help="Threads that read images ahead, or processes of selective search. Default: one thread, and a "
                 "process for each processor."),
-    option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, help="Between snapshots inside a stage."),
+    option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, callback=_a_number,
+           help="Between snapshots inside a stage."),
     option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),
     option("--feature-store", type=click.Choice(["auto", "on", "off"]), default="auto",
            help="Keep on disk what frozen conv layers make of the images; auto: where it pays and fits."),

@@ -192,6 +192,7 @@ def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -
         if step.kind is Kind.DETECTIONS or run.verdict(step).valid:  # ``evaluate`` makes detections itself
             continue
         if not any(run.reuse(step, other) for other in others):
+            run.image_ids("test")  # what is evaluated in the end should be there in the beginning
             run.bring_up_to_date([step])
     score = evaluate(run, detection, run.protocol)
     seconds = dict.fromkeys(["training", "pretraining", *COSTS.values()], 0.0)

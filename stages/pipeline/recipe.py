@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from altopt.config import NetworkConfig, out_of_bounds
 from altopt.datasets.dataset import DataConfig
+from altopt.datasets.opening import open_dataset
 from altopt.errors import UsageError
 from altopt.layers import LAYERS, names_matching
 from cache.records import RENAMED, RENAMED_VALUES
@@ -32,6 +33,7 @@ SHARED: dict[str, type["DataclassInstance"]] = {"network": NetworkConfig, "data"
 # Fields of a stage's config that do not come from its own table.
 FILLED_IN = {"network": attrgetter("network"), "data": attrgetter("data"), "backbone": attrgetter("network.name")}
 PROTOCOL = Literal["voc07", "voc10", "coco"]
+LONGEST_NAME = 255  # bytes, of Linux and macOS
 KINDS: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -175,13 +177,24 @@ def choose_recipe(recipe: str | None, run_name: str | None, sets: Sequence[str],
     """Return the folder runs/NAME and its recipe: the one asked for, or the folder's own, or ``shapes``."""
     # A scheme other than alternating has a folder of its own: runs/shapes-approximate-joint.
     suffix = f"-{scheme}" if scheme not in (None, "alternating") else ""
-    folder = Path("runs") / (run_name or (Path(recipe).stem if recipe else "shapes") + suffix)
+    name = (Path(recipe).stem if recipe else "shapes") + suffix if run_name is None else run_name
+    folder = Path("runs") / check_run_name(name)
     kept = folder / "recipe.toml"
     chosen = read_recipe(recipe or (str(kept) if kept.is_file() else "shapes"), sets, scheme)
     if kept.is_file() and (held := str(_parsed(kept)[1].get("scheme", "alternating"))) != chosen.scheme:
         raise UsageError(f"{folder} was begun with the scheme {held}, and {chosen.scheme} is asked for: name another "
                          "folder with --run, or leave --scheme out")
     return folder, chosen
+
+
+def check_run_name(name: str) -> str:
+    """Return the name of a folder in ``runs``. Raises ``UsageError`` if it cannot be one."""
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute() or not name.isprintable():
+        raise UsageError(f"{name!r} does not name a folder in runs: give --run a name, such as slower")
+    if max(len(part.encode(errors="surrogateescape")) for part in parts) > LONGEST_NAME:
+        raise UsageError(f"the run's name {name[:40]!r}... is too long for a folder: give --run a shorter one")
+    return name
 
 
 def read_recipe(name_or_path: str, sets: Sequence[str] = (), scheme: str | None = None) -> Recipe:
@@ -209,13 +222,18 @@ def read_recipe(name_or_path: str, sets: Sequence[str] = (), scheme: str | None 
         recipe.build(stage_tables()[name], name)
     for step in [*recipe.steps, *recipe.detections]:
         _check_names(recipe, step, recipe.config(step))
+    if recipe.data.format == "shapes":  # others are looked for where they lie, before the first stage of a run
+        for split in ("train", "test"):
+            open_dataset(recipe.data, split, None)
     return recipe
 
 
 def _parsed(path: Path) -> tuple[str, dict[str, object]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return text, tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"the recipe {path} cannot be read: {error.strerror}: check its permissions") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
 

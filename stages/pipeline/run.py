@@ -153,6 +153,10 @@ class Run:
             data.pop("test" if step.config_class.split == "train" else "train")
         return fingerprint
 
+    def image_ids(self, split: Split) -> tuple[str, ...]:
+        """Return the images of a split of the run's data. Raises ``DataError`` if it is not there."""
+        return open_dataset(self.recipe.data, split, self.runtime.data_root).ids
+
     def check_data(self, step: Step) -> None:
         """Look at every image and object of the step's split before time is spent on it; warnings are reported once."""
         split = step.config_class.split

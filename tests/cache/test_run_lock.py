@@ -117,5 +117,5 @@ def test_holder_without_a_name(tmp_path, holder):
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot be opened"), run_lock(tmp_path / "file"):
+    with pytest.raises(ArtifactError, match="file cannot be made a folder: File exists"), run_lock(tmp_path / "file"):
         pass

@@ -252,6 +252,22 @@ def test_file_that_is_not_there():
         read_recipe("shaps")
 
 
+def test_file_that_begins_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "marked.toml"
+    path.write_text(TINY, encoding="utf-8-sig")
+    assert read_recipe(str(path)).written == TINY
+
+
+def test_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "closed.toml").touch()
+    monkeypatch.setattr(type(tmp_path), "read_text", refuse)
+    with pytest.raises(UsageError, match=r"closed\.toml cannot be read: Permission denied: check its permissions"):
+        read_recipe(str(tmp_path / "closed.toml"))
+
+
 def test_file_that_is_not_text(tmp_path):
     path = tmp_path / "binary.toml"
     path.write_bytes(b"\xff\xfe\x00")
