@@ -94,7 +94,7 @@ def run_part(part: Part, out: Path, limit: float) -> Outcome:
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with (out / f"{part.name}.txt").open("w", encoding="utf-8") as said:
-        # A session of its own, so that a signal reaches what it started too.
+        # In a process group of its own, so that a signal reaches what it started too.
         process = subprocess.Popen(command, cwd=out, env=environment, stdout=said, stderr=subprocess.STDOUT,
                                    start_new_session=True)
         code: int | None

@@ -143,8 +143,7 @@ def recall(run: Run, artifact: str, limits: Sequence[int] = LIMITS, keep: bool =
 def _recall(run: Run, path: Path, limits: Sequence[int]) -> ProposalRecall:
     dataset = open_dataset(run.recipe.data, "train", run.runtime.data_root)
     with ProposalFile(path) as file:
-        pairs = ((objects.usable().boxes, file.get(id)[0])
-                 for id in dataset.ids for objects in (dataset.objects(id),))
+        pairs = ((objects.usable().boxes, file.get(id)[0]) for id in dataset.ids for objects in (dataset.objects(id),))
         result = proposal_recall(pairs, tuple(limits))
     return {"proposals": path.name, "split": dataset.name, **result.as_dict()}
 

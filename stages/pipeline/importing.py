@@ -14,14 +14,7 @@ from altopt.evaluation.recall import LIMITS, proposal_recall
 from altopt.proposal_formats.json_files import read_json, write_json
 from altopt.proposal_formats.pickles import read_pickle, write_detectron2, write_py_faster_rcnn
 from altopt.proposal_formats.plausibility import Plausibility
-from altopt.proposal_formats.reader import (
-    BOX_FORMATS,
-    Boxes,
-    BoxFormat,
-    ProposalFileReader,
-    RawProposals,
-    Scores,
-)
+from altopt.proposal_formats.reader import BOX_FORMATS, Boxes, BoxFormat, ProposalFileReader, RawProposals, Scores
 from altopt.proposal_formats.selective_search_mat import read_mat
 from cache.files import atomic_path, digest_files, sha256_file
 from cache.proposals import ProposalFile, ProposalWriter

@@ -33,13 +33,7 @@ from cache.features import FeatureMapFile, MapKey
 from cache.files import sha256_file
 from cache.records import JSON
 from cache.region_features import ImageRegions, RegionCount, RegionFeatureWriter, RegionSizes
-from stages.shared.inference import (
-    Detected,
-    Inference,
-    require_classes,
-    write_detections,
-    written_by_first,
-)
+from stages.shared.inference import Detected, Inference, require_classes, write_detections, written_by_first
 from stages.shared.stage_config import CachesRegions, OnRegions
 from stages.shared.step import Facts, Runtime
 from stages.shared.training import CachedProposals, describe_network, require_network

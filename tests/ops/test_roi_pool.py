@@ -79,16 +79,20 @@ def pooled(features: torch.Tensor, boxes: list[torch.Tensor], size: int) -> torc
     return result
 
 
-@pytest.mark.parametrize("size", [1, 2, 6, 7])
-def test_forward_and_backward_of_random_boxes_in_several_images(size):
-    features = distinct(3, 2, 7, 9).requires_grad_()
-    boxes = [random_boxes(6, 1), torch.zeros(0, 4), random_boxes(5, 2)]
-    weights = distinct(11, 2, size, size, seed=3)
+def check_against_slow(features, boxes, size, weights):
     expected, gradient = slow(features.detach(), boxes, size, weights)
     result = pooled(features, boxes, size)
     (result * weights).sum().backward()
     assert torch.equal(result, expected)
     assert torch.equal(features.grad, gradient)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6, 7])
+def test_forward_and_backward_of_random_boxes_in_several_images(size):
+    features = distinct(3, 2, 7, 9).requires_grad_()
+    boxes = [random_boxes(6, 1), torch.zeros(0, 4), random_boxes(5, 2)]
+    weights = distinct(11, 2, size, size, seed=3)
+    check_against_slow(features, boxes, size, weights)
     assert not features.grad[1].any()  # the image without boxes
 
 
@@ -114,11 +118,7 @@ CASES = {
 def test_single_boxes(box, size):
     features, boxes = distinct(1, 2, 7, 9).requires_grad_(), [torch.tensor([box], dtype=torch.float32)]
     weights = distinct(1, 2, size, size, seed=5)
-    expected, gradient = slow(features.detach(), boxes, size, weights)
-    result = pooled(features, boxes, size)
-    (result * weights).sum().backward()
-    assert torch.equal(result, expected)
-    assert torch.equal(features.grad, gradient)
+    check_against_slow(features, boxes, size, weights)
 
 
 def test_rounding_by_hand():
