@@ -182,6 +182,9 @@ class Run:
 
     def make(self, step: Step, why: str = "") -> Record:
         """Run one step and write its record; its inputs must be there. ``why`` is for those who watch."""
+        # What nearly every stage needs, torch first, imported before a clock runs: it is not the first stage's time.
+        import stages.shared.training  # noqa: F401
+
         config = self.recipe.config(step)
         inputs = step.inputs_for(config)
         for name in inputs:
