@@ -27,7 +27,7 @@ def layers(plan: dict[str, Any], container: type[nn.Sequential] = nn.Sequential)
     """Return the layers of {name: [class, arguments]}; the arguments of a container are such a plan again."""
     made = container()
     for name, (kind, arguments) in plan.items():
-        cls = {"Sum": Sum, "Concat": Concat}.get(kind) or getattr(nn, kind, None) or getattr(ops, kind)
+        cls = {"Sum": Sum, "Concat": Concat}.get(kind) or getattr(nn, kind)
         made.add_module(name, layers(arguments, cls) if issubclass(cls, nn.Sequential) else cls(**arguments))
     return made
 

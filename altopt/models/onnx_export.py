@@ -38,11 +38,11 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
-    def add(self, op: str, *inputs: Value, out: str = "", **attributes: object) -> str:
+    def add(self, op: str, *inputs: Value, out: str = "", **attributes: Any) -> str:
         """Add a node with one output and return its name."""
         return self.add_several(op, *inputs, out=[out or f"{op}_{len(self.nodes)}"], **attributes)[0]
 
-    def add_several(self, op: str, *inputs: Value, out: list[str], **attributes: object) -> list[str]:
+    def add_several(self, op: str, *inputs: Value, out: list[str], **attributes: Any) -> list[str]:
         """Add a node with these outputs and return their names."""
         taken = [each if isinstance(each, str) else self.constant(each) for each in inputs]
         self.nodes.append(helper.make_node(op, taken, out, **attributes))
@@ -128,8 +128,17 @@ def add_layers(graph: Graph, layer: nn.Module, value: str, name: str) -> str:
                              pads=_pair(layer.padding) * 2, ceil_mode=int(layer.ceil_mode))
         case nn.AvgPool2d():  # of one cell: a division
             return graph.add("Div", value, np.float32(layer.divisor_override))
+        case nn.AdaptiveAvgPool2d():  # to one cell
+            return graph.add("GlobalAveragePool", value)
+        case nn.ZeroPad2d():
+            left, right, top, bottom = layer.padding
+            return graph.add("Pad", value, np.array([0, 0, top, left, 0, 0, bottom, right]))
+        case nn.ReLU6():
+            return graph.add("Clip", value, np.float32(0), np.float32(6))
         case nn.ReLU():
             return graph.add("Relu", value)
+        case nn.Identity():
+            return value
         case nn.Flatten():
             return graph.add("Flatten", value)
     raise TypeError(f"{name} is a {type(layer).__name__}, of which no node is made: give it one here")
@@ -161,7 +170,7 @@ def add_rpn(graph: Graph, head: nn.Module, features: str, settings: Mapping[str,
 
 def anchors(graph: Graph, features: str, reference: Sequence[Sequence[float]]) -> str:
     """Add all anchors of the feature map, (N, 4), as ``altopt.ops.anchors.shifted_anchors`` orders them."""
-    every = np.array(reference, np.float32)  # (A, 4)
+    every: Value = np.array(reference, np.float32)  # (A, 4)
     for axis, coordinates in ((3, [1, 0, 1, 0]), (2, [0, 1, 0, 1])):  # w, which shifts x, and h, which shifts y
         count = graph.add("Squeeze", _slice(graph, graph.add("Shape", features), 0, axis, axis + 1))
         steps = graph.add("Cast", graph.add("Range", np.array(0), count, np.array(1)), to=TensorProto.FLOAT)
@@ -188,7 +197,7 @@ def clipped(graph: Graph, boxes: str, size: str) -> str:
 
 
 def add_detections(graph: Graph, logits: str, deltas: str, rois: str, size: str,
-                   settings: Mapping[str, Any]) -> tuple[str, str]:
+                   settings: Mapping[str, Any]) -> str:
     """Add what ``altopt.models.fast_rcnn.postprocess_detections`` does; ``deltas`` are in plain units.
 
     The outputs ``scores`` and ``labels`` are then complete; return the boxes in the input frame.
@@ -214,7 +223,7 @@ def _limits(count: int, overlap: float, score: float) -> list[Value]:
 
 
 def _top(graph: Graph, scores: str, count: int, out: list[str]) -> list[str]:
-    """Add the choice of the ``count`` best scores, or of all if there are fewer or it is 0: sorted, and their places."""
+    """Add the choice of the ``count`` best scores, or of all if there are fewer or it is 0: sorted, and places."""
     there = graph.add("Shape", scores)
     return graph.add_several("TopK", scores, graph.add("Min", there, np.array([count])) if count else there, out=out)
 
