@@ -105,9 +105,10 @@ def foreseen(folder: Path, config: StageConfig, root: Path | None) -> Foreseen |
     if sizes is None:
         return None
     needed = maps_bytes(sizes, config.network, config.flips, config.precision)
-    entries = sum(count for *_, count in sizes) * (2 if config.flips else 1)
+    images = sum(count for *_, count in sizes)
+    entries = images * (2 if config.flips else 1)
     existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
-    visits = config.iterations * config.images_per_batch
+    visits = config.for_images(images).iterations * config.images_per_batch
     decision = decide("auto", needed, shutil.disk_usage(existing).free, visits, entries)
     return {"bytes": needed, "used": decision.used, "reason": decision.reason}
 
