@@ -319,7 +319,7 @@ def _is_normalised(bbox: Sequence[float], size: tuple[int, int]) -> bool:
 
 
 def _flag(annotation: Json, name: str) -> bool | None:
-    return as_flag(annotation.get(name))
+    return as_flag(annotation.get(name, 0))
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -140,10 +140,10 @@ class DataConfig:
 
 
 def as_flag(value: object) -> bool | None:
-    """Return a flag of an annotation, be it a number, a text, a boolean or missing; None for what is none of these."""
+    """Return a flag of an annotation, be it a number, a text, or a boolean; None for what is none of these."""
     if isinstance(value, str):
         return _FLAGS.get(value.strip().lower())
-    return bool(value) if value is None or (isinstance(value, int | float) and value in (0, 1)) else None
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
 def to_coco(dataset: Dataset) -> Json:

@@ -1,13 +1,14 @@
 """Data sets with PASCAL VOC's annotations: an XML file for each image, with lists of the images or without.
 
 A split "2007_trainval" is the list trainval of the folder VOC2007, which lies in the root, in root/VOCdevkit, or is the
-root; a split "train" is that list of the root itself, ImageSets/Main/train.txt. A list names an image a line. A second
+root; a split "train" is that list of the root itself, ImageSets/Main/train.txt, and "cats/train" that of the folder
+cats. A list names an image a line. A second
 column, the flag of VOC's per-class lists, is not read: a line is taken for an id and a flag where only the id without
 the flag has files.
 
 A split that ends in "/" is a folder without a list ("train/", "./" for the root): every image there that has an XML
 file. Images lie in JPEGImages, in images, or in the folder itself; XML files in Annotations, in annotations, or beside
-the images.
+the images, or in annotations/train for images/train.
 
 VOC counts pixels from 1 and includes the last: xmin..xmax becomes [xmin - 1, xmax]. Files may count otherwise
 (``box_format``). Nothing is repaired. Objects are numbered from 1, in the order of the file.
@@ -157,8 +158,7 @@ class VocDataset(OnDiskDataset):
                 for path, name in found]
 
     def _folder(self, path: Path) -> _Folder:
-        images = next((path / name for name in IMAGE_FOLDERS if (path / name).is_dir()), path)
-        xml = next((path / name for name in XML_FOLDERS if (path / name).is_dir()), images)
+        images, xml = layout(self._root, path)
         return _Folder(FilesById(self._root, xml, (".xml",)), FilesById(self._root, images, IMAGE_SUFFIXES))
 
     @cached_property
@@ -312,6 +312,17 @@ class VocDataset(OnDiskDataset):
         return hints
 
 
+def layout(root: Path, folder: Path) -> tuple[Path, Path]:
+    """Return where the images and the XML files of a folder below the root lie."""
+    images = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder)
+    candidates = [folder / name for name in XML_FOLDERS]
+    parts = folder.relative_to(root).parts
+    for place, part in enumerate(parts):
+        if part in IMAGE_FOLDERS:  # images/train has its files in annotations/train
+            candidates += [root.joinpath(*parts[:place], name, *parts[place + 1:]) for name in XML_FOLDERS]
+    return images, next((path for path in candidates if path.is_dir()), images)
+
+
 class _Box(NamedTuple):
     corners: tuple[float, ...]
     size: tuple[int, int]
@@ -410,7 +421,8 @@ def _find_split(root: Path, split: str) -> tuple[Path, str]:
         return folder, ""
     dated = _YEAR_SPLIT.fullmatch(split)
     if dated is None:
-        return root, split
+        inner, _, name = split.rpartition("/")
+        return below(root, inner), name
     year_folder = f"VOC{dated[1]}"
     candidates = [root / "VOCdevkit" / year_folder, root / year_folder]
     if root.resolve().name == year_folder or root.name == year_folder:
@@ -428,7 +440,8 @@ def _list_file(folder: Path, name: str) -> Path:
 def _read_list(path: Path, folder: _Folder) -> list[str]:
     if not path.is_file():
         lists = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt") if "_" not in other.stem))
-        here = f"(here are {lists})" if lists else '(here are none; a folder without lists is the split "./")'
+        here = f"(here are {lists})" if lists else \
+            '(here are none; altopt split makes some, and "./" is the split of a whole folder)'
         raise FileError("missing list", path, f"{path} is not a readable list of images: choose another split {here}")
     ids = [_listed(line.strip(), folder) for line in read_text(path).splitlines() if line.strip()]
     if not ids:

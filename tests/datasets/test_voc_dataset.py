@@ -196,7 +196,7 @@ def test_classes_that_are_not_asked_for_are_left_out_in_one_line(tmp_path):
     assert dataset.objects("a").labels.tolist() == [0]
     assert dataset.check() == ['VOC train: 3 objects of classes that data.classes does not name are left out: cow 2, '
                                'Dog 1 (is it "dog"?)']
-    assert VocDataset(tmp_path, ("train",), classes=("Dog", "cat")).objects("a").labels.tolist() == [0]
+    assert VocDataset(tmp_path, ("train",), classes=("Dog", "cat")).objects("a").labels.tolist() == [0, 1]
 
 
 def test_one_pixel_objects_are_usable_with_a_warning(tmp_path):
