@@ -47,8 +47,10 @@ def shape_behind(name: str, size: tuple[int, int]) -> tuple[int, int, int]:
 
 @cache
 def shortest_side(name: str) -> int:
-    """Return the fewest pixels of a side in the input frame of which the conv layers leave something."""
-    return next(side for side in count(1) if min(shape_behind(name, (side, side))))
+    """Return the fewest pixels of a side in the input frame that a network takes: those of one place of its map."""
+    # A network that pads by more than its strides would make a map of an image of one pixel, from padding alone.
+    stride = math.prod(layer.window.stride for layer in LAYERS[name] if layer.window)
+    return next(side for side in count(stride) if min(shape_behind(name, (side, side))))
 
 
 def maps_bytes(sizes: Iterable[tuple[int, int, int]], network: NetworkConfig, flips: bool, precision: str) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from altopt.config import NetworkConfig
 from altopt.errors import DataError
-from altopt.extents import input_size, map_shape, scale_of, shortest_side
+from altopt.extents import input_size, scale_of, shortest_side
 
 Severity = Literal["problem", "warning"]
 NAMED = 3  # files or classes that one line names; it counts the others
@@ -100,11 +100,11 @@ class Look:
             widths, heights = zip(*self.size_of.values(), strict=True)
             parts[0] += f" of {_range(widths)} x {_range(heights)}"
         if self.classes is not None:
-            parts.append(_count(self.objects, "object"))
+            by_class = ", ".join(f"{name} {number}" for name, number in self.classes.items() if number)
+            parts.append(_count(self.objects, "object") + (f" ({by_class})" if by_class else ""))
             parts += [f"{number} {what}" for number, what in (
-                (self.difficult, "difficult"), (self.crowd, "crowd"), (self.empty, "images without")) if number]
-            parts[1] += ": " + ", ".join(f"{name} {number}" for name, number in self.classes.items() if number)
-        return ", ".join(parts).removesuffix(": ")
+                (self.difficult, "difficult"), (self.crowd, "crowd"), (self.empty, "images without any")) if number]
+        return ", ".join(parts)
 
 
 def look_deeper(look: Look, split: Literal["train", "test"], frames: Sequence[NetworkConfig]) -> None:
@@ -130,14 +130,17 @@ def look_deeper(look: Look, split: Literal["train", "test"], frames: Sequence[Ne
 
 
 def too_thin(look: Look, frames: Sequence[NetworkConfig]) -> list[Finding]:
-    """Return a problem for each image of which the conv layers leave nothing, in the frame of one of ``frames``."""
-    taken = {size: next((frame for frame in frames if not min(map_shape(frame, size))), None)
-             for size in set(look.size_of.values())}
+    """Return a problem for each image that is too small for the network in one of ``frames``."""
+    def scaled_to(frame: NetworkConfig, size: tuple[int, int]) -> tuple[int, int]:
+        return input_size(size, scale_of(size, frame.short_side, frame.max_side))
+
     findings = []
+    thin = {size: frame for size in set(look.size_of.values()) for frame in frames
+            if min(scaled_to(frame, size)) < shortest_side(frame.name)}
     for image_id, size in look.size_of.items():
-        if (frame := taken[size]) is not None:
-            scaled = input_size(size, scale_of(size, frame.short_side, frame.max_side))
-            where = look.paths.get(image_id, image_id)
+        if size in thin:
+            frame, where = thin[size], look.paths.get(image_id, image_id)
+            scaled = scaled_to(frame, size)
             findings.append(Finding(
                 "image too thin for the network", f"{where} has {size[0]} x {size[1]} pixels, scaled {scaled[0]} x "
                 f"{scaled[1]}, and {frame.name} takes no side below {shortest_side(frame.name)}: crop it, take it off "

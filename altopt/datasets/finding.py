@@ -132,8 +132,8 @@ def _voc_years(root: Path) -> FoundData | None:
         return FoundData(root, "voc", f"{words}: {', '.join(train)} to train, {', '.join(tests)} to test",
                          replace(data, classes=_own_classes(root, data)))
     if len(years) == 1 and _has_xml(root, next(iter(years.values()))):
-        folder = next(iter(folders.values()))
-        return FoundData(root, "voc", words, whole=f"{folder}/", lists=Path(folder) / LISTS, spelled=(f"{folder}/", ""))
+        inner = next(iter(folders.values()))
+        return FoundData(root, "voc", words, whole=f"{inner}/", lists=Path(inner) / LISTS, spelled=(f"{inner}/", ""))
     return None
 
 
@@ -255,7 +255,7 @@ def _voc_folders(root: Path) -> FoundData | None:
             return split
         if len(names) == 1 and unsplit is None:
             whole = f"{before}{names[0]}/"
-            unsplit = replace(found, words=f"images with xml files in {whole}", whole=whole, lists=whole / LISTS,
+            unsplit = replace(found, words=f"images with xml files in {whole}", whole=whole, lists=Path(whole) / LISTS,
                               spelled=(whole, ""))
     return unsplit
 

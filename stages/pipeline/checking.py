@@ -13,7 +13,7 @@ from cache.files import sha256_file
 from stages.pipeline.recipe import Recipe, choose_recipe, read_recipe, toml
 from stages.shared.stage_config import Split
 
-FOR_PHOTOGRAPHS = "voc07-squeezenet-mini"  # whose network is asked whether it takes the images, where no recipe is named
+FOR_PHOTOGRAPHS = "voc07-squeezenet-mini"  # whose network is to take the images where no recipe is named
 
 
 @dataclass(frozen=True)
