@@ -123,9 +123,12 @@ NAMES = Bounds(non_empty=True, distinct=True)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which data set; the spelling of a split is explained in the module of its format."""
+    """Which data set; the spelling of a split is explained in the module of its format.
 
-    format: Literal["voc", "coco", "yolo", "shapes"]
+    Format, train and test may be "auto" in a recipe: a run puts in what it finds in its data root.
+    """
+
+    format: Literal["voc", "coco", "yolo", "shapes", "auto"]
     train: tuple[str, ...] = field(metadata={"bounds": NAMES})
     test: tuple[str, ...] = field(metadata={"bounds": NAMES})
     classes: tuple[str, ...] = setting((), "the format's own rule", distinct=True)

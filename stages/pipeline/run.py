@@ -405,4 +405,4 @@ def with_recipe(folder: Path, chosen: Recipe, data_root: Path | None, runtime: R
     if data_root is not None:
         chosen.header["data_root"] = str(data_root)
     runtime.data_root = Path(chosen.header.get("data_root", "data"))
-    return Run(folder, chosen, runtime)
+    return Run(folder, chosen.with_data_of(runtime.data_root), runtime)
