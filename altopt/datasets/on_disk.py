@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error)
 _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 4096  # of a file, in which its end marker lies even if a few bytes of something else follow
+PHOTOGRAPHS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # what is detected on; Pillow's names
 LEAVE_OUT = 'correct the file, or set invalid = "leave-out" to do without such objects'
 
 
@@ -178,13 +179,29 @@ def read_image(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     Grey, palette and CMYK images become RGB, transparency is dropped. EXIF orientation is ignored, because
     annotations count raw pixels. DataError when the file is missing, truncated, or of another size.
     """
-    import numpy as np
-
     with _opened(path) as image:
         compare_size(path, image.size, size)
-        if "transparency" in image.info:  # straight to RGB, Pillow would warn of palettes with alpha values
-            return np.array(image.convert("RGBA").convert("RGB"))
-        return np.array(image.convert("RGB"))  # (H, W, 3)
+        return _rgb(image)
+
+
+def read_upright(path: Path) -> NDArray[np.uint8]:
+    """Return RGB [H, W, 3] of any image, as it is displayed: turned as its EXIF orientation says.
+
+    Colours are those of ``read_image``. DataError when the file is missing, truncated or of another format.
+    """
+    from PIL import ImageOps
+
+    with _opened(path, PHOTOGRAPHS) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    import numpy as np
+
+    if "transparency" in image.info:  # straight to RGB, Pillow would warn of palettes with alpha values
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))  # (H, W, 3)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -214,17 +231,17 @@ def compare_size(path: Path, actual: tuple[int, int], annotated: tuple[int, int]
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
+        with Image.open(path, formats=formats) as image:
             if image.mode[0] in "IF":
                 raise DataError(f"{path} has more than 8 bits a channel: convert it to 8 bits")
             yield image
     except FileNotFoundError:
         raise DataError(f"{path} is missing: bring the image, or take it off its list") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path} is neither a JPEG nor a PNG image: replace it") from None
+        raise DataError(f"{path} is neither a {' nor a '.join(formats)} image: replace it") from None
     except (*_UNREADABLE, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read ({error}): replace it") from error

@@ -1,14 +1,15 @@
 """What stages share that run networks over a whole split: weights on a device, one loop over images, detections."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from altopt.batches.reading import Prefetcher
 from altopt.datasets.dataset import Dataset
@@ -54,24 +55,17 @@ class Inference:
         if "head" in parts:
             require_classes(path, description, self.dataset)
         network = FasterRCNN(self.network_config, len(self.dataset.classes))
-        # Parts that the checkpoint lacks are drawn too, and never run: which numbers they get does not matter.
-        drawn = network.fill(tensors, generator("unused"))
-        if missing := set(drawn) & set(parts):
-            raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
-        network.samples_per_bin = description.get("samples_per_bin", 0)
+        fill_parts(network, path, tensors, description, parts)
         self.prepare(network)
         return network
 
     def prepare(self, network: NetworkOfParts) -> None:
         """Bring a network to the device, to be run and not trained."""
-        # Convolutions are faster in this layout, and choose it by their weights'.
-        network.to(self.device).to(memory_format=torch.channels_last).eval()
-        if self.precision == "bfloat16":
-            network.round_fc()
+        prepare(network, self.device, self.precision)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks compute with the config's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return autocast(self.device, self.precision)
 
     def groups(self, size: int) -> list[list[str]]:
         """Return the split's image ids in its order, up to ``size`` neighbours of equal extent in each group."""
@@ -105,6 +99,29 @@ class Inference:
             yield made
             done += len(group)
             self.runtime.report(ImagesDone(done, total))
+
+
+def fill_parts(network: FasterRCNN, path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any],
+               parts: Sequence[str]) -> None:
+    """Give a network the weights of a checkpoint. Raises ``ArtifactError`` unless it has all of ``parts``."""
+    # Parts that the checkpoint lacks are drawn too, and never run: which numbers they get does not matter.
+    drawn = network.fill(tensors, generator("unused"))
+    if missing := set(drawn) & set(parts):
+        raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
+    network.samples_per_bin = description.get("samples_per_bin", 0)
+
+
+def prepare(network: NetworkOfParts, device: torch.device, precision: str) -> None:
+    """Bring a network to a device, to be run and not trained."""
+    # Convolutions are faster in this layout, and choose it by their weights'.
+    network.to(device).to(memory_format=torch.channels_last).eval()
+    if precision == "bfloat16":
+        network.round_fc()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which networks compute with a precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def require_classes(path: Path, description: dict[str, object], dataset: Dataset) -> None:
