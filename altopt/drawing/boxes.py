@@ -5,7 +5,9 @@ Boxes are continuous xyxy in pixels of the image. N is the number of boxes.
 
 import colorsys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,16 @@ Area = tuple[float, float, float, float]  # x1, y1, x2, y2
 GOLDEN_RATIO = 0.618034  # steps of this round the circle of hues never come close to an earlier one
 SHADES = ((0.9, 0.95), (0.65, 0.8), (0.95, 0.65))  # saturation and value, so that neighbours in hue differ in these
 FONT_SHARE, LINE_SHARE = 1 / 45, 1 / 300  # of the image's longer side: what a screen shows of it is about one size
+FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of the system; Pillow's own has few letters
 SMALLEST_FONT = 11  # pixels; below that letters cannot be told apart
+
+
+class Field(NamedTuple):
+    """A label as it is drawn: where, what of it, and the colour behind it."""
+
+    area: Area
+    text: str
+    colour: Colour
 
 
 def class_colour(index: int) -> Colour:
@@ -33,7 +44,7 @@ def draw_boxes(image: NDArray[np.uint8], boxes: NDArray[np.floating], labels: Se
 
     Each has its colour, and its label in a field of that colour; an empty label has no field. Lines and letters grow
     with the image. A label stands above its box if there is room, and never leaves the image: one that is wider is cut
-    short.
+    short. Where labels cannot but cover each other, the first is on top.
     """
     drawn = Image.fromarray(image).copy()
     draw = ImageDraw.Draw(drawn)
@@ -43,10 +54,14 @@ def draw_boxes(image: NDArray[np.uint8], boxes: NDArray[np.floating], labels: Se
     each = list(zip(boxes.tolist(), labels, colours, strict=True))
     for box, _, colour in reversed(each):
         draw.rectangle(_pixels(box), outline=colour, width=line)
-    placed: list[Area] = []
+    fields: list[Field] = []
     for box, label, colour in each:
         if label:
-            _draw_label(draw, box, label, colour, font, placed)
+            fields.append(_placed(box, label, colour, font, drawn.size, fields))
+    for area, text, colour in reversed(fields):
+        dark = np.dot(colour, (0.299, 0.587, 0.114)) < 140
+        draw.rectangle((*area[:2], area[2] - 1, area[3] - 1), fill=colour)
+        draw.text((area[0] + _margin(font), area[1]), text, fill=(255, 255, 255) if dark else (0, 0, 0), font=font)
     return drawn
 
 
@@ -56,26 +71,22 @@ def _pixels(box: Sequence[float]) -> Area:
     return x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)
 
 
-def _draw_label(draw: ImageDraw.ImageDraw, box: Sequence[float], label: str, colour: Colour,
-                font: ImageFont.FreeTypeFont, placed: list[Area]) -> None:
-    """Draw a label where it covers none of those placed before, if there is such a place, and remember it."""
-    width, height = draw.im.size
-    ascent, descent = font.getmetrics()
-    margin = max(1, (ascent + descent) // 8)
-    text = label
-    while len(text) > 1 and font.getlength(text) + 2 * margin > width:
+def _placed(box: Sequence[float], label: str, colour: Colour, font: ImageFont.FreeTypeFont, size: tuple[int, int],
+            fields: Sequence[Field]) -> Field:
+    """Return where a label stands and what of it, covering none of the fields before it if there is such a place."""
+    text, margin = label, _margin(font)
+    while len(text) > 1 and font.getlength(text) + 2 * margin > size[0]:
         text = f"{text.removesuffix('…')[:-1]}…"
-    field = font.getlength(text) + 2 * margin, ascent + descent
+    width, height = font.getlength(text) + 2 * margin, sum(font.getmetrics())
     x1, y1, x2, y2 = box
-    left, right = x1, x2 - field[0]
-    corners = [(left, y1 - field[1]), (left, y1), (left, y2),
-               (right, y1 - field[1]), (right, y1), (right, y2)]
-    areas = [_inside(corner, field, (width, height)) for corner in corners]
-    area = next((each for each in areas if not any(_overlap(each, other) for other in placed)), areas[0])
-    placed.append(area)
-    draw.rectangle((*area[:2], area[2] - 1, area[3] - 1), fill=colour)
-    dark = np.dot(colour, (0.299, 0.587, 0.114)) < 140
-    draw.text((area[0] + margin, area[1]), text, fill=(255, 255, 255) if dark else (0, 0, 0), font=font)
+    corners = [(x, y) for x in (x1, x2 - width) for y in (y1 - height, y1, y2)]
+    areas = [_inside(corner, (width, height), size) for corner in corners]
+    free = (each for each in areas if not any(_overlap(each, field.area) for field in fields))
+    return Field(next(free, areas[0]), text, colour)
+
+
+def _margin(font: ImageFont.FreeTypeFont) -> int:
+    return max(1, sum(font.getmetrics()) // 8)
 
 
 def _inside(corner: tuple[float, float], field: tuple[float, float], size: tuple[int, int]) -> Area:
@@ -90,6 +101,9 @@ def _overlap(one: Area, other: Area) -> bool:
 
 @lru_cache(maxsize=8)  # a folder of photographs has few sizes
 def _font(size: int) -> ImageFont.FreeTypeFont:
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # as Pillow's own wheels have it
     return font
