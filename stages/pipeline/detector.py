@@ -103,7 +103,9 @@ def load_detector(network: str | Path, *, run: str | None = None, sets: Sequence
     made = []
     for path, (tensors, description), needed in zip(files, loaded, parts, strict=True):
         made.append(FasterRCNN(config, len(classes)))
-        fill_parts(made[-1], path, tensors, description, needed)
+        # A file of half its size may hold them rounded; the network computes in float32, or rounds by itself.
+        full = {name: each.float() if each.is_floating_point() else each for name, each in tensors.items()}
+        fill_parts(made[-1], path, full, description, needed)
         prepare(made[-1], target, settings.precision)
     return Detector(made[0], made[-1], classes=classes, network=config, settings=settings, device=target)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from altopt.datasets.on_disk import Findings, below, check_image, image_size, inside, read_image
+from altopt.datasets.on_disk import Findings, below, check_image, image_size, inside, read_image, read_upright
 from altopt.errors import DataError
 
 
@@ -39,6 +39,45 @@ def test_exif_orientation_is_ignored(tmp_path):
     path = save(tmp_path / "a.jpg", noise(40, 60), exif=exif)
     assert image_size(path) == check_image(path) == (60, 40)
     assert read_image(path, (60, 40)).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_is_turned_as_exif_says(tmp_path, suffix, orientation):
+    turned = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, lambda a: a.swapaxes(0, 1),
+              lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / f"a.{suffix}", noise(40, 60), exif=exif)
+    with Image.open(path) as image:  # Pillow turns TIFF by itself
+        stored = noise(40, 60) if suffix == "tif" else np.asarray(image.convert("RGB"))
+    assert (read_upright(path) == turned[orientation - 1](stored)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "RGB"])
+def test_upright_has_the_colours_of_the_data_sets(tmp_path, mode):
+    image = Image.fromarray(noise(5, 7).astype(np.uint8)).convert(mode)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path)
+    assert (read_upright(path) == read_image(path, (7, 5))).all()
+
+
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "tiff"])
+def test_upright_reads_further_formats(tmp_path, suffix):
+    pixels = noise(5, 7)
+    path = save(tmp_path / f"a.{suffix}", pixels, **({"lossless": True} if suffix == "webp" else {}))
+    assert (read_upright(path) == pixels).all()
+
+
+def test_upright_refuses_what_it_cannot_read(tmp_path):
+    Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "deep.tif")
+    with pytest.raises(DataError, match=r"deep\.tif has more than 8 bits"):
+        read_upright(tmp_path / "deep.tif")
+    save(tmp_path / "a.gif", noise(5, 7))
+    with pytest.raises(DataError, match=r"a\.gif is neither a JPEG nor a PNG nor a WEBP"):
+        read_upright(tmp_path / "a.gif")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_upright(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
