@@ -24,7 +24,7 @@ from cache.checkpoints import load_checkpoint
 from stages.pipeline.evaluation import networks
 from stages.pipeline.recipe import Recipe, check_run_name, detection_settings, read_recipe
 from stages.shared.detection import detected
-from stages.shared.inference import autocast, fill_parts, prepare
+from stages.shared.inference import autocast, fill_parts, prepare, require_same_pixels
 from stages.shared.step import Kind, Runtime, file_name
 from stages.shared.training import device_of
 
@@ -75,7 +75,7 @@ class Detector:
         """Return what ``detect`` does, for an image that is prepared."""
         height, width = prepared.image.shape[:2]
         with torch.inference_mode(), autocast(self.device, self.settings.precision):
-            batch = make_batch([prepared.sample], self.device)
+            batch = make_batch([prepared.sample], self.device, pixels=self._rpn.pixels)
             return detected(self._rpn, self._detector, batch, [(width, height)], self.settings)[0].detections
 
 
@@ -107,6 +107,7 @@ def load_detector(network: str | Path, *, run: str | None = None, sets: Sequence
         full = {name: each.float() if each.is_floating_point() else each for name, each in tensors.items()}
         fill_parts(made[-1], path, full, description, needed)
         prepare(made[-1], target, settings.precision)
+    require_same_pixels(dict(zip(map(str, files), made, strict=True)))
     return Detector(made[0], made[-1], classes=classes, network=config, settings=settings, device=target)
 
 

@@ -42,10 +42,10 @@ def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, con
     def read(ids: list[str]) -> list[Sample]:
         return [read_sample(dataset, id, config.network) for id in ids]
 
-    def detect(_: list[str], samples: list[Sample]) -> "list[Detected]":
+    def detect(ids: list[str], samples: list[Sample]) -> "list[Detected]":
         with inference.autocast():
-            sizes = [dataset.size(sample.id) for sample in samples]
-            return detected(rpn, detector, make_batch(samples, inference.device), sizes, config, cached)
+            batch = make_batch(samples, inference.device, pixels=rpn.pixels)
+            return detected(rpn, detector, batch, [dataset.size(id) for id in ids], config, cached)
 
     groups = inference.groups(config.images_per_batch)
     return write_detections(inference, groups, read, detect, out, config.proposals)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from altopt.batches.reading import Prefetcher
+from altopt.config import Pixels
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError
@@ -46,6 +47,7 @@ class Inference:
         self.device = device_of(runtime)
         self.dataset: Dataset = open_dataset(config.data, config.split, runtime.data_root)
         self.networks = [self._load(path, parts) for path, parts in checkpoints]
+        require_same_pixels({path.name: network for (path, _), network in zip(checkpoints, self.networks, strict=True)})
 
     def _load(self, path: Path, parts: Sequence[str]) -> FasterRCNN:
         tensors, description = load_checkpoint(path)
@@ -108,7 +110,13 @@ def fill_parts(network: FasterRCNN, path: Path, tensors: Mapping[str, Tensor], d
     drawn = network.fill(tensors, generator("unused"))
     if missing := set(drawn) & set(parts):
         raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
-    network.samples_per_bin = description.get("samples_per_bin", 0)
+    network.samples_per_bin, network.pixels = description.get("samples_per_bin", 0), Pixels.of(description)
+
+
+def require_same_pixels(networks: Mapping[str, FasterRCNN]) -> None:
+    """Raise ``ArtifactError`` unless all networks, by their names, want an image's values in one way."""
+    if len({network.pixels for network in networks.values()}) > 1:
+        raise ArtifactError(f"{' and '.join(networks)} want an image's values differently: make both from one M0")
 
 
 def prepare(network: NetworkOfParts, device: torch.device, precision: str) -> None:

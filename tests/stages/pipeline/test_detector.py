@@ -209,3 +209,20 @@ def test_weights_in_bfloat16(copied):
     found = load_detector("half.safetensors").detect(image)
     assert len(found) > 0
     assert found.scores.dtype == np.float32
+
+
+def test_weights_bring_their_pixels(copied):
+    """A network with its first layer turned round, and told so, finds what it did."""
+    image = np.random.default_rng(0).integers(0, 256, (80, 96, 3)).astype(np.uint8)
+    expected = load_detector("M5", run="tiny").detect(image)
+    tensors, description = load_checkpoint(copied / "M5.safetensors")
+    usual = description["pixels"]
+    mirrored = usual | {"order": "BGR", "mean": usual["mean"][::-1], "std": usual["std"][::-1]}
+    first = "conv.conv1.0.weight"
+    path = copied / "M6.safetensors"  # in the run, whose settings it takes
+    save_checkpoint(path, tensors | {first: tensors[first].flip(1).contiguous()}, description | {"pixels": mirrored})
+    found = load_detector(path).detect(image)
+    assert len(found) == len(expected) > 0
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+    with pytest.raises(ArtifactError, match="want an image's values differently"):
+        load_detector(f"runs/tiny/M1.safetensors+{path}")
