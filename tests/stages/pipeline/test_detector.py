@@ -213,7 +213,7 @@ def test_weights_in_bfloat16(copied):
 
 def test_weights_bring_their_pixels(copied):
     """A network with its first layer turned round, and told so, finds what it did."""
-    image = np.random.default_rng(0).integers(0, 256, (80, 96, 3)).astype(np.uint8)
+    image = open_dataset(open_tiny(copied).recipe.data, "test", None).image("test-00000")
     expected = load_detector("M5", run="tiny").detect(image)
     tensors, description = load_checkpoint(copied / "M5.safetensors")
     usual = description["pixels"]
