@@ -172,7 +172,7 @@ def find_images(inputs: Sequence[Path]) -> dict[str, Path]:
     """
     paths: list[Path] = []
     roots: list[Path] = []
-    for given in (Path(os.path.abspath(each)) for each in inputs):  # noqa: PTH100 - without following links, but ".."
+    for given in inputs:
         if given.is_dir():
             found = [Path(folder) / name for folder, names in _walk(given) for name in names
                      if Path(name).suffix.lower() in FORMATS]
@@ -183,11 +183,15 @@ def find_images(inputs: Sequence[Path]) -> dict[str, Path]:
         if not found:
             raise DataError(f"{given} holds no images, {', '.join(FORMATS)}: give images, folders or lists of images")
         paths += found
-    top = Path(os.path.commonpath(roots))
-    images = {path.relative_to(top).as_posix(): path for path in paths}
+    top = os.path.commonpath([_absolute(root) for root in roots])
+    images = {_absolute(path).relative_to(top).as_posix(): path for path in paths}
     if foreign := [name for name in images if not name.isprintable()]:  # it could not stand in a json file
         raise DataError(f"the name of the image {foreign[0]!r} cannot be written down: rename it")
     return images
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - without "..", and without following links
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
@@ -209,7 +213,7 @@ def _listed(path: Path) -> list[Path]:
     except UnicodeDecodeError:
         raise DataError(f"{path} is neither an image ({', '.join(FORMATS)}) nor a list of images, a path a line: "
                         "convert it") from None
-    return [Path(os.path.abspath(path.parent / line.strip())) for line in lines if line.strip()]  # noqa: PTH100
+    return [path.parent / line.strip() for line in lines if line.strip()]
 
 
 def _label_files(images: Iterable[str]) -> dict[str, str]:
