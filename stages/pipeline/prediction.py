@@ -117,7 +117,7 @@ def predict(network: str, inputs: Sequence[Path], *, run: str | None, sets: Sequ
             return error
 
     with Prefetcher(read, images.values(), runtime.readers) as ahead, \
-            Prefetcher(write, _detected(detector, images, ahead, score), min(1, runtime.readers)) as written:
+            Prefetcher(write, _detected(detector, images, ahead, score), runtime.readers) as written:
         for done, (name, each) in enumerate(zip(images, written, strict=True), start=1):
             if isinstance(each, DataError):
                 predictions.unusable[name] = str(each)
