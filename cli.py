@@ -46,7 +46,7 @@ GROUPS = {
     "train": ("run-all", "stage", "compare"),
     "look": ("plan", "status", "recall", "probe"),
     "use": ("predict", "evaluate", "score", "compare-published"),
-    "data": ("fetch-voc07", "proposals"),
+    "data": ("check-data", "fetch-voc07", "proposals"),
     "keep": ("recipes", "recipe"),
 }
 RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
@@ -132,7 +132,8 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
         target = find_step(steps, until) if until else steps[-1]
         wanted = import_given(run, steps, given, target) if given else steps[: steps.index(target) + 1]
         if not until and not all(verdict.valid for verdict in run.survey(wanted)):
-            run.image_ids("test")  # what is evaluated in the end should be there in the beginning
+            run.check_split("train")
+            run.check_split("test")  # what is evaluated in the end should be there in the beginning
         made = run.bring_up_to_date(wanted)
         note_if_nothing(made, run, run.folder)
         if until:
@@ -314,6 +315,30 @@ def recall(options: Options, proposals: str, limits: tuple[int, ...], as_json: b
     from stages.pipeline.evaluation import recall as recall_of
 
     print_result(recall_of(options.open_run(), proposals.upper(), limits), as_json, recall_table)
+
+
+@main.command("check-data", cls=click.Command)
+@with_options(RUN_OPTIONS[1:])
+@JSON_OPTION
+def check_data(recipe: str | None, run_name: str | None, sets: tuple[str, ...], data_root: Path | None,
+               as_json: bool) -> None:
+    """Look at every image and object of both splits, and list all that is wrong; exit code 3 if anything is.
+
+    Without --recipe or --run the data set is what lies in --data-root: its format and splits are found by looking.
+
+    \b
+    altopt check-data --data-root mydata
+    altopt check-data --data-root mydata --set data.exif=apply
+    altopt check-data --recipe voc07-vgg16 --json
+    """
+    from altopt.errors import DataError
+    from stages.console.checking import check_lines
+    from stages.pipeline.checking import check_data as look
+
+    check = look(recipe, run_name, sets, data_root)
+    print_result(check.as_dict(), as_json, lambda _: check_lines(check))
+    if any(each.severity == "problem" for each in check.findings):
+        click.get_current_context().exit(DataError.exit_code)
 
 
 @main.group()

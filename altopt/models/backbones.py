@@ -30,7 +30,8 @@ class Backbone:
     """``conv``: image to features, a sequence of named blocks; ``fc``: pooled RoIs to vectors of ``hidden_size``.
 
     ``imagenet`` are torchvision's weights, if it has any. ``names`` says what its file calls our layers, by the
-    beginning of their names; ``pixels`` what these weights want of an image.
+    beginning of their names; ``pixels`` what these weights want of an image, and ``first_spread`` is about the standard
+    deviation of their first layer (0: nobody else's have its names).
     """
 
     conv: nn.Sequential
@@ -41,6 +42,7 @@ class Backbone:
     names: Mapping[str, str] = field(default_factory=dict)
     imagenet: WeightsEnum | None = None
     pixels: Pixels = TORCHVISION_PIXELS
+    first_spread: float = 0.0
 
 
 def vgg16() -> Backbone:
@@ -49,7 +51,7 @@ def vgg16() -> Backbone:
     blocks = _split_at_pools(layers)
     return Backbone(_blocks(blocks), FullyConnected(512 * 7 * 7, 4096), 512, 7, 4096,
                     _places(blocks) | {"fc.fc6": "classifier.0", "fc.fc7": "classifier.3"},
-                    models.VGG16_Weights.IMAGENET1K_V1)
+                    models.VGG16_Weights.IMAGENET1K_V1, first_spread=0.3)
 
 
 def alexnet() -> Backbone:
@@ -61,7 +63,7 @@ def alexnet() -> Backbone:
     blocks = [features[0:2], features[2:5], features[5:8], features[8:10], features[10:12]]
     return Backbone(_blocks(blocks), FullyConnected(256 * 6 * 6, 4096), 256, 6, 4096,
                     _places(blocks) | {"fc.fc6": "classifier.1", "fc.fc7": "classifier.4"},
-                    models.AlexNet_Weights.IMAGENET1K_V1)
+                    models.AlexNet_Weights.IMAGENET1K_V1, first_spread=0.12)
 
 
 def squeezenet1_1() -> Backbone:
@@ -76,7 +78,7 @@ def squeezenet1_1() -> Backbone:
     conv1.padding = (8, 8)  # 8 more than its own, see above
     blocks = [features[0:2], features[2:5], features[5:8], features[8:11], [*features[11:13], Divide(16)]]
     return Backbone(_blocks(blocks), FullyConnected(512 * 6 * 6, 512), 512, 6, 512, _places(blocks),
-                    models.SqueezeNet1_1_Weights.IMAGENET1K_V1)
+                    models.SqueezeNet1_1_Weights.IMAGENET1K_V1, first_spread=14.4)
 
 
 def efficientnet_lite0() -> Backbone:
@@ -120,7 +122,7 @@ def _resnet(network: models.ResNet, weights: WeightsEnum) -> Backbone:
     for block, layers in ((2, network.layer1), (3, network.layer2), (4, network.layer3)):
         names |= {f"conv.conv{block}.{number + (block == 2)}": f"layer{block - 1}.{number}"
                   for number in range(len(layers))}
-    return Backbone(_blocks(blocks), Res5(network.layer4), 1024, 14, 2048, names, weights)
+    return Backbone(_blocks(blocks), Res5(network.layer4), 1024, 14, 2048, names, weights, first_spread=0.12)
 
 
 def small() -> Backbone:

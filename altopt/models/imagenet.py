@@ -8,15 +8,15 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
-from altopt.config import TORCHVISION_PIXELS, Pixels
+from altopt.config import Pixels
 from altopt.errors import ArtifactError, DownloadError
 from altopt.models import backbones, lite0
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of the file in the pip package
 CAFFE_PIXELS = Pixels("BGR", 1.0, (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))  # py-faster-rcnn PIXEL_MEANS
-# Spread of the first layer's weights, over what sees values of about one. Trained on 0..255, weights are about 58
-# times smaller, and Caffe's have no other mark: torchvision's networks here have 0.1 to 0.3, vgg16_caffe.pth 0.004.
-LARGEST_OF_CAFFE, SMALLEST_OF_TORCHVISION = 0.015, 0.04
+# A first layer that was trained on 0..255 less the mean has weights about 58 times smaller than torchvision's, and
+# Caffe's files have no other mark. In between, nobody knows.
+CLEARLY_USUAL, CLEARLY_CAFFE = 1 / 5, 1 / 20
 
 
 def imagenet_weights(name: str) -> tuple[dict[str, Tensor], str]:
@@ -110,12 +110,11 @@ def pixels_of(name: str, tensors: Mapping[str, Tensor], source: str) -> Pixels:
     Raises ``ArtifactError`` where it does not.
     """
     with torch.device("meta"):
-        usual = backbones.build(name).pixels
+        backbone = backbones.build(name)
     spread = tensors["conv.conv1.0.weight"].std().item()
-    if usual != TORCHVISION_PIXELS or spread > SMALLEST_OF_TORCHVISION:
-        return usual
-    if spread < LARGEST_OF_CAFFE:
+    if not backbone.first_spread or spread > backbone.first_spread * CLEARLY_USUAL:
+        return backbone.pixels
+    if spread < backbone.first_spread * CLEARLY_CAFFE:
         return CAFFE_PIXELS
-    raise ArtifactError(f"{source}: the spread of its first layer ({spread:.3g}) is neither that of torchvision's "
-                        f"weights (above {SMALLEST_OF_TORCHVISION}) nor that of Caffe's (below {LARGEST_OF_CAFFE}): "
-                        "bring weights whose origin you know")
+    raise ArtifactError(f"{source}: its first layer has weights that spread by {spread:.3g}, torchvision's by about "
+                        f"{backbone.first_spread:g} and Caffe's by a 58th of that: bring weights whose origin you know")

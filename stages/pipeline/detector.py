@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from altopt.batches.samples import Sample, image_sample, make_batch
 from altopt.config import DetectionSettings, NetworkConfig
-from altopt.datasets.on_disk import read_upright
+from altopt.datasets.on_disk import read_image
 from altopt.errors import ArtifactError, DataError, UsageError
 from altopt.evaluation.detections import Detections
 from altopt.extents import map_shape
@@ -63,7 +63,7 @@ class Detector:
     def prepare(self, image: Image | str | Path) -> Prepared:
         """Return an image read and resized, which threads can do ahead of detection; errors as ``detect``."""
         name = "the image" if isinstance(image, np.ndarray) else str(image)
-        pixels = image if isinstance(image, np.ndarray) else read_upright(Path(image))
+        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), None, "apply")
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
             raise ValueError(f"an image is uint8 [H, W, 3], and this is {pixels.dtype} {list(pixels.shape)}")
         height, width = pixels.shape[:2]

@@ -11,19 +11,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from altopt.batches.reading import Prefetcher
+from altopt.datasets.dataset import IMAGE_SUFFIXES
+from altopt.datasets.on_disk import read_text
 from altopt.drawing.boxes import class_colour, draw_boxes
 from altopt.errors import DataError, UsageError
 from altopt.evaluation.detections import Detections, Result, to_coco_results
 from altopt.machine.allocation import keep_freed_memory
-from cache.files import atomic_path, file_error, write_json_atomic, write_text_atomic
+from cache.files import atomic_path, write_json_atomic, write_text_atomic
 from stages.pipeline.detector import Detector, Prepared, load_detector
 from stages.shared.events import Caution, Finished, ImagesDone, Started
 from stages.shared.step import Runtime
 
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP",
-           ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}  # Pillow's name of each suffix
 MANIFEST = "predict.json"  # what a folder of predictions holds, so that it alone is written over
 
 
@@ -153,7 +154,7 @@ def _draw(found: Found, classes: Sequence[str], out: Path) -> None:
     drawn = draw_boxes(found.prepared.image, detections.boxes, texts, colours)
     path = out / found.name
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        drawn.save(file, FORMATS.get(path.suffix.lower(), "JPEG"), quality=92, compress_level=1)
+        drawn.save(file, Image.registered_extensions().get(path.suffix.lower(), "JPEG"), quality=92, compress_level=1)
 
 
 def yolo_lines(found: Found) -> str:
@@ -175,13 +176,14 @@ def find_images(inputs: Sequence[Path]) -> dict[str, Path]:
     for given in inputs:
         if given.is_dir():
             found = [Path(folder) / name for folder, names in _walk(given) for name in names
-                     if Path(name).suffix.lower() in FORMATS]
+                     if name.lower().endswith(IMAGE_SUFFIXES)]
             roots.append(given)
         else:
-            found = [given] if given.suffix.lower() in FORMATS else _listed(given)
+            found = [given] if given.suffix.lower() in IMAGE_SUFFIXES else _listed(given)
             roots += [each.parent for each in found]
         if not found:
-            raise DataError(f"{given} holds no images, {', '.join(FORMATS)}: give images, folders or lists of images")
+            raise DataError(f"{given} holds no images ({', '.join(IMAGE_SUFFIXES)}): give images, folders of images or "
+                            "lists of them")
         paths += found
     top = os.path.commonpath([_absolute(root) for root in roots])
     images = {_absolute(path).relative_to(top).as_posix(): path for path in paths}
@@ -207,12 +209,9 @@ def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
 def _listed(path: Path) -> list[Path]:
     """Return the files that a list names, a line each; relative ones start from the list's own folder."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise file_error(path, error, "read") from error
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is neither an image ({', '.join(FORMATS)}) nor a list of images, a path a line: "
-                        "convert it") from None
+        lines = read_text(path).splitlines()
+    except DataError as error:
+        raise DataError(f"{error}, or give an image ({', '.join(IMAGE_SUFFIXES)}) in its place") from None
     return [path.parent / line.strip() for line in lines if line.strip()]
 
 

@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from altopt.config import DetectionSettings, NetworkConfig, out_of_bounds
+from altopt.config import DetectionSettings, NetworkConfig, TrainingConfig, out_of_bounds
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import UsageError
@@ -266,6 +266,9 @@ def _check_names(recipe: Recipe, step: Step, config: StageConfig) -> None:
     if config.init and config.init not in networks:
         raise UsageError(f"{step.table}.init must be {' or '.join(networks)} (the networks made before {step.output}); "
                          f"it is {config.init!r}")
+    if isinstance(config, TrainingConfig) and config.visits and config.schedule == "step":
+        raise UsageError(f'{step.table}.visits leaves the number of iterations open, and lr_steps count them: set '
+                         f'{step.table}.schedule to "one-cycle"')
     if isinstance(config, Trains):
         try:
             names_matching([name for layer in LAYERS[config.network.name] for name in layer.weights], config.freeze)

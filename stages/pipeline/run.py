@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from altopt.datasets.checking import Look, compare_splits
+from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, DataError, UsageError
 from altopt.machine.allocation import keep_freed_memory
@@ -17,6 +19,7 @@ from altopt.machine.determinism import fixed_order
 from altopt.machine.distributed import SingleProcess
 from cache.files import Memo, atomic_path, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import JSON, Record, differences, plain, read_record, write_record
+from stages.pipeline.checking import look_at_split
 from stages.pipeline.recipe import Recipe, choose_recipe, nearest
 from stages.shared.events import Caution, Event, Finished, ImagesDone, Note, Reason, Started, ignore_event
 from stages.shared.feature_plan import remember_sizes
@@ -49,7 +52,7 @@ class Run:
         self.folder, self.recipe, self.runtime = folder, recipe, runtime
         self.memo = Memo(folder / ".hashes.json")
         self._data: dict[Split, str | None] = {}  # a command looks at a data set once: it may be 100,000 files
-        self._checked: set[Split] = set()
+        self._looks: dict[Split, Look] = {}
 
     @property
     def protocol(self) -> str:
@@ -151,6 +154,11 @@ class Run:
         if isinstance(data := fingerprint.get("data"), dict):
             # Else to evaluate on another test set would make all networks stale.
             data.pop("test" if step.config_class.split == "train" else "train")
+            # Fields that came later: what was made without them was made as their defaults have it.
+            usual = DataConfig(format="voc", train=(), test=())
+            for name in ("exif", "box_format"):
+                if data[name] == getattr(usual, name):
+                    del data[name]
         return fingerprint
 
     def image_ids(self, split: Split) -> tuple[str, ...]:
@@ -159,15 +167,22 @@ class Run:
 
     def check_data(self, step: Step) -> None:
         """Look at every image and object of the step's split before time is spent on it; warnings are reported once."""
-        split = step.config_class.split
-        if split is None or split in self._checked:
+        if step.config_class.split is not None:
+            self.check_split(step.config_class.split)
+
+    def check_split(self, split: Split) -> None:
+        """Do so for a split, and once both are known, for what is in both."""
+        if split in self._looks:
             return
-        self._checked.add(split)
-        dataset = open_dataset(self.recipe.data, split, self.runtime.data_root)
-        for warning in dataset.check():
+        look = self._looks[split] = look_at_split(self.recipe, split, self.runtime.data_root)
+        for warning in look.verdict():
             self.runtime.report(Caution(warning))
+        self.runtime.report(Note(f"{split}: {look.line()}"))
         if split == "train":
-            remember_sizes(self.folder, self.recipe.data, dataset, self.runtime.data_root)
+            remember_sizes(self.folder, self.recipe.data, look.size_of.values(), self.runtime.data_root)
+        if len(self._looks) > 1:
+            for each in compare_splits(self._looks["train"], self._looks["test"], self.memo.sha256):
+                self.runtime.report(Caution(each.text))
 
     def bring_up_to_date(self, steps: Sequence[Step], force: bool = False) -> list[Step]:
         """Make what is missing or stale, in order, up to the last step (that one anyway, with ``force``)."""

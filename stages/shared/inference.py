@@ -17,6 +17,7 @@ from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError
 from altopt.evaluation.detections import Detections, to_coco_results
+from altopt.evaluation.measures import or_none
 from altopt.evaluation.recall import proposal_recall
 from altopt.machine.distributed import SingleProcess
 from altopt.machine.randomness import generator
@@ -185,4 +186,4 @@ def write_detections(inference: Inference, groups: Sequence[list[str]], read: Ca
     write_json_atomic(out, to_coco_results(found, dataset.category_ids, dataset.coco_image_id))
     recall = proposal_recall(covered, (proposals,))
     return {"seconds_per_image": round(seconds / max(len(found), 1), 5),
-            "recall_at_0.5": float(recall.at(proposals)[0]), "average_recall": recall.average(proposals)}
+            "recall_at_0.5": or_none(recall.at(proposals)[0]), "average_recall": or_none(recall.average(proposals))}

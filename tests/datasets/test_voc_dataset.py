@@ -174,15 +174,29 @@ def test_an_unusable_object_can_be_left_out(tmp_path):
 
 def test_data_that_counts_from_zero_is_recognised(tmp_path):
     dataset = data_set(tmp_path, *[thing("dog", 0, i, 5, 9) for i in range(1, 5)])
-    with pytest.raises(DataError, match=r"object 1 \(dog\).*4 objects start at 0.*; 3 more problems in VOC train$"):
+    with pytest.raises(DataError, match=r'object 1 \(dog\).*of 4 objects 4 start at 0, 1 at 1, .*set data.box_format = '
+                       r'"inclusive-0".*; 3 more problems in VOC train \(altopt check-data lists all\)$'):
         dataset.check()
 
 
 def test_an_unknown_class_is_an_error(tmp_path):
-    dataset = data_set(tmp_path, thing("Dog", 1, 1, 2, 2), classes=("cat", "dog"))
-    with pytest.raises(DataError, match=r'object 1 \(Dog\): "Dog" is not one of the 2 classes \(is it "dog"\?\)'):
-        dataset.check()
-    assert VocDataset(tmp_path, ("train",), classes=("Dog", "cat")).objects("a").labels.tolist() == [0]
+    data_set(tmp_path, thing("cat", 1, 1, 2, 2), thing("dog", 1, 1, 2, 2))
+    add_image(tmp_path, "b", thing("Dog", 1, 1, 2, 2))
+    add_list(tmp_path, "test", "b")
+    dataset = open_dataset(DataConfig(format="voc", train=("train",), test=("test",)), "test", tmp_path)
+    for look in (dataset.check, lambda: dataset.objects("b")):
+        with pytest.raises(DataError, match=r'object 1 \(Dog\): "Dog" is not one of the 2 classes of VOC train '
+                           r'\(is it "dog"\?\): .*data\.classes'):
+            look()
+
+
+def test_classes_that_are_not_asked_for_are_left_out_in_one_line(tmp_path):
+    objects = [thing(name, 1, 1, 2, 2) for name in ("Dog", "cow", "cat", "cow")]
+    dataset = data_set(tmp_path, *objects, classes=("cat", "dog"))
+    assert dataset.objects("a").labels.tolist() == [0]
+    assert dataset.check() == ['VOC train: 3 objects of classes that data.classes does not name are left out: cow 2, '
+                               'Dog 1 (is it "dog"?)']
+    assert VocDataset(tmp_path, ("train",), classes=("Dog", "cat")).objects("a").labels.tolist() == [0, 1]
 
 
 def test_one_pixel_objects_are_usable_with_a_warning(tmp_path):
@@ -225,7 +239,7 @@ def test_check_counts_broken_files(tmp_path):
         add_image(tmp_path, image_id, thing("dog", 1, 1, 2, 2))
         (tmp_path / "JPEGImages" / f"{image_id}.jpg").write_text("none")
     add_list(tmp_path, "train", *"abc")
-    with pytest.raises(DataError, match=r"a\.jpg is neither.*; 2 more problems in VOC train$"):
+    with pytest.raises(DataError, match=r"a\.jpg is not a .*; 2 more problems in VOC train \(altopt"):
         VocDataset(tmp_path, ("train",)).check()
 
 

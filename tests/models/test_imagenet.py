@@ -156,10 +156,12 @@ def first_layer(spread: float) -> dict[str, torch.Tensor]:
 def test_the_first_layer_says_which_pixels_weights_want():
     assert pixels_of("vgg16", first_layer(0.2), "file") == TORCHVISION_PIXELS
     assert pixels_of("vgg16", first_layer(0.2 / 58), "file") == CAFFE_PIXELS
+    assert pixels_of("squeezenet1_1", first_layer(14.4), "file") == TORCHVISION_PIXELS
+    assert pixels_of("squeezenet1_1", first_layer(14.4 / 58), "file") == CAFFE_PIXELS
     assert pixels_of("efficientnet_lite0", first_layer(0.2 / 58), "file").std == (128, 128, 128)
     with pytest.raises(ArtifactError) as error:
         pixels_of("vgg16", first_layer(0.025), "vgg.pth")
-    assert "vgg.pth: the spread of its first layer (0.02" in one_line(error)
+    assert "vgg.pth: its first layer has weights that spread by 0.02" in one_line(error)
 
 
 def test_the_package_of_lite0s_weights_must_be_there_and_whole(tmp_path, monkeypatch):

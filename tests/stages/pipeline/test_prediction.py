@@ -112,7 +112,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(altopt, photos):
     assert answer.code == 3
     assert {each["image_id"] for each in json.loads(answer.out)} == {"a.png", "b.jpg", "below/a.png", "below/c.webp"}
     warned = [line for line in answer.err.splitlines() if line.startswith("warning: ")]
-    expected = ("bad.jpg is neither a JPEG nor a", "cut.png cannot be read", "deep.png has more than 8 bits",
+    expected = ("bad.jpg is not a JPEG, PNG", "cut.png cannot be read", "deep.png has more than 8 bits",
                 "thin.png has 4000 x 2 pixels, too narrow")
     for line, words in zip(warned, expected, strict=True):
         assert line.startswith("warning: photos/")
@@ -238,7 +238,7 @@ def test_a_held_run_is_no_hindrance(altopt, photos, copied):
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (["M5", "empty"], 3, "empty holds no images"), (["M5", "empty.txt"], 3, "empty.txt holds no images"),
     (["M5", "photos/a.png", "empty"], 3, "empty holds no images"),
-    (["M5", "a.bin"], 3, "a.bin is neither an image (.jpg, "),
+    (["M5", "a.bin"], 3, "a.bin is not a text in UTF-8"),
     (["M5", "missing.jpg"], 2, "'missing.jpg' does not exist"),
     (["M5"], 2, "Missing argument"), (["M1", "photos"], 4, "M1.safetensors does not hold fc layers or a head"),
     (["weights.pth", "photos"], 2, "'weights.pth' is not a network of the run tiny"),
@@ -252,7 +252,7 @@ def test_a_held_run_is_no_hindrance(altopt, photos, copied):
 def test_what_cannot_be_predicted(altopt, photos, arguments, code, words):
     Path("empty").mkdir()
     Path("empty.txt").write_text("\n")
-    Path("a.bin").write_bytes(b"\xff\xfe\x00\xff")
+    Path("a.bin").write_bytes(b"GIF89a\xff\x00")
     Path("weights.pth").write_bytes(b"")
     (photos / "b.png").write_bytes((photos / "a.png").read_bytes())
     answer = altopt("predict", "--run", "tiny", *arguments)
