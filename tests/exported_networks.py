@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ class Found:
     detections: Detections
 
 
-def config_of(name: str) -> NetworkConfig:
+def config_of(name: Any) -> NetworkConfig:
     return NetworkConfig(name=name, short_side=128, max_side=192, anchor_scales=(2.0, 4.0), rpn_channels=16)
 
 
@@ -58,7 +59,7 @@ def random_network(name: str) -> FasterRCNN:
     network = FasterRCNN(config_of(name), len(CLASSES))
     if isinstance(network.fc, FullyConnected):
         with torch.device("meta"):
-            network.fc = FullyConnected(network.fc.fc6.in_features, 32)
+            network.fc = FullyConnected(network.rpn.conv.in_channels * network.roi_size**2, 32)
             network.head = FastRCNNHead(32, len(CLASSES))
     random = generator("exported", name)
     network.conv.to_empty(device="cpu")

@@ -62,13 +62,12 @@ def _export_network(what: str, form: str, open_run: Callable[[], Run], sets: Seq
         raise UsageError("ONNX files are written by onnx, which is not installed: install it with pip install -e "
                          "'.[onnx]'")
     in_run = re.fullmatch(r"[Mm]\d+", what)
-    source = open_run().path(what.upper()) if in_run else Path(what)
+    name = what.upper() if in_run else Path(what).stem
     if form == "onnx":
-        target = out or Path(f"{source.stem}.onnx")
-        files = [target / f"{source.stem}.onnx" if target.is_dir() else target]
+        files = [out / f"{name}.onnx" if out and out.is_dir() else out or Path(f"{name}.onnx")]
     else:
-        folder = out or Path(f"{source.stem}-torchvision")
-        files = [folder / name for name in ("weights.pth", "detector.json", "altopt_detector.py")]
+        folder = out or Path(f"{name}-torchvision")
+        files = [folder / each for each in ("weights.pth", "detector.json", "altopt_detector.py")]
     _require_free(files, force)
 
     import torch
@@ -78,14 +77,15 @@ def _export_network(what: str, form: str, open_run: Callable[[], Run], sets: Seq
     from stages.pipeline.detector import load_detector
 
     # In full precision, whatever the run detects with.
-    loaded = load_detector(source, sets=(*sets, "detect.precision=float32"), device="cpu")
+    loaded = load_detector(what, run=str(open_run().folder.relative_to("runs")) if in_run else None,
+                           sets=(*sets, "detect.precision=float32"), device="cpu")
     detector, settings = as_torchvision(loaded.rpn, loaded.network, loaded.classes, loaded.settings)
     if form == "onnx":
         import onnx
 
         from altopt.models.onnx_export import onnx_model
 
-        model = onnx_model(detector, settings, notes={"source": source.name, "altopt": versions()["altopt"]})
+        model = onnx_model(detector, settings, notes={"source": name, "altopt": versions()["altopt"]})
         with atomic_path(files[0]) as temporary:
             onnx.save(model, temporary)
         return files
