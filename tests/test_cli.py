@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from own_photographs import photographs
 from tiny_runs import ARTIFACTS, TINY, hashes, write_recipe
 
 import cli
@@ -206,8 +207,7 @@ def test_a_file_in_the_place_of_the_feature_folder(altopt, copied):
 
 
 def test_a_test_split_that_is_not_there_is_missed_before_the_first_stage(altopt, workplace):
-    lists = workplace / "VOC2007" / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
+    photographs(workplace / "VOC2007", trainval="ab")
     answer = altopt("run-all", "--recipe", "tiny.toml", "--data-root", ".", "--set", "data.format=voc",
                     "--set", 'data.train=["VOC2007/trainval"]', "--set", 'data.test=["VOC2007/test"]')
     assert answer.code == 3

@@ -178,7 +178,8 @@ class Run:
         look = self._looks[split] = look_at_split(self.recipe, split, self.runtime.data_root)
         for warning in look.verdict():
             self.runtime.report(Caution(warning))
-        self.runtime.report(Note(f"{split}: {look.line()}"))
+        if look.classes is not None:  # of images that are drawn nothing is new
+            self.runtime.report(Note(f"{split}: {look.line()}"))
         if split == "train":
             remember_sizes(self.folder, self.recipe.data, look.size_of.values(), self.runtime.data_root)
             self._check_anchors()
