@@ -45,7 +45,7 @@ PROTOCOLS = ("voc07", "voc10", "coco")
 GROUPS = {
     "train": ("run-all", "stage", "compare"),
     "look": ("plan", "status", "recall", "probe"),
-    "use": ("evaluate", "score", "compare-published"),
+    "use": ("predict", "evaluate", "score", "compare-published", "export"),
     "data": ("check-data", "fetch-voc07", "proposals"),
     "keep": ("recipes", "recipe"),
 }
@@ -231,6 +231,48 @@ def evaluate(options: Options, network: str | None, protocol: str | None, as_jso
     with locked(run):
         result = score_network(run, detection_step(run, network), protocol or run.protocol)
     print_result(result, as_json, score_lines, score_table)
+
+
+@main.command()
+@click.argument("network")
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path),
+                metavar="IMAGE|FOLDER|LIST...")
+@option("--run", "run_name", metavar="NAME", help="The folder runs/NAME that M5 or M1+M2 lie in. Default: shapes.")
+@option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting of detection, e.g. detect.nms=0.5.")
+@option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("predictions"), metavar="DIR",
+        help="Where to write.")
+@option("--score", type=click.FloatRange(0, 1), default=0.5, help="Draw and write what has this score or a higher one.")
+@option("--csv", "as_csv", is_flag=True, help="Write results.csv too.")
+@option("--yolo", "as_yolo", is_flag=True, help="Write labels/NAME.txt too, and classes.txt.")
+@option("--json", "as_json", is_flag=True, help="Print the COCO results as JSON.")
+@with_options(WORK_OPTIONS[:2])
+def predict(options: Options, network: str, inputs: tuple[Path, ...], out: Path, score: float, as_csv: bool,
+            as_yolo: bool, as_json: bool) -> None:
+    """Detect on images of any origin, draw what is found, and write it as COCO results.
+
+    NETWORK is M5 of a run, or M1+M2 for the RPN of M1 and the detector of M2; a .safetensors file anywhere; or a run's
+    folder or name, for its final network. Detection's settings are those of the recipe in the network's folder, else
+    the defaults. No data set is needed, and nothing is written beside the network or the images.
+
+    Images are JPEG, PNG, WebP, BMP or TIFF, turned as their EXIF data says; a folder is looked through with those below
+    it; a LIST is a text file with a path on each line, from its own folder. DIR gets each image under its path below
+    the folder that holds all inputs, so equal names do not collide, and results.json, which names images in the same
+    way. A second run writes over what the first has written, which predict.json lists, and over nothing else.
+
+    \b
+    altopt predict M5 photo.jpg
+    altopt predict M1+M2 photos --run mine --score 0.7 --csv
+    altopt predict models/M5.safetensors photos more/list.txt --out found --set detect.nms=0.5
+    """
+    from altopt.errors import DataError
+    from stages.pipeline.prediction import predict as predict_images
+
+    found = predict_images(network, inputs, run=options.run_name, sets=options.sets, out=out, score=score,
+                           as_csv=as_csv, as_yolo=as_yolo, runtime=options.runtime())
+    print_result(found.results() if as_json else found, as_json, lambda _: found.text())
+    if count := len(found.unusable):
+        raise DataError(f"{count} of {len(found.unusable) + len(found.found)} images could not be used: the warnings "
+                        "above say which, and why")
 
 
 @main.command()
@@ -438,6 +480,34 @@ def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str,
         folder = obtain(data_root, archives=wanted, archive_files=list(archives), mirrors=list(mirrors),
                         progress=progress)
     click.echo(folder)
+
+
+@main.command("export")
+@click.argument("what", metavar="M5|D5|data")
+@option("--format", "form", type=click.Choice(["torchvision", "onnx", "coco", "voc-comp4"]), required=True,
+        help="A network: torchvision, onnx. Detections: coco, voc-comp4. The data set: coco.")
+@option("--out", type=click.Path(path_type=Path), help="The file, or the folder of several. Default: named after both.")
+@option("--force", is_flag=True, help="Write over what is there.")
+@with_options(RUN_OPTIONS)
+@JSON_OPTION
+def export_what(options: Options, what: str, form: str, out: Path | None, force: bool, as_json: bool) -> None:
+    """Write a network, detections or the data set for other programs.
+
+    torchvision is a folder: weights.pth, a state dict; detector.json, its settings; altopt_detector.py, which makes a
+    Faster R-CNN of torchvision's of them and needs nothing else. onnx is one file, from an image's pixels to its
+    detections, which ONNX Runtime runs. Beside M5 of the run, a network may be any .safetensors file. data is both
+    splits as COCO json.
+
+    \b
+    altopt export M5 --format torchvision
+    altopt export M5 --format onnx --set detect.score=0.3 --out detector.onnx
+    altopt export D5 --format voc-comp4
+    altopt export data --format coco
+    """
+    from stages.pipeline.exporting import export
+
+    result = export(what, form, open_run=options.open_run, sets=options.sets, out=out, force=force)
+    print_result(result, as_json, lambda result: "\n".join(result["files"]))
 
 
 @main.command("compare-published")

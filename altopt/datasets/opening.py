@@ -8,7 +8,7 @@ from altopt.datasets.dataset import DataConfig, Dataset
 from altopt.errors import DataError, UsageError
 
 
-def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path | None) -> Dataset:
+def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path | None = None) -> Dataset:
     """Return the data set of one split; both splits have the same classes. ``root`` may be None for "shapes" only.
 
     UsageError when the config does not say enough, DataError when there is no such root.

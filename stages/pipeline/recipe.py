@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from altopt.config import NetworkConfig, TrainingConfig, out_of_bounds
+from altopt.config import DetectionSettings, NetworkConfig, TrainingConfig, out_of_bounds
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import UsageError
@@ -247,6 +247,20 @@ def read_recipe(name_or_path: str, sets: Sequence[str] = (), scheme: str | None 
         for split in ("train", "test"):
             open_dataset(recipe.data, split, None)
     return recipe
+
+
+def detection_settings(recipe: Path | None, sets: Sequence[str]) -> DetectionSettings:
+    """Return how a recipe, or else the defaults, make detections of scores and boxes, with ``detect.field=value``."""
+    known = [f"detect.{each.name}" for each in fields(DetectionSettings)]
+    for text in sets:
+        if (key := text.partition("=")[0].strip()) not in known:
+            raise UsageError(f"--set {text}: what is trained detects by these settings alone{nearest(key, known)}: "
+                             f"{', '.join(known)}")
+    if recipe is not None:
+        return read_recipe(str(recipe), sets).build(DetectionSettings, "detect")
+    tables: dict[str, dict[str, object]] = {}
+    _override(tables, sets)
+    return Recipe("defaults", {}, tables, "", frozenset()).build(DetectionSettings, "detect")
 
 
 def _parsed(path: Path) -> tuple[str, dict[str, object]]:
