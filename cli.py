@@ -45,7 +45,7 @@ PROTOCOLS = ("voc07", "voc10", "coco")
 GROUPS = {
     "train": ("run-all", "stage", "compare"),
     "look": ("plan", "status", "recall", "probe"),
-    "use": ("predict", "evaluate", "score", "compare-published"),
+    "use": ("predict", "evaluate", "score", "compare-published", "export"),
     "data": ("check-data", "fetch-voc07", "proposals"),
     "keep": ("recipes", "recipe"),
 }
@@ -480,6 +480,34 @@ def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str,
         folder = obtain(data_root, archives=wanted, archive_files=list(archives), mirrors=list(mirrors),
                         progress=progress)
     click.echo(folder)
+
+
+@main.command("export")
+@click.argument("what", metavar="M5|D5|data")
+@option("--format", "form", type=click.Choice(["torchvision", "onnx", "coco", "voc-comp4"]), required=True,
+        help="A network: torchvision, onnx. Detections: coco, voc-comp4. The data set: coco.")
+@option("--out", type=click.Path(path_type=Path), help="The file, or the folder of several. Default: named after both.")
+@option("--force", is_flag=True, help="Write over what is there.")
+@with_options(RUN_OPTIONS)
+@JSON_OPTION
+def export_what(options: Options, what: str, form: str, out: Path | None, force: bool, as_json: bool) -> None:
+    """Write a network, detections or the data set for other programs.
+
+    torchvision is a folder: weights.pth, a state dict; detector.json, its settings; altopt_detector.py, which makes a
+    Faster R-CNN of torchvision's of them and needs nothing else. onnx is one file, from an image's pixels to its
+    detections, which ONNX Runtime runs. Beside M5 of the run, a network may be any .safetensors file. data is both
+    splits as COCO json.
+
+    \b
+    altopt export M5 --format torchvision
+    altopt export M5 --format onnx --set detect.score=0.3 --out detector.onnx
+    altopt export D5 --format voc-comp4
+    altopt export data --format coco
+    """
+    from stages.pipeline.exporting import export
+
+    result = export(what, form, open_run=options.open_run, sets=options.sets, out=out, force=force)
+    print_result(result, as_json, lambda result: "\n".join(result["files"]))
 
 
 @main.command("compare-published")

@@ -3,7 +3,6 @@
 Letters: N objects, A anchors at a position.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,7 +18,9 @@ from altopt.ops.anchors import reference_anchors
 Boxes = NDArray[np.float64]
 GOOD_IOU = 0.5  # below it an object trains the RPN by its one best anchor alone
 TOLERATED = 0.05  # of the objects may be below
-LOOKED_AT = 2000  # objects, at most, on which other anchors are tried
+LOOKED_AT = 500  # about so many images, from all over the data set
+FEWEST = 20  # objects: fewer say nothing
+HELP = 0.75  # other anchors are worth a word if they leave so much of the share, or less
 SMALLEST_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # each doubled twice or three times
 LONG_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -42,31 +43,35 @@ class AnchorFit:
 
     def warning(self) -> str | None:
         """Return what to say of it; None where the anchors suit."""
-        if self.share <= TOLERATED:
+        if self.share <= TOLERATED or self.objects < FEWEST:
             return None
         text = (f"{self.share:.0%} of {self.objects} objects have no anchor with an IoU of {GOOD_IOU}, so the RPN "
                 "learns them badly")
         if self.better is None:
-            return f"{text}, and no other scales or ratios suit better: set network.short_side to see them larger"
+            return f"{text}, and other scales or ratios would help little: try a larger network.short_side"
         scales = f"network.anchor_scales={list(self.better.anchor_scales)}"
         ratios = "" if self.better.anchor_ratios != LONG_RATIOS else f" and network.anchor_ratios={list(LONG_RATIOS)}"
         return f"{text}: with {scales}{ratios} it would be {self.share_with_better:.0%} (--set, or the recipe)"
 
 
 def anchor_fit(dataset: Dataset, network: NetworkConfig) -> AnchorFit:
-    """Return how the network's anchors suit the objects of a data set that count, and what would suit them better."""
-    images = [framed for id in dataset.ids if len((framed := _framed(dataset, id, network)).boxes)]
+    """Return how the network's anchors suit the objects that count, and what would suit better.
+
+    It looks at some of the images only where there are many.
+    """
+    images = [framed for id in dataset.ids[:: -(-len(dataset.ids) // LOOKED_AT)]
+              if len((framed := _framed(dataset, id, network)).boxes)]
     overlaps = np.concatenate([best_overlaps(each, network) for each in images] or [np.zeros(0)])
-    if not len(overlaps) or (share := _share_below(overlaps)) <= TOLERATED:
-        return AnchorFit(len(overlaps), _share_below(overlaps))
-    some = _thinned(images)
+    share = _share_below(overlaps)
+    if share <= TOLERATED:
+        return AnchorFit(len(overlaps), share)
     ladders = [tuple(smallest * 2**step for step in range(steps)) for steps in (3, 4) for smallest in SMALLEST_SCALES]
     others = [replace(network, anchor_scales=scales, anchor_ratios=ratios)
               for ratios in (network.anchor_ratios, LONG_RATIOS) for scales in ladders]
-    shares = [_share_below(np.concatenate([best_overlaps(each, other) for each in some])) for other in others]
+    shares = [_share_below(np.concatenate([best_overlaps(each, other) for each in images])) for other in others]
     # The fewest anchors among those that are good enough; where none is, the best.
     best = next((k for k, found in enumerate(shares) if found <= TOLERATED), int(np.argmin(shares)))
-    return AnchorFit(len(overlaps), share, others[best] if shares[best] < share else None, shares[best])
+    return AnchorFit(len(overlaps), share, others[best] if shares[best] <= share * HELP else None, shares[best])
 
 
 def best_overlaps(image: Framed, network: NetworkConfig) -> NDArray[np.float64]:
@@ -98,9 +103,3 @@ def _framed(dataset: Dataset, id: str, network: NetworkConfig) -> Framed:
 
 def _share_below(overlaps: NDArray[np.float64]) -> float:
     return float((overlaps < GOOD_IOU).mean()) if len(overlaps) else 0.0
-
-
-def _thinned(images: Sequence[Framed]) -> Sequence[Framed]:
-    """Return images from all over the data set with about as many objects as are looked at."""
-    objects = sum(len(each.boxes) for each in images)
-    return images[:: max(1, objects // LOOKED_AT)]

@@ -43,14 +43,14 @@ class Prepared(NamedTuple):
 class Detector:
     """RPN and Fast R-CNN, in one network or in two that share nothing, and how scores and boxes become detections.
 
-    ``classes`` are the names that labels index, ``network`` is the frame in which images are seen, ``settings`` are
-    the thresholds.
+    ``rpn`` and ``detector`` are one network or two, ``classes`` are the names that labels index, ``network`` is the
+    frame in which images are seen, ``settings`` are the thresholds.
     """
 
     def __init__(self, rpn: FasterRCNN, detector: FasterRCNN, *, classes: tuple[str, ...], network: NetworkConfig,
                  settings: DetectionSettings, device: torch.device) -> None:
         self.classes, self.network, self.settings, self.device = classes, network, settings, device
-        self._rpn, self._detector = rpn, detector
+        self.rpn, self.detector = rpn, detector
 
     def detect(self, image: Image | str | Path) -> Detections:
         """Return what is found in an image: an array, uint8 RGB [H, W, 3], or a file, turned as its EXIF data says.
@@ -75,8 +75,8 @@ class Detector:
         """Return what ``detect`` does, for an image that is prepared."""
         height, width = prepared.image.shape[:2]
         with torch.inference_mode(), autocast(self.device, self.settings.precision):
-            batch = make_batch([prepared.sample], self.device, pixels=self._rpn.pixels)
-            return detected(self._rpn, self._detector, batch, [(width, height)], self.settings)[0].detections
+            batch = make_batch([prepared.sample], self.device, pixels=self.rpn.pixels)
+            return detected(self.rpn, self.detector, batch, [(width, height)], self.settings)[0].detections
 
 
 def load_detector(network: str | Path, *, run: str | None = None, sets: Sequence[str] = (),

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from altopt.config import AnchorTargets
 from altopt.datasets.checking import Look, compare_splits
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
@@ -177,12 +178,23 @@ class Run:
         look = self._looks[split] = look_at_split(self.recipe, split, self.runtime.data_root)
         for warning in look.verdict():
             self.runtime.report(Caution(warning))
-        self.runtime.report(Note(f"{split}: {look.line()}"))
+        if look.classes is not None:  # of images that are drawn nothing is new
+            self.runtime.report(Note(f"{split}: {look.line()}"))
         if split == "train":
             remember_sizes(self.folder, self.recipe.data, look.size_of.values(), self.runtime.data_root)
+            self._check_anchors()
         if len(self._looks) > 1:
             for each in compare_splits(self._looks["train"], self._looks["test"], self.memo.sha256):
                 self.runtime.report(Caution(each.text))
+
+    def _check_anchors(self) -> None:
+        """Report anchors that do not suit the objects, where an RPN is trained with them."""
+        if any(isinstance(self.recipe.config(step), AnchorTargets) for step in self.recipe.steps):
+            from altopt.models.anchor_fit import anchor_fit
+
+            dataset = open_dataset(self.recipe.data, "train", self.runtime.data_root)
+            if warning := anchor_fit(dataset, self.recipe.network).warning():
+                self.runtime.report(Caution(warning))
 
     def bring_up_to_date(self, steps: Sequence[Step], force: bool = False) -> list[Step]:
         """Make what is missing or stale, in order, up to the last step (that one anyway, with ``force``)."""
@@ -405,4 +417,4 @@ def with_recipe(folder: Path, chosen: Recipe, data_root: Path | None, runtime: R
     if data_root is not None:
         chosen.header["data_root"] = str(data_root)
     runtime.data_root = Path(chosen.header.get("data_root", "data"))
-    return Run(folder, chosen, runtime)
+    return Run(folder, chosen.with_data_of(runtime.data_root), runtime)

@@ -81,4 +81,4 @@ def test_long_objects_get_long_anchors():
 def test_specks_that_no_anchor_suits():
     text = anchor_fit(Boxed(320, 240, squares(1)), SMALL).warning()
     assert text is not None
-    assert text.endswith("no other scales or ratios suit better: set network.short_side to see them larger")
+    assert text.endswith("other scales or ratios would help little: try a larger network.short_side")
