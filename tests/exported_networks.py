@@ -19,15 +19,17 @@ from altopt.models.detector import FasterRCNN, detect_on, own_proposals, propose
 from altopt.models.dropout import FullyConnected
 from altopt.models.fast_rcnn import FastRCNNHead
 from altopt.models.network_parts import initialise
-from altopt.models.resnet import FrozenBatchNorm
+from altopt.models.resnet import FrozenBatchNorm, Res5
 from altopt.models.trunk import image_maps
 
 CLASSES = ("cat", "dog", "hen")
 SIZES = ((128, 128), (171, 128), (128, 192))  # width, height: as the networks see them
 SETTINGS = DetectionSettings(pre_nms=300, proposals=40, min_side=10.0)
-# The second of torchvision's two ResNets is made of the first one's blocks, and takes long.
+SHORT = "resnet50, shortened"  # to a block or two of each size: it has every kind of layer, and is quick
+LARGE = ("vgg16", "resnet50", "resnet101")
 EACH_NETWORK = pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow) if name == "resnet101" else name for name in NETWORKS])
+    *(pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NETWORKS), SHORT])
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,13 @@ class Found:
 
 
 def config_of(name: Any) -> NetworkConfig:
-    return NetworkConfig(name=name, short_side=128, max_side=192, anchor_scales=(2.0, 4.0), rpn_channels=16)
+    return NetworkConfig(name=name.removesuffix(", shortened"), short_side=128, max_side=192, anchor_scales=(2.0, 4.0),
+                         rpn_channels=16)
+
+
+def sizes_for(name: str) -> tuple[tuple[int, int], ...]:
+    """All sizes, or one for ResNet, which takes its time."""
+    return SIZES[:1] if name.startswith("resnet") else SIZES
 
 
 def settings_of(name: str) -> DetectionSettings:
@@ -57,6 +65,11 @@ def settings_of(name: str) -> DetectionSettings:
 def random_network(name: str) -> FasterRCNN:
     """A network whose scores and boxes vary with the image; fc6 and fc7 are small."""
     network = FasterRCNN(config_of(name), len(CLASSES))
+    if name == SHORT:
+        assert isinstance(network.fc, Res5)
+        network.fc.layer4 = network.fc.layer4[:1]
+        network.conv.conv3 = nn.Sequential(*(network.conv.get_submodule(f"conv3.{n}") for n in (0, 1)))
+        network.conv.conv4 = nn.Sequential(*(network.conv.get_submodule(f"conv4.{n}") for n in (0, 6)))
     if isinstance(network.fc, FullyConnected):
         with torch.device("meta"):
             network.fc = FullyConnected(network.rpn.conv.in_channels * network.roi_size**2, 32)

@@ -12,12 +12,14 @@ from exported_networks import (
     CLASSES,
     EACH_NETWORK,
     SETTINGS,
+    SHORT,
     SIZES,
     drawn,
     found_by,
     random_network,
     settings_of,
     share_found,
+    sizes_for,
 )
 from numpy.typing import NDArray
 
@@ -38,7 +40,8 @@ Arrays = dict[str, NDArray[Any]]
 def graph_of(network: FasterRCNN, settings: DetectionSettings = SETTINGS) -> Any:
     from altopt.models.onnx_export import onnx_model
 
-    return onnx_model(*as_torchvision(network, network.rpn.network, CLASSES, settings), notes={"altopt": "1"})
+    model = onnx_model(*as_torchvision(network, network.rpn.network, CLASSES, settings), notes={"altopt": "1"})
+    return onnx.shape_inference.infer_shapes(model)
 
 
 def run(model: Any, **inputs: NDArray[Any]) -> Arrays:
@@ -48,7 +51,7 @@ def run(model: Any, **inputs: NDArray[Any]) -> Arrays:
 
 def part(model: Any, inputs: list[str], outputs: list[str]) -> Any:
     """The part of a graph between values that have names."""
-    return onnx.utils.Extractor(onnx.shape_inference.infer_shapes(model)).extract_model(inputs, outputs)
+    return onnx.utils.Extractor(model).extract_model(inputs, outputs)
 
 
 def detected(outputs: Arrays) -> Detections:
@@ -82,7 +85,7 @@ def test_every_part_gives_what_ours_gives(name):
 def test_the_whole_finds_what_ours_finds(name):
     network, settings = random_network(name), settings_of(name)
     model = graph_of(network, settings)
-    for number, size in enumerate(SIZES[:2] if name.startswith("resnet") else SIZES):
+    for number, size in enumerate(sizes_for(name)):
         image = drawn(number, size)
         assert share_found(found_by(network, image, settings).detections, detected(run(model, image=image))) >= 0.99
 
@@ -131,7 +134,7 @@ def test_pixels_are_what_the_weights_want():
     assert share_found(found_by(network, image).detections, detected(run(graph_of(network), image=image))) >= 0.99
 
 
-@pytest.mark.parametrize("name", ["small", "resnet50"])  # fully connected layers, and convolutions, on no RoI
+@pytest.mark.parametrize("name", ["small", SHORT])  # fully connected layers, and convolutions, on no RoI
 def test_an_image_without_proposals_has_no_detections(name):
     found = run(graph_of(random_network(name), replace(SETTINGS, min_side=1000.0)), image=drawn(0, SIZES[0]))
     assert {each: (values.shape, values.dtype.name) for each, values in found.items()} == {

@@ -17,6 +17,7 @@ from exported_networks import (
     random_network,
     settings_of,
     share_found,
+    sizes_for,
 )
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -68,7 +69,7 @@ def test_every_part_gives_what_ours_gives(name):
 def test_the_whole_finds_what_ours_finds(name):
     network, settings = random_network(name), settings_of(name)
     detector = exported(network, settings)
-    for number, size in enumerate(SIZES[:2] if name.startswith("resnet") else SIZES):
+    for number, size in enumerate(sizes_for(name)):
         image = drawn(number, size)
         ours = found_by(network, image, settings).detections
         assert len(ours) >= 5
