@@ -14,6 +14,7 @@ from exported_networks import (
     config_of,
     drawn,
     found_by,
+    mean_ap,
     random_network,
     settings_of,
     share_found,
@@ -75,6 +76,16 @@ def test_the_whole_finds_what_ours_finds(name):
         assert len(ours) >= 5
         assert len(np.unique(ours.labels)) > 1
         assert share_found(ours, detected(detector, image)) >= 0.99
+
+
+def test_the_map_is_the_same():
+    network = random_network("small")
+    detector = exported(network)
+    images = [drawn(number, size) for number in range(3) for size in SIZES]
+    ours = [found_by(network, image).detections for image in images]
+    theirs = [detected(detector, image) for image in images]
+    assert 0.1 < mean_ap(ours, ours) < 0.9
+    assert abs(mean_ap(theirs, ours) - mean_ap(ours, ours)) <= 1e-3
 
 
 @pytest.mark.parametrize("size", [(64, 96), (250, 333), (400, 131), (40, 400)])
