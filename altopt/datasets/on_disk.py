@@ -328,6 +328,8 @@ def read_image(path: Path, size: tuple[int, int] | None, exif: Exif = "error") -
     import numpy as np
 
     with _opened(path) as image:
+        if image.format == "PNG":  # whose EXIF may stand behind the pixels
+            image.load()
         turn = _turn(path, image, exif, size)
         # Straight to RGB, Pillow would warn of palettes with alpha values.
         rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
@@ -355,9 +357,12 @@ def check_image(path: Path, exif: Exif = "error", annotated: tuple[int, int] | N
     DataError as ``read_image``'s.
     """
     with _opened(path) as image:
+        complete = _complete(path, image.format or "")
+        if not complete and image.format == "PNG":
+            image.load()
         _turn(path, image, exif, annotated)
         size, frames = _size(image, exif, _orientation(image)), getattr(image, "n_frames", 1)
-        if not _complete(path, image.format or ""):  # cut off, or followed by bytes of something else: decoding tells
+        if not complete:  # cut off, or followed by bytes of something else: decoding tells
             image.load()
         return Header(size, 1 if image.format == "MPO" else frames)  # a camera's further images are the same one again
 
@@ -370,7 +375,7 @@ def _complete(path: Path, form: str) -> bool:
             return int.from_bytes(file.read(4), "little") + 8 <= length
         file.seek(max(0, length - _TAIL_BYTES))
         tail = file.read()
-    # EXIF may stand behind the pixels of a PNG, where only decoding finds it.
+    # Where EXIF stands behind the pixels of a PNG, only decoding finds it.
     return form in _END_MARKERS and _END_MARKERS[form] in tail and not (form == "PNG" and b"eXIf" in tail)
 
 

@@ -386,9 +386,10 @@ def _check_tags(path: Path, tree: ET.Element) -> None:
     objects = tree.findall("object")
     for node in (tree, *tree, *(child for obj in objects for child in obj.iter())):
         local = node.tag.rpartition("}")[2]
-        if node.tag != local.lower() and local.lower() in _TAGS:
-            raise _error(path, f"{path} has <{short(local)}> in place of VOC's <{local.lower()}>"
-                         f"{', in a namespace of XML' if local != node.tag else ''}: correct the tag")
+        if local != node.tag and local.lower() in _TAGS:
+            raise _error(path, f"{path} has its elements in a namespace of XML, VOC's are in none: remove the xmlns")
+        if local != local.lower() and local.lower() in _TAGS:
+            raise _error(path, f"{path} has <{short(local)}> in place of VOC's <{local.lower()}>: correct the tag")
     if len(objects) != len(list(tree.iter("object"))):
         raise _error(path, f"{path} has objects in another element than VOC's <annotation>: move them there")
     known = {box for obj in objects for box in obj.iter("bndbox")}
