@@ -46,7 +46,7 @@ GROUPS = {
     "train": ("run-all", "stage", "compare"),
     "look": ("plan", "status", "recall", "probe"),
     "use": ("evaluate", "score", "compare-published"),
-    "data": ("fetch-voc07", "proposals"),
+    "data": ("fetch", "proposals"),
     "keep": ("recipes", "recipe"),
 }
 RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
@@ -390,29 +390,49 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
     print_result(resolved.as_dict(), as_json, lambda _: resolved.text().rstrip("\n"))
 
 
-@main.command("fetch-voc07")
-@option("--data-root", type=click.Path(path_type=Path), default=Path("data"), help="Where to put VOCdevkit.")
-@option("--archive", "archives", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="An archive you already have; give both.")
-@option("--mirror", "mirrors", multiple=True, metavar="URL", help="A place to try before the known ones.")
-@option("--manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A TOML file with name, size and sha256 of other archives, in place of the official ones.")
-def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str, ...], manifest: Path | None) -> None:
-    """Fetch PASCAL VOC 2007, trainval and test, checked by size and SHA-256; goes on where it was interrupted.
+FETCH_OPTIONS = [
+    option("--data-root", type=click.Path(path_type=Path),
+           help="Where to put VOCdevkit. Default: data, for the subset data/voc07-mini."),
+    option("--archive", "archives", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+           help="An archive you already have; give each."),
+    option("--mirror", "mirrors", multiple=True, metavar="URL", help="A place to try before the known ones."),
+    option("--manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+           help="A TOML file with name, size and sha256 of other archives, in place of the official ones."),
+]
+
+
+@main.command()
+@click.argument("name")
+@option("--subset", metavar="mini", help="Of voc07: the 1,600 photographs of voc07-mini, made from the test archive.")
+@with_options(FETCH_OPTIONS)
+def fetch(name: str, data_root: Path | None, archives: tuple[Path, ...], mirrors: tuple[str, ...],
+          manifest: Path | None, subset: str | None = None) -> None:
+    """Fetch a data set, checked by size and hash; goes on where it was interrupted.
+
+    voc07 is PASCAL VOC 2007, trainval and test; voc12 is VOC 2012, trainval.
 
     \b
-    altopt fetch-voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
+    altopt fetch voc07
+    altopt fetch voc07 --subset mini
+    altopt fetch voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
     """
-    from altopt.datasets.voc07_archive import VOC07, obtain, read_manifest
     from stages.console.progress import download_progress
+    from stages.pipeline.fetching import fetch_data_set
 
     if manifest:
         click.echo(f"archives are accepted by {manifest}, not by the official sizes and hashes", err=True)
-    wanted = read_manifest(manifest) if manifest else VOC07
     with download_progress(stderr()) as progress:
-        folder = obtain(data_root, archives=wanted, archive_files=list(archives), mirrors=list(mirrors),
-                        progress=progress)
+        folder = fetch_data_set(name, data_root, subset=subset, manifest=manifest, archive_files=archives,
+                                mirrors=mirrors, progress=progress)
     click.echo(folder)
+
+
+@main.command("fetch-voc07", hidden=True)
+@with_options(FETCH_OPTIONS)
+@click.pass_context
+def fetch_voc07(ctx: click.Context, /, **options: object) -> None:
+    """Fetch PASCAL VOC 2007, as altopt fetch voc07 does."""
+    ctx.invoke(fetch, name="voc07", **options)
 
 
 @main.command("compare-published")

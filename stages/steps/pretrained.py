@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from altopt.config import SHARE, NetworkConfig, setting
+from stages.shared.events import ImagesDone
 from stages.shared.stage_config import StageConfig, TrainsOnData
 from stages.shared.step import Facts, Runtime
 
@@ -34,9 +35,12 @@ def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Ru
     from altopt.models.imagenet import download, from_torchvision, imagenet_url
     from cache.checkpoints import save_checkpoint
 
+    def progress(done: int, total: int) -> None:
+        runtime.report(ImagesDone(done // 1_000_000, total // 1_000_000, "MB"))
+
     url = imagenet_url(config.backbone)
     file = url.rsplit("/", 1)[-1]
-    tensors = from_torchvision(config.backbone, download(config.backbone, url), file)
+    tensors = from_torchvision(config.backbone, download(config.backbone, url, progress), file)
     save_checkpoint(out, tensors, {"network": {"name": config.backbone}, "classes": []})
     return {"file": file}
 
