@@ -6,7 +6,7 @@ import torch
 from loopback import serving
 
 from altopt.models import imagenet
-from stages.shared.events import ImagesDone
+from stages.shared.events import Event, ImagesDone
 from stages.shared.step import Runtime
 from stages.steps.pretrained import LoadImageNetWeights, load_imagenet_weights
 
@@ -19,7 +19,7 @@ def test_imagenet_weights_are_fetched_with_progress(tmp_path, monkeypatch):
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "weights.pth")
     content = (tmp_path / "weights.pth").read_bytes()
     name = f"squeezenet1_1-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    events = []
+    events: list[Event] = []
     with serving() as server:
         monkeypatch.setattr(imagenet, "imagenet_url",
                             lambda backbone: server.url(f"/{name}", lambda handler: handler.ranged(content)))
