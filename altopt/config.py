@@ -6,7 +6,7 @@ differently.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isfinite, isnan
@@ -95,7 +95,8 @@ class NetworkConfig:
     """The network, and the frame in which it sees images and places anchors."""
 
     # A new one has layers in altopt/layers.py and a function in altopt/models/backbones.py.
-    name: Literal["vgg16", "alexnet", "squeezenet1_1", "small"] = setting("vgg16", "the network of the paper")
+    name: Literal["vgg16", "alexnet", "squeezenet1_1", "small", "efficientnet_lite0", "resnet50",
+                  "resnet101"] = setting("vgg16", "the network of the paper")
     short_side: int = setting(600, "Faster R-CNN, section 3.3; py-faster-rcnn TRAIN.SCALES", at_least=16)
     max_side: int = setting(1000, "py-faster-rcnn TRAIN.MAX_SIZE", at_least="short_side")
     anchor_base: int = setting(16, "py-faster-rcnn generate_anchors: the stride of conv5", at_least=1)
@@ -109,6 +110,33 @@ class NetworkConfig:
 
 
 NETWORKS: tuple[str, ...] = get_args(NetworkConfig.__annotations__["name"])
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How weights want an image's values, 0..255: channels in ``order``, then (value - mean * scale) / (std * scale).
+
+    ``mean`` and ``std`` are in that order too. The convention belongs to the weights: it is chosen where they come
+    from, and travels in every checkpoint made of them. The defaults are torchvision's, with which altopt's own
+    pre-training works too.
+    """
+
+    order: Literal["RGB", "BGR"] = "RGB"
+    scale: float = 255.0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def of(cls, description: Mapping[str, object]) -> "Pixels":
+        """Return what a checkpoint's description says; torchvision's convention where it is older and says nothing."""
+        held = description.get("pixels")
+        if not isinstance(held, dict):
+            return cls()
+        return cls(held["order"], held["scale"], tuple(held["mean"]), tuple(held["std"]))
+
+
+TORCHVISION_PIXELS = Pixels()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:

@@ -1,4 +1,4 @@
-"""ImageNet weights from torchvision: their names here, and fetching them with their hash checked."""
+"""ImageNet weights: where they come from, with their hash checked, their names here, and the pixels that they want."""
 
 import pickle
 from collections.abc import Mapping
@@ -7,9 +7,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from altopt.datasets.download import Progress, fetch, matches
+from altopt.config import Pixels
+from altopt.datasets.download import Progress, fetch, hash_of, matches
 from altopt.errors import ArtifactError, DownloadError
-from altopt.models import backbones
+from altopt.models import backbones, lite0
+
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of the file in the pip package
+CAFFE_PIXELS = Pixels("BGR", 1.0, (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))  # py-faster-rcnn PIXEL_MEANS
+# A first layer that was trained on 0..255 less the mean has weights about 58 times smaller than torchvision's, and
+# Caffe's files have no other mark. In between, nobody knows.
+CLEARLY_USUAL, CLEARLY_CAFFE = 1 / 5, 1 / 20
+
+
+def imagenet_weights(name: str, progress: Progress | None = None) -> tuple[dict[str, Tensor], str]:
+    """Return a network's ImageNet weights, under altopt's names, and the name of their file.
+
+    ``progress`` is told of a download. Raises ``ArtifactError`` for a network that has none, and ``DownloadError``.
+    """
+    if name == "efficientnet_lite0":
+        path = Path(lite0.packaged_weights())
+        digest = hash_of(path, "sha256")
+        if digest != LITE0_SHA256:
+            raise ArtifactError(f"{path} has sha256 {digest[:8]}, not {LITE0_SHA256[:8]}: install the package anew")
+        return from_foreign(name, torch.load(path, map_location="cpu", weights_only=True), path.name), path.name
+    url = imagenet_url(name)
+    source = url.rsplit("/", 1)[-1]
+    return from_foreign(name, download(name, url, progress), source), source
 
 
 def imagenet_url(name: str) -> str:
@@ -59,19 +82,16 @@ def _check_cached(name: str, path: Path) -> None:
                             "delete it")
 
 
-def from_torchvision(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return torchvision's tensors under altopt's names: ``conv.<block>.<n>.weight``, ``fc.fc6.weight``, ...
+def from_foreign(name: str, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the tensors of torchvision's file, or the pip package's, under altopt's: ``conv.<block>.<n>.weight``, ...
 
     ``source`` names the file in messages. Raises ``ArtifactError`` for a tensor that is missing or of another shape.
     """
     with torch.device("meta"):
         backbone = backbones.build(name)
-    names = {f"fc.{ours}": f"classifier.{place}" for ours, place in backbone.classifier.items()}
-    position = 0  # in torchvision's ``features``, of which our blocks are slices, in order
-    for block, layers in backbone.conv.named_children():
-        for number, _ in layers.named_children():
-            names[f"conv.{block}.{number}"] = f"features.{position}"
-            position += 1
+    names = backbone.names
+    if name == "efficientnet_lite0":
+        state = lite0.folded(state)
     tensors = {}
     for part, module in (("conv", backbone.conv), ("fc", backbone.fc)):
         for key, wanted in module.state_dict().items():
@@ -82,9 +102,25 @@ def from_torchvision(name: str, state: Mapping[str, Tensor], source: str) -> dic
             theirs = names[ours] + f"{part}.{key}".removeprefix(ours)
             tensor = state.get(theirs)
             if tensor is None:
-                raise ArtifactError(f"{source} has no tensor {theirs}: it is not a torchvision {name}")
+                raise ArtifactError(f"{source} has no tensor {theirs}: it does not hold ImageNet weights of {name}")
             if tensor.shape != wanted.shape:
                 raise ArtifactError(f"{source}: {theirs} is {tuple(tensor.shape)}, and {name} needs "
                                     f"{tuple(wanted.shape)}")
             tensors[f"{part}.{key}"] = tensor.float()
     return tensors
+
+
+def pixels_of(name: str, tensors: Mapping[str, Tensor], source: str) -> Pixels:
+    """Return what a network's weights want of an image, as the spread of their first layer shows it.
+
+    Raises ``ArtifactError`` where it does not.
+    """
+    with torch.device("meta"):
+        backbone = backbones.build(name)
+    spread = tensors["conv.conv1.0.weight"].std().item()
+    if not backbone.first_spread or spread > backbone.first_spread * CLEARLY_USUAL:
+        return backbone.pixels
+    if spread < backbone.first_spread * CLEARLY_CAFFE:
+        return CAFFE_PIXELS
+    raise ArtifactError(f"{source}: its first layer has weights that spread by {spread:.3g}, torchvision's by about "
+                        f"{backbone.first_spread:g} and Caffe's by a 58th of that: bring weights whose origin you know")

@@ -18,7 +18,7 @@ from altopt.machine.distributed import SingleProcess
 from cache.files import Memo, atomic_path, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import JSON, Record, differences, plain, read_record, write_record
 from stages.pipeline.recipe import Recipe, choose_recipe, nearest
-from stages.shared.events import Caution, Event, Finished, ImagesDone, Reason, Started, ignore_event
+from stages.shared.events import Caution, Event, Finished, ImagesDone, Note, Reason, Started, ignore_event
 from stages.shared.feature_plan import remember_sizes
 from stages.shared.stage_config import Split
 from stages.shared.step import Kind, Runtime, Step, file_name
@@ -259,7 +259,8 @@ class Run:
         elif not source.is_file():
             raise ArtifactError(f"{source}, given for {artifact}, is not a file: check the path")
         elif kind is Kind.NETWORK:
-            import_weights(source, path, network)
+            if found := import_weights(source, path, network):
+                self.runtime.report(Note(found))
         else:
             kind.check(source, network.name)
             with atomic_path(path) as temporary:  # a copy: a link would change with the file that it was taken from

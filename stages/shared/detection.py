@@ -44,7 +44,8 @@ def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, con
 
     def detect(_: list[str], samples: list[Sample]) -> "list[Detected]":
         with inference.autocast():
-            return detected(rpn, detector, make_batch(samples, inference.device), dataset, config, cached)
+            batch = make_batch(samples, inference.device, pixels=rpn.pixels)
+            return detected(rpn, detector, batch, dataset, config, cached)
 
     groups = inference.groups(config.images_per_batch)
     return write_detections(inference, groups, read, detect, out, config.proposals)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from altopt.batches.reading import Prefetcher
+from altopt.config import Pixels
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError
@@ -45,6 +46,9 @@ class Inference:
         self.device = device_of(runtime)
         self.dataset: Dataset = open_dataset(config.data, config.split, runtime.data_root)
         self.networks = [self._load(path, parts) for path, parts in checkpoints]
+        if any(network.pixels != self.networks[0].pixels for network in self.networks):
+            names = " and ".join(path.name for path, _ in checkpoints)
+            raise ArtifactError(f"{names} want an image's values differently: make both from one M0")
 
     def _load(self, path: Path, parts: Sequence[str]) -> FasterRCNN:
         tensors, description = load_checkpoint(path)
@@ -58,7 +62,7 @@ class Inference:
         drawn = network.fill(tensors, generator("unused"))
         if missing := set(drawn) & set(parts):
             raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
-        network.samples_per_bin = description.get("samples_per_bin", 0)
+        network.samples_per_bin, network.pixels = description.get("samples_per_bin", 0), Pixels.of(description)
         self.prepare(network)
         return network
 

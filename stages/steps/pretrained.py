@@ -1,10 +1,11 @@
 """Before the seven stages: M0, the pre-trained network that stages 1 and 3 both start from."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from altopt.config import SHARE, NetworkConfig, setting
+from altopt.config import SHARE, NetworkConfig, Pixels, setting
 from stages.shared.events import ImagesDone
 from stages.shared.stage_config import StageConfig, TrainsOnData
 from stages.shared.step import Facts, Runtime
@@ -32,16 +33,14 @@ class PretrainOnCrops(TrainsOnData):
 
 def load_imagenet_weights(*, out: Path, config: LoadImageNetWeights, runtime: Runtime) -> Facts:
     """Take the network's ImageNet weights from torchvision, with their hash checked."""
-    from altopt.models.imagenet import download, from_torchvision, imagenet_url
+    from altopt.models.imagenet import imagenet_weights, pixels_of
     from cache.checkpoints import save_checkpoint
 
     def progress(done: int, total: int) -> None:
         runtime.report(ImagesDone(done // 1_000_000, total // 1_000_000, "MB"))
 
-    url = imagenet_url(config.backbone)
-    file = url.rsplit("/", 1)[-1]
-    tensors = from_torchvision(config.backbone, download(config.backbone, url, progress), file)
-    save_checkpoint(out, tensors, {"network": {"name": config.backbone}, "classes": []})
+    tensors, file = imagenet_weights(config.backbone, progress)
+    save_checkpoint(out, tensors, _description(config.backbone, pixels_of(config.backbone, tensors, file)))
     return {"file": file}
 
 
@@ -63,17 +62,22 @@ def pretrain_on_crops(*, out: Path, config: PretrainOnCrops, runtime: Runtime) -
         return draw_crop(dataset, entry.id, config.crop_side, config.background, *training.seed, iteration)
 
     facts = training.run(module, training.entries(), read)
-    save_checkpoint(out, module.tensors(), {"network": {"name": config.backbone}, "classes": list(dataset.classes)})
+    save_checkpoint(out, module.tensors(), _description(config.backbone, training.pixels, dataset.classes))
     training.snapshot.unlink(missing_ok=True)
     return facts
 
 
-def import_weights(source: Path, out: Path, network: NetworkConfig) -> None:
-    """Write ``out`` from a file of the user's: a checkpoint of altopt's, or torchvision's state dict of the network.
+def _description(name: str, pixels: Pixels, classes: Sequence[str] = ()) -> dict[str, object]:
+    return {"network": {"name": name}, "classes": list(classes), "pixels": asdict(pixels)}
 
-    Raises ``ArtifactError`` when the file is missing, foreign, or would execute code on loading.
+
+def import_weights(source: Path, out: Path, network: NetworkConfig) -> str:
+    """Write ``out`` from a file of the user's: a checkpoint of altopt's, or another program's ImageNet weights.
+
+    Returns in words what was found, where that is worth saying. Raises ``ArtifactError`` when the file is missing,
+    foreign, or would execute code on loading.
     """
-    from altopt.models.imagenet import from_torchvision
+    from altopt.models.imagenet import CAFFE_PIXELS, from_foreign, pixels_of
     from cache.checkpoints import load_state_dict, read_description, save_checkpoint
     from stages.shared.training import require_network
 
@@ -81,7 +85,13 @@ def import_weights(source: Path, out: Path, network: NetworkConfig) -> None:
     if any(name.startswith("conv.conv1.") for name in tensors):
         description = read_description(source)
         require_network(source, description, network)
+        pixels = Pixels.of(description)
     else:
-        tensors = from_torchvision(network.name, tensors, source.name)
-        description = {"network": {"name": network.name}, "classes": []}
+        tensors = from_foreign(network.name, tensors, source.name)
+        pixels = pixels_of(network.name, tensors, source.name)
+        description = _description(network.name, pixels)
     save_checkpoint(out, tensors, description)
+    if pixels != CAFFE_PIXELS:
+        return ""
+    return (f"{source.name} has Caffe's convention: its small first layer wants BGR, 0 to 255, less the mean, and gets "
+            "it in every stage")

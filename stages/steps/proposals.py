@@ -41,15 +41,15 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     settings = {field.name: asdict(config)[field.name] for field in fields(ProposalSettings)}
     settings |= {"network": asdict(config.network), "precision": config.precision}
     attributes = {"dataset": runtime.data_digest, "model": sha256_file(rpn), "settings": settings}
-    store = FeatureStore(out, network.conv, config.network, dataset, runtime, precision=config.precision,
-                         device=inference.device)
+    store = FeatureStore(out, network.conv, network.pixels, config.network, dataset, runtime,
+                         precision=config.precision, device=inference.device)
 
     def read(ids: list[str]) -> list[Sample]:
         return [store.sample(id) for id in ids]
 
     def compute(_: list[str], samples: list[Sample]) -> "list[Proposed]":
         with inference.autocast():
-            return proposed(network, make_batch(samples, inference.device), dataset, config)
+            return proposed(network, make_batch(samples, inference.device, pixels=network.pixels), dataset, config)
 
     count = 0
     with store, written_by_first(runtime.ranks, lambda: ProposalWriter(out, attributes)) as writer:

@@ -1,6 +1,6 @@
 """SPP-net: conv feature maps computed once, the layers above them fine-tuned, SVMs and box regressors on top."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -72,7 +72,8 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
 
     inference = Inference([(init, ("conv",))], config, runtime)
     network, dataset = inference.networks[0], inference.dataset
-    settings = {"network": config.network.name, "scales": list(config.scales), "max_side": config.max_side}
+    settings = {"network": config.network.name, "scales": list(config.scales), "max_side": config.max_side,
+                "pixels": asdict(network.pixels)}
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
     frames = config.network.at_scales(config.scales, config.max_side)
     shapes = map_shapes(dataset, frames, config.flips)
@@ -81,8 +82,8 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
         return read_sample(dataset, key.image_id, frames[key.scale], flipped=key.mirrored)
 
     with written_by_first(runtime.ranks, lambda: FeatureMapWriter(out, attributes, shapes, config.precision)) as writer:
-        found = write_maps(writer, shapes, network.conv, read, precision=config.precision, device=inference.device,
-                           runtime=runtime)
+        found = write_maps(writer, shapes, network.conv, network.pixels, read, precision=config.precision,
+                           device=inference.device, runtime=runtime)
     if not runtime.ranks.first:
         return {}
     return {"maps": len(shapes), "maps_found": found, "bytes": out.stat().st_size}
