@@ -124,16 +124,13 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
     """
     from stages.console.reporting import summary_tables
     from stages.pipeline.evaluation import summary
-    from stages.pipeline.run import find_step, import_given
+    from stages.pipeline.preflight import prepared
+    from stages.pipeline.run import find_step
 
     run = options.open_run()
     with working_in(run):
-        steps = run.recipe.steps
-        target = find_step(steps, until) if until else steps[-1]
-        wanted = import_given(run, steps, given, target) if given else steps[: steps.index(target) + 1]
-        if not until and not all(verdict.valid for verdict in run.survey(wanted)):
-            run.image_ids("test")  # what is evaluated in the end should be there in the beginning
-        made = run.bring_up_to_date(wanted)
+        target = find_step(run.recipe.steps, until) if until else run.recipe.steps[-1]
+        made = run.bring_up_to_date(prepared(run, target, given, scored=not until))
         note_if_nothing(made, run, run.folder)
         if until:
             return
@@ -171,17 +168,15 @@ def stage_command(word: str, step: "Step", recipe: "Recipe") -> click.Command:
     @option("--init", metavar="M1", help="Start this stage's weights from another network than the list's.")
     @option("--force", is_flag=True, help="Make the output anew even if it is up to date.")
     def run_stage(options: Options, given: tuple[str, ...], init: str | None, force: bool) -> None:
-        from stages.pipeline.run import find_step, import_given, run_one
+        from stages.pipeline.preflight import prepared_alone
+        from stages.pipeline.run import find_step
 
         if init:  # last, so that it goes over what --set says
             options = replace(options, sets=(*options.sets, f"{step.table}.init={init.upper()}"))
         run = options.open_run()
         target = find_step(run.recipe.steps, word)
         with working_in(run):
-            if given:
-                made = run.bring_up_to_date(import_given(run, run.recipe.steps, given, target), force=force)
-            else:
-                made = run_one(run, target, force)
+            made = run.bring_up_to_date(prepared_alone(run, target, given, force), force)
             note_if_nothing(made, run, target.output)
 
     return run_stage

@@ -19,7 +19,7 @@ from cache.files import Memo, atomic_path, digest_files, link_or_copy, sha256_fi
 from cache.records import JSON, Record, differences, plain, read_record, write_record
 from stages.pipeline.recipe import Recipe, choose_recipe, nearest
 from stages.shared.events import Caution, Event, Finished, ImagesDone, Note, Reason, Started, ignore_event
-from stages.shared.feature_plan import remember_sizes
+from stages.shared.feature_plan import Sizes, remember_sizes, sizes_of
 from stages.shared.stage_config import Split
 from stages.shared.step import Kind, Runtime, Step, file_name
 from stages.steps.pretrained import import_weights
@@ -42,6 +42,19 @@ class Verdict:
         return self.state in ("done", "given", "not needed")
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What is known of a split after every image and object of it was looked at."""
+
+    sizes: Sizes
+    num_classes: int
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return sum(count for *_, count in self.sizes)
+
+
 class Run:
     """A run folder, and the recipe that its artifacts should follow."""
 
@@ -49,7 +62,8 @@ class Run:
         self.folder, self.recipe, self.runtime = folder, recipe, runtime
         self.memo = Memo(folder / ".hashes.json")
         self._data: dict[Split, str | None] = {}  # a command looks at a data set once: it may be 100,000 files
-        self._checked: set[Split] = set()
+        self._checked: dict[Split, Looked] = {}
+        self._remembered = False
 
     @property
     def protocol(self) -> str:
@@ -153,26 +167,34 @@ class Run:
             data.pop("test" if step.config_class.split == "train" else "train")
         return fingerprint
 
-    def image_ids(self, split: Split) -> tuple[str, ...]:
-        """Return the images of a split of the run's data. Raises ``DataError`` if it is not there."""
-        return open_dataset(self.recipe.data, split, self.runtime.data_root).ids
-
     def check_data(self, step: Step) -> None:
         """Look at every image and object of the step's split before time is spent on it; warnings are reported once."""
         split = step.config_class.split
-        if split is None or split in self._checked:
+        if split is None:
             return
-        self._checked.add(split)
-        dataset = open_dataset(self.recipe.data, split, self.runtime.data_root)
-        for warning in dataset.check():
-            self.runtime.report(Caution(warning))
-        if split == "train":
-            remember_sizes(self.folder, self.recipe.data, dataset, self.runtime.data_root)
+        looked = self.check_split(split)
+        if split == "train" and not self._remembered:
+            remember_sizes(self.folder, self.recipe.data, looked.sizes, self.runtime.data_root)
+            self._remembered = True
+
+    def check_split(self, split: Split) -> Looked:
+        """Look at every image and object of a split, once; return what is known then."""
+        if split not in self._checked:
+            dataset = open_dataset(self.recipe.data, split, self.runtime.data_root)
+            for warning in dataset.check():
+                self.runtime.report(Caution(warning))
+            self._checked[split] = Looked(sizes_of(dataset), len(dataset.classes))
+        return self._checked[split]
+
+    def share_checks(self, other: "Run") -> None:
+        """Take over what another run has looked at, where that is the same data."""
+        if (self.recipe.data, self.runtime.data_root) == (other.recipe.data, other.runtime.data_root):
+            self._checked |= other._checked
 
     def bring_up_to_date(self, steps: Sequence[Step], force: bool = False) -> list[Step]:
         """Make what is missing or stale, in order, up to the last step (that one anyway, with ``force``)."""
-        made = []
-        needed = self._needed(steps)
+        made: list[Step] = []
+        needed = self._needed(steps) if steps else set()
         for step in steps:
             verdict = self.verdict(step)
             if step.output in needed and (not verdict.valid or (force and step is steps[-1])):
@@ -320,11 +342,10 @@ def find_step(steps: Sequence[Step], word: str) -> Step:
                      f"as {steps[-1].output}, or a function: {', '.join(step.name for step in steps)}")
 
 
-def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
-    """Import the artifact of each ``--from M1`` or ``--from M1=FILE``; return the steps from the latest to the target.
+def given_places(steps: Sequence[Step], words: Sequence[str], target: Step) -> dict[int, str]:
+    """Return {number of a step: word} of each ``--from M1`` or ``--from M1=FILE``.
 
-    Inputs of those steps that come before it count as given too if they are there; M0 is made if it is not. Raises
-    ``UsageError``, before anything is imported, for an artifact that comes too late or is named twice.
+    Raises ``UsageError`` for an artifact that comes too late or is named twice.
     """
     last = steps.index(target)
     given: dict[int, str] = {}
@@ -336,7 +357,16 @@ def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: 
         if place in given:
             raise UsageError(f"--from {given[place]} and --from {word} are one artifact: name it once")
         given[place] = word
-    # Only now: no file is touched before all words make sense.
+    return given
+
+
+def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
+    """Import each given artifact; return the steps from the latest to the target, M0's before them if it is missing.
+
+    Inputs of those steps that come before it count as given too if they are there. Raises ``UsageError``, before
+    anything is imported, as ``given_places`` does.
+    """
+    given = given_places(steps, words, target)
     for place, word in given.items():
         _, equals, file = word.partition("=")
         if equals:
@@ -345,13 +375,14 @@ def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: 
             _import_unless_valid(run, steps[place], f"--from {word}")
     first, word = max(given.items())
     before = {step.output: step for step in steps[:first]}
-    between = list(steps[first + 1 : last + 1])
+    between = list(steps[first + 1 : steps.index(target) + 1])
+    missing = []
     for needed in dict.fromkeys(name for step in between for name in step.inputs_for(run.recipe.config(step))):
         if needed == steps[0].output and needed in before and not run.path(needed).is_file():
-            run.make(steps[0])
+            missing.append(steps[0])
         elif needed in before:
             _import_unless_valid(run, before[needed], f"--from {word}, which needs it")
-    return between
+    return [*missing, *between]
 
 
 def _import_unless_valid(run: Run, step: Step, why: str) -> None:
@@ -360,8 +391,8 @@ def _import_unless_valid(run: Run, step: Step, why: str) -> None:
         run.import_artifact(step.output, None, why)
 
 
-def run_one(run: Run, step: Step, force: bool) -> list[Step]:
-    """Run one stage on its inputs as they are, if its output is not up to date; its inputs must be valid."""
+def alone(run: Run, step: Step, force: bool) -> list[Step]:
+    """Return a step that is to run on its inputs as they are, or nothing if that is done; its inputs must be valid."""
     verdict = run.verdict(step)
     if verdict.state == "given" and not force:
         return []
@@ -372,10 +403,7 @@ def run_one(run: Run, step: Step, force: bool) -> list[Step]:
         if name in inputs and not each.valid:
             raise ArtifactError(f"{step.output} needs {name}, and {name} is {each.state} ({'; '.join(each.reasons)}): "
                                 f"make it with altopt stage {name}, or take it as it is with --from {name}")
-    if verdict.valid and not force:
-        return []
-    run.make(step, "asked for with --force" if verdict.valid else "; ".join(verdict.reasons))
-    return [step]
+    return [step] if force or not verdict.valid else []
 
 
 def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_root: Path | None, runtime: Runtime,

@@ -77,9 +77,9 @@ def sizes_of(dataset: Dataset) -> Sizes:
     return [(width, height, count) for (width, height), count in sorted(counts.items())]
 
 
-def remember_sizes(folder: Path, config: DataConfig, dataset: Dataset, root: Path | None) -> None:
+def remember_sizes(folder: Path, config: DataConfig, sizes: Sizes, root: Path | None) -> None:
     """Keep the sizes of a training split, just looked at, for ``altopt plan``, which has no time to look."""
-    write_text_atomic(folder / SIZES, json.dumps({"key": _key(config, root), "sizes": sizes_of(dataset)}))
+    write_text_atomic(folder / SIZES, json.dumps({"key": _key(config, root), "sizes": sizes}))
 
 
 def known_sizes(folder: Path, config: DataConfig, root: Path | None) -> Sizes | None:

@@ -63,7 +63,7 @@ def test_sizes_of_shapes_need_no_look(tmp_path):
 
 def test_sizes_of_files_are_known_once_they_were_looked_at(tmp_path):
     assert known_sizes(tmp_path, VOC, tmp_path) is None
-    remember_sizes(tmp_path, VOC, open_dataset(SHAPES, "train", None), tmp_path)
+    remember_sizes(tmp_path, VOC, sizes_of(open_dataset(SHAPES, "train", None)), tmp_path)
     assert known_sizes(tmp_path, VOC, tmp_path) == [(96, 80, 6)]
     assert known_sizes(tmp_path, VOC, tmp_path / "elsewhere") is None
     assert known_sizes(tmp_path, DataConfig(format="voc", train=("train",), test=()), tmp_path) is None
