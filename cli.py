@@ -45,8 +45,8 @@ PROTOCOLS = ("voc07", "voc10", "coco")
 GROUPS = {
     "train": ("run-all", "stage", "compare"),
     "look": ("plan", "status", "recall", "probe"),
-    "use": ("evaluate", "score", "compare-published"),
-    "data": ("fetch", "proposals"),
+    "use": ("predict", "evaluate", "score", "compare-published", "export"),
+    "data": ("check-data", "fetch", "proposals"),
     "keep": ("recipes", "recipe"),
 }
 RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
@@ -228,6 +228,48 @@ def evaluate(options: Options, network: str | None, protocol: str | None, as_jso
 
 
 @main.command()
+@click.argument("network")
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path),
+                metavar="IMAGE|FOLDER|LIST...")
+@option("--run", "run_name", metavar="NAME", help="The folder runs/NAME that M5 or M1+M2 lie in. Default: shapes.")
+@option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting of detection, e.g. detect.nms=0.5.")
+@option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("predictions"), metavar="DIR",
+        help="Where to write.")
+@option("--score", type=click.FloatRange(0, 1), default=0.5, help="Draw and write what has this score or a higher one.")
+@option("--csv", "as_csv", is_flag=True, help="Write results.csv too.")
+@option("--yolo", "as_yolo", is_flag=True, help="Write labels/NAME.txt too, and classes.txt.")
+@option("--json", "as_json", is_flag=True, help="Print the COCO results as JSON.")
+@with_options(WORK_OPTIONS[:2])
+def predict(options: Options, network: str, inputs: tuple[Path, ...], out: Path, score: float, as_csv: bool,
+            as_yolo: bool, as_json: bool) -> None:
+    """Detect on images of any origin, draw what is found, and write it as COCO results.
+
+    NETWORK is M5 of a run, or M1+M2 for the RPN of M1 and the detector of M2; a .safetensors file anywhere; or a run's
+    folder or name, for its final network. Detection's settings are those of the recipe in the network's folder, else
+    the defaults. No data set is needed, and nothing is written beside the network or the images.
+
+    Images are JPEG, PNG, WebP, BMP or TIFF, turned as their EXIF data says; a folder is looked through with those below
+    it; a LIST is a text file with a path on each line, from its own folder. DIR gets each image under its path below
+    the folder that holds all inputs, so equal names do not collide, and results.json, which names images in the same
+    way. A second run writes over what the first has written, which predict.json lists, and over nothing else.
+
+    \b
+    altopt predict M5 photo.jpg
+    altopt predict M1+M2 photos --run mine --score 0.7 --csv
+    altopt predict models/M5.safetensors photos more/list.txt --out found --set detect.nms=0.5
+    """
+    from altopt.errors import DataError
+    from stages.pipeline.prediction import predict as predict_images
+
+    found = predict_images(network, inputs, run=options.run_name, sets=options.sets, out=out, score=score,
+                           as_csv=as_csv, as_yolo=as_yolo, runtime=options.runtime())
+    print_result(found.results() if as_json else found, as_json, lambda _: found.text())
+    if count := len(found.unusable):
+        raise DataError(f"{count} of {len(found.unusable) + len(found.found)} images could not be used: the warnings "
+                        "above say which, and why")
+
+
+@main.command()
 @click.argument("ground_truth", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("detections", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @option("--protocol", type=click.Choice(PROTOCOLS), required=True, help="11 points, area, or COCO's twelve numbers.")
@@ -267,6 +309,30 @@ def recall(options: Options, proposals: str, limits: tuple[int, ...], as_json: b
     from stages.pipeline.evaluation import recall as recall_of
 
     print_result(recall_of(options.open_run(), proposals.upper(), limits), as_json, recall_table)
+
+
+@main.command("check-data", cls=click.Command)
+@with_options(RUN_OPTIONS[1:])
+@JSON_OPTION
+def check_data(recipe: str | None, run_name: str | None, sets: tuple[str, ...], data_root: Path | None,
+               as_json: bool) -> None:
+    """Look at every image and object of both splits, and list all that is wrong; exit code 3 if anything is.
+
+    Without --recipe or --run the data set is what lies in --data-root: its format and splits are found by looking.
+
+    \b
+    altopt check-data --data-root mydata
+    altopt check-data --data-root mydata --set data.exif=apply
+    altopt check-data --recipe voc07-vgg16 --json
+    """
+    from altopt.errors import DataError
+    from stages.console.checking import check_lines
+    from stages.pipeline.checking import check_data as look
+
+    check = look(recipe, run_name, sets, data_root)
+    print_result(check.as_dict(), as_json, lambda _: check_lines(check))
+    if any(each.severity == "problem" for each in check.findings):
+        click.get_current_context().exit(DataError.exit_code)
 
 
 @main.group()
@@ -428,6 +494,34 @@ def fetch(name: str, data_root: Path | None, archives: tuple[Path, ...], mirrors
 def fetch_voc07(ctx: click.Context, /, **options: object) -> None:
     """Fetch PASCAL VOC 2007, as altopt fetch voc07 does."""
     ctx.invoke(fetch, name="voc07", **options)
+
+
+@main.command("export")
+@click.argument("what", metavar="M5|D5|data")
+@option("--format", "form", type=click.Choice(["torchvision", "onnx", "coco", "voc-comp4"]), required=True,
+        help="A network: torchvision, onnx. Detections: coco, voc-comp4. The data set: coco.")
+@option("--out", type=click.Path(path_type=Path), help="The file, or the folder of several. Default: named after both.")
+@option("--force", is_flag=True, help="Write over what is there.")
+@with_options(RUN_OPTIONS)
+@JSON_OPTION
+def export_what(options: Options, what: str, form: str, out: Path | None, force: bool, as_json: bool) -> None:
+    """Write a network, detections or the data set for other programs.
+
+    torchvision is a folder: weights.pth, a state dict; detector.json, its settings; altopt_detector.py, which makes a
+    Faster R-CNN of torchvision's of them and needs nothing else. onnx is one file, from an image's pixels to its
+    detections, which ONNX Runtime runs. Beside M5 of the run, a network may be any .safetensors file. data is both
+    splits as COCO json.
+
+    \b
+    altopt export M5 --format torchvision
+    altopt export M5 --format onnx --set detect.score=0.3 --out detector.onnx
+    altopt export D5 --format voc-comp4
+    altopt export data --format coco
+    """
+    from stages.pipeline.exporting import export
+
+    result = export(what, form, open_run=options.open_run, sets=options.sets, out=out, force=force)
+    print_result(result, as_json, lambda result: "\n".join(result["files"]))
 
 
 @main.command("compare-published")

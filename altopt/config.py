@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isfinite, isnan
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack, cast, get_args
+from typing import TYPE_CHECKING, Literal, Self, TypedDict, TypeVar, Unpack, cast, get_args
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -84,6 +84,7 @@ def _problem(value: object, bounds: Bounds, values: dict[str, object]) -> str | 
     return None
 
 
+WARMUP_SHARE = 5  # of a run whose length follows from its images, a fifth
 SHARE = Bounds(at_least=0, at_most=1)
 SIZES = Bounds(above=0, non_empty=True, distinct=True)
 SAMPLING = "Fast R-CNN, section 2.3, as R-CNN and SPP-net before it"
@@ -150,6 +151,8 @@ class TrainingConfig(Precision):
     """One run of the training loop."""
 
     iterations: int = setting(80_000, SOLVER, at_least=0)
+    visits: float = setting(0.0, "chosen: 0, as many iterations as said; else of each image, in iterations' place",
+                            at_least=0)
     images_per_batch: int = setting(1, "py-faster-rcnn TRAIN.IMS_PER_BATCH", at_least=1)
     lr: float = setting(1e-3, SOLVER, above=0)
     schedule: Literal["step", "one-cycle"] = setting("step", SOLVER)
@@ -164,6 +167,16 @@ class TrainingConfig(Precision):
     clip_gradient: float = setting(0.0, "py-faster-rcnn has none (0 is none)", at_least=0)
     flips: bool = setting(True, "py-faster-rcnn TRAIN.USE_FLIPPED: mirror images are further entries, not a coin toss")
     seed: int = setting(3, "py-faster-rcnn RNG_SEED", at_least=0)
+
+    def for_images(self, count: int) -> Self:
+        """Return the config of a run over so many images: with the iterations that its ``visits`` come to, if any.
+
+        A short run warms up in a fifth of its iterations at most.
+        """
+        if not self.visits:
+            return self
+        iterations = max(1, round(self.visits * count / self.images_per_batch))
+        return replace(self, iterations=iterations, warmup=min(self.warmup, iterations // WARMUP_SHARE))
 
 
 @dataclass(frozen=True, kw_only=True)

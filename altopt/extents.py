@@ -6,6 +6,8 @@ So ``altopt plan`` can say at once how much room feature maps will take.
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
+from itertools import count
 
 from altopt.config import NetworkConfig
 from altopt.layers import LAYERS, KernelGeometry
@@ -43,9 +45,17 @@ def shape_behind(name: str, size: tuple[int, int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
+@cache
+def shortest_side(name: str) -> int:
+    """Return the fewest pixels of a side in the input frame that a network takes: those of one place of its map."""
+    # A network that pads by more than its strides would make a map of an image of one pixel, from padding alone.
+    stride = math.prod(layer.window.stride for layer in LAYERS[name] if layer.window)
+    return next(side for side in count(stride) if min(shape_behind(name, (side, side))))
+
+
 def maps_bytes(sizes: Iterable[tuple[int, int, int]], network: NetworkConfig, flips: bool, precision: str) -> int:
     """Return the room that the maps of images take, given as (width, height, how many of them)."""
-    values = sum(count * math.prod(map_shape(network, (width, height))) for width, height, count in sizes)
+    values = sum(number * math.prod(map_shape(network, (width, height))) for width, height, number in sizes)
     return values * VALUE_BYTES[precision] * (2 if flips else 1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from own_photographs import photographs
 from tiny_runs import ARTIFACTS, TINY, hashes, write_recipe
 
 import cli
@@ -206,8 +207,7 @@ def test_a_file_in_the_place_of_the_feature_folder(altopt, copied):
 
 
 def test_a_test_split_that_is_not_there_is_missed_before_the_first_stage(altopt, workplace):
-    lists = workplace / "VOC2007" / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
+    photographs(workplace / "VOC2007", trainval="ab")
     answer = altopt("run-all", "--recipe", "tiny.toml", "--data-root", ".", "--set", "data.format=voc",
                     "--set", 'data.train=["VOC2007/trainval"]', "--set", 'data.test=["VOC2007/test"]')
     assert answer.code == 3
@@ -477,7 +477,7 @@ def test_divergence_exits_with_5_and_keeps_the_batch(altopt, copied):
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
 def test_lack_of_memory_exits_with_6(altopt, copied, monkeypatch, error):
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         raise error
 
     monkeypatch.setattr("altopt.training.loop.make_batch", fail)
@@ -487,7 +487,7 @@ def test_lack_of_memory_exits_with_6(altopt, copied, monkeypatch, error):
 
 
 def test_other_errors_are_bugs_and_keep_their_traceback(altopt, copied, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr("altopt.training.loop.make_batch", fail)
@@ -496,7 +496,7 @@ def test_other_errors_are_bugs_and_keep_their_traceback(altopt, copied, monkeypa
 
 
 def test_full_disk_exits_with_6(altopt, copied, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("cache.files.os.fsync", fail)

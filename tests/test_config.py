@@ -1,9 +1,9 @@
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pytest
 
-from altopt.config import bounds_of, out_of_bounds, setting
+from altopt.config import TrainingConfig, bounds_of, out_of_bounds, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +57,11 @@ def test_another_default_keeps_the_bounds():
 
 def test_field_without_bounds():
     assert bounds_of(Fence, "free") == {}
+
+
+def test_visits_of_an_image_decide_the_iterations():
+    config = TrainingConfig(visits=4, images_per_batch=2, warmup=200, iterations=7)
+    assert (config.for_images(300).iterations, config.for_images(300).warmup) == (600, 120)
+    assert (config.for_images(10_000).iterations, config.for_images(10_000).warmup) == (20_000, 200)
+    assert config.for_images(0).iterations == 1
+    assert replace(config, visits=0.0).for_images(300).iterations == 7

@@ -96,14 +96,25 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
                 proposals: np.ndarray | None = None) -> Sample:
     """Read one image with its usable objects, and proposals given in the original frame (float32 [K, 4])."""
     image = dataset.image(id)
-    width = image.shape[1]
-    scale = scale_of((width, image.shape[0]), network.short_side, network.max_side)
+    pixels, scale = _in_input_frame(image, network, flipped=flipped)
+    return _sample(dataset, id, flipped, pixels, scale, image.shape[1], proposals)
+
+
+def image_sample(id: str, image: np.ndarray, network: NetworkConfig) -> Sample:
+    """Return an image of any origin, uint8 RGB [H, W, 3], as the network sees it; it has no objects."""
+    pixels, scale = _in_input_frame(image, network)
+    return Sample(id, False, pixels, scale, torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
+
+
+def _in_input_frame(image: np.ndarray, network: NetworkConfig, *, flipped: bool = False) -> tuple[Tensor, float]:
+    """Return an image's pixels in the input frame, uint8 ``Tensor[3, H, W]``, and its scale."""
+    height, width = image.shape[:2]
+    scale = scale_of((width, height), network.short_side, network.max_side)
     pixels = resized(image, scale)
     # Mirrored after it was resized: then the mirror image is the image mirrored, to the last bit.
     if flipped:
         pixels = pixels[:, ::-1]
-    turned = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, H, W)
-    return _sample(dataset, id, flipped, turned, scale, width, proposals)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), scale  # (3, H, W)
 
 
 def stored_sample(dataset: Dataset, id: str, network: NetworkConfig, features: Tensor, *, flipped: bool = False,

@@ -9,7 +9,7 @@ of needs neither, so ``altopt plan`` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+    from altopt.datasets.checking import Look
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_FLAGS = {"": False, **dict.fromkeys(("0", "false", "no"), False), **dict.fromkeys(("1", "true", "yes"), True)}
 Json = dict[str, Any]  # an object of a json file, whose fields may hold anything
 
 
@@ -95,7 +98,7 @@ class Dataset(Protocol):
         """Return (width, height) in pixels."""
 
     def image(self, image_id: str) -> NDArray[np.uint8]:
-        """Return the pixels, RGB [H, W, 3], as stored: EXIF orientation is ignored. DataError when unreadable."""
+        """Return the pixels, RGB [H, W, 3]. DataError when unreadable."""
 
     def objects(self, image_id: str) -> Objects:
         """Return the objects, in arrays of the caller's own; DataError when one cannot be used nor be left out."""
@@ -106,38 +109,59 @@ class Dataset(Protocol):
     def description(self) -> Json:
         """Return, JSON-able, what defines the data set beside its files."""
 
+    def look(self) -> Look:
+        """Look at every image and object; return all that is found, problems too, and the numbers."""
+
     def check(self) -> list[str]:
         """Look at every image and object; return warnings, raise one DataError that names the first problem."""
 
 
+Exif = Literal["error", "apply", "ignore"]
+VocBoxes = Literal["inclusive-1", "inclusive-0", "xyxy"]  # named as the formats of proposals are
 NAMES = Bounds(non_empty=True, distinct=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which data set; the spelling of a split is explained in the module of its format."""
+    """Which data set; the spelling of a split is explained in the module of its format.
 
-    format: Literal["voc", "coco", "shapes"]
+    Format, train and test may be "auto" in a recipe: a run puts in what it finds in its data root.
+    """
+
+    format: Literal["voc", "coco", "yolo", "shapes", "auto"]
     train: tuple[str, ...] = field(metadata={"bounds": NAMES})
     test: tuple[str, ...] = field(metadata={"bounds": NAMES})
     classes: tuple[str, ...] = setting((), "the format's own rule", distinct=True)
     invalid: Literal["error", "leave-out"] = setting("error", "an object that cannot be used is an error")
+    exif: Literal["error", "apply", "ignore"] = setting(
+        "error", "boxes on an image that EXIF turns may count either way")
+    box_format: Literal["inclusive-1", "inclusive-0", "xyxy"] = setting(
+        "inclusive-1", "of voc only: as the devkit counts")
     width: int = setting(320, "of shapes only", at_least=16)
     height: int = setting(240, "of shapes only", at_least=16)
     seed: int = setting(0, "of shapes only", at_least=0)
 
 
-def to_coco(dataset: Dataset) -> Json:
+def as_flag(value: object) -> bool | None:
+    """Return a flag of an annotation, be it a number, a text, or a boolean; None for what is none of these."""
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def to_coco(dataset: Dataset, file_name: Callable[[str], str] | None = None) -> Json:
     """Return the ground truth as the content of a COCO json file, with "difficult" 0 or 1 as an extension.
 
-    Boxes are [x, y, width, height], continuous; image ids are ``coco_image_id``'s.
+    Boxes are [x, y, width, height], continuous; image ids are ``coco_image_id``'s. ``file_name`` says where an image
+    lies; without it the json names no files.
     """
     images: list[Json] = []
     annotations: list[Json] = []
     for image_id in dataset.ids:
         (width, height), objects = dataset.size(image_id), dataset.objects(image_id)
         coco_id = dataset.coco_image_id(image_id)
-        images.append({"id": coco_id, "width": width, "height": height})
+        named = {} if file_name is None else {"file_name": file_name(image_id)}
+        images.append({"id": coco_id, "width": width, "height": height, **named})
         for i, (x1, y1, x2, y2) in enumerate(objects.boxes.tolist()):
             annotations.append({
                 "id": len(annotations) + 1,  # from 1: pycocotools takes a match with id 0 for none

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from altopt.datasets.checking import Look
 from altopt.datasets.dataset import Json, Objects
 from altopt.errors import UsageError
 
@@ -89,6 +90,11 @@ class ShapesDataset:
         """Return everything that the images depend on."""
         size = {"width": self._width, "height": self._height}
         return {"kind": "shapes", "generator": GENERATOR, "splits": list(self._splits), **size, "seed": self._seed}
+
+    def look(self) -> Look:
+        """Return the numbers that are known without drawing: nobody has counted the objects."""
+        sizes = dict.fromkeys(self.ids, (self._width, self._height))
+        return Look(self.name, images=len(self.ids), size_of=sizes, classes=None)
 
     def check(self) -> list[str]:
         """Return no warning: what is drawn is valid."""

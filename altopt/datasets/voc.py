@@ -1,18 +1,22 @@
-"""Data sets in the layout of PASCAL VOC: ImageSets/Main/<split>.txt, Annotations/<id>.xml, JPEGImages/<id>.jpg.
+"""Data sets with PASCAL VOC's annotations: an XML file for each image, with lists of the images or without.
 
 A split "2007_trainval" is the list trainval of the folder VOC2007, which lies in the root, in root/VOCdevkit, or is the
-root; a split "train" is that list of the root itself. A list names an image a line; a second column, the flag of VOC's
-per-class lists, is not read.
+root; a split "train" is that list of the root itself, ImageSets/Main/train.txt, and "cats/train" that of the folder
+cats. A list names an image a line. A second
+column, the flag of VOC's per-class lists, is not read: a line is taken for an id and a flag where only the id without
+the flag has files.
 
-The files count pixels from 1 and include the last: xmin..xmax becomes [xmin - 1, xmax]. Nothing is repaired.
-Objects are numbered from 1, in the order of the file.
+A split that ends in "/" is a folder without a list ("train/", "./" for the root): every image there that has an XML
+file. Images lie in JPEGImages, in images, or in the folder itself; XML files in Annotations, in annotations, or beside
+the images, or in annotations/train for images/train.
+
+VOC counts pixels from 1 and includes the last: xmin..xmax becomes [xmin - 1, xmax]. Files may count otherwise
+(``box_format``). Nothing is repaired. Objects are numbered from 1, in the order of the file.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -21,28 +25,53 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from altopt.datasets.dataset import IMAGE_SUFFIXES, Json
-from altopt.datasets.on_disk import Findings, Judged, OnDiskDataset, below, image_size, inside
+from altopt.datasets.checking import FileError, Finding, some
+from altopt.datasets.dataset import IMAGE_SUFFIXES, Json, as_flag
+from altopt.datasets.folders import FilesById
+from altopt.datasets.on_disk import (
+    NO_AREA,
+    NO_NUMBERS,
+    OUTSIDE,
+    UNKNOWN_CLASS,
+    Fault,
+    Judged,
+    OnDiskDataset,
+    below,
+    image_size,
+    near,
+    read_text,
+    short,
+)
 from altopt.errors import DataError
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+IMAGE_FOLDERS, XML_FOLDERS = ("JPEGImages", "images"), ("Annotations", "annotations")
+LISTS = Path("ImageSets", "Main")
 
 _YEAR_SPLIT = re.compile(r"(\d{4})_(.+)")
-_LIST_LINE = re.compile(r"(.+?)(?:\s+(?:-1|0|1))?")
+_FLAGGED = re.compile(r"(.+?)\s+(?:-1|0|1)")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-_MANY_ZEROS = 3  # objects with a coordinate 0 from which on the whole data set looks 0-based
+_TAGS = {"object", "name", "bndbox", "difficult", "size", "width", "height", *_CORNERS}
+_LARGEST = 2**31  # pixels: more is no size of an image
+# What first and last pixels, counted from 0 or 1, are in continuous coordinates.
+_SHIFTS = {"inclusive-1": (-1, 0), "inclusive-0": (0, 1), "xyxy": (0, 0)}
+_FORMATS = {"inclusive-1": "count pixels from 1", "inclusive-0": "count pixels from 0", "xyxy": "are continuous"}
+ADD_CLASS = "correct the name, or name the classes that you want in data.classes, which leaves others out"
 
 
 @dataclass(frozen=True)
 class Object:
-    """One <object> as the file spells it: corners are xmin, ymin, xmax, ymax, or None when not four numbers."""
+    """One <object> as the file spells it: corners are xmin, ymin, xmax, ymax, or None when not four numbers.
+
+    ``difficult`` is None when it is no flag.
+    """
 
     name: str
     corners: tuple[float, ...] | None
-    difficult: bool
+    difficult: bool | None
 
 
 @dataclass(frozen=True)
@@ -53,8 +82,21 @@ class Annotation:
     objects: tuple[Object, ...]
 
 
+class _Folder(NamedTuple):
+    annotations: FilesById
+    images: FilesById
+
+
+class _Split(NamedTuple):
+    """The list of a split, or None where it is a whole folder, and where its files lie."""
+
+    listed: Path | None
+    folder: _Folder
+    prefix: str  # of ids
+
+
 class VocDataset(OnDiskDataset):
-    """One or several splits of folders in VOC layout, all below ``root``.
+    """One or several splits of folders with VOC's XML files, all below ``root``.
 
     Classes are ``classes`` if given; else those of ``train``, the data set trained on; else VOC's twenty if every split
     names a year; else the sorted names found in the annotations.
@@ -65,16 +107,28 @@ class VocDataset(OnDiskDataset):
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Class names; DataError when they are to be found and an annotation cannot be read or none has an object."""
-        if self._asked:
-            return self._asked
-        if self._train is not None:
-            return self._train.classes
-        if self._class_source is None:
-            return VOC_CLASSES
-        found = {obj.name for image_id in self.ids for obj in self._annotation(image_id).objects} - {""}
-        if not found:
-            raise DataError(f"{self.name} has no object at all: name its classes, or choose another split")
-        return tuple(sorted(found))
+        source = self._class_source
+        if source is not None:
+            for image_id in source.ids:
+                source._annotation(image_id)
+            if not self._known:
+                raise DataError(f"{source.name} has no object at all: name its classes, or choose another split")
+        return self._known
+
+    @cached_property
+    def _known(self) -> tuple[str, ...]:
+        source = self._class_source
+        if source is None:
+            return self._asked or VOC_CLASSES
+        if source is not self:
+            return source._known
+        found: set[str] = set()
+        for image_id in self.ids:
+            try:
+                found.update(obj.name for obj in self._annotation(image_id).objects)
+            except DataError:  # who asks for the classes is told, and a look names each such file
+                continue
+        return tuple(sorted(found - {""}))
 
     @property
     def _class_source(self) -> VocDataset | None:
@@ -91,26 +145,36 @@ class VocDataset(OnDiskDataset):
     @property
     def ids(self) -> tuple[str, ...]:
         """Image ids in the order of the lists; DataError when an id occurs twice or a list is missing or empty."""
-        return tuple(self._folder_of)
+        return tuple(self._places)
 
     @cached_property
-    def _lists(self) -> list[tuple[Path, _Folder]]:
-        """Each split's list file and the folder that it is about."""
+    def _found_splits(self) -> list[_Split]:
         found = [_find_split(self._root, split) for split in self._splits]
         # One for each folder, however many lists are about it: it is read from the disk but once.
-        folders = {path: _Folder(_Files(self._root, path / "Annotations", (".xml",)),
-                                 _Files(self._root, path / "JPEGImages", IMAGE_SUFFIXES)) for path, _ in found}
-        return [(below(path / "ImageSets" / "Main", f"{name}.txt"), folders[path]) for path, name in found]
+        folders = {path: self._folder(path) for path, _ in found}
+        several = len(self._splits) > 1
+        return [_Split(_list_file(path, name), folders[path], "") if name else
+                _Split(None, folders[path], f"{path.relative_to(self._root).as_posix()}/" if several else "")
+                for path, name in found]
+
+    def _folder(self, path: Path) -> _Folder:
+        images, xml = layout(self._root, path)
+        return _Folder(FilesById(self._root, xml, (".xml",)), FilesById(self._root, images, IMAGE_SUFFIXES))
 
     @cached_property
-    def _folder_of(self) -> dict[str, _Folder]:
-        folders: dict[str, _Folder] = {}
-        for path, folder in self._lists:
-            for image_id in _read_list(path):
-                if image_id in folders:
-                    raise DataError(f"{path}: image {image_id} occurs twice in {self.name}: list it once")
-                folders[image_id] = folder
-        return folders
+    def _places(self) -> dict[str, tuple[_Folder, str]]:
+        """Where each image's files lie, and what they are called there."""
+        places: dict[str, tuple[_Folder, str]] = {}
+        for listed, folder, prefix in self._found_splits:
+            names = folder.images.names.keys() & folder.annotations.names.keys()
+            for name in sorted(names) if listed is None else _read_list(listed, folder):
+                if (image_id := prefix + name) in places:
+                    raise DataError(f"{listed or folder.images.folder}: image {image_id} occurs twice in {self.name}: "
+                                    "list it once")
+                places[image_id] = folder, name
+            if listed is None and not names:
+                raise DataError(_nothing_there(folder))
+        return places
 
     @cached_property
     def _parsed(self) -> dict[str, Annotation]:
@@ -119,7 +183,7 @@ class VocDataset(OnDiskDataset):
     def _annotation(self, image_id: str) -> Annotation:
         parsed = self._parsed.get(image_id)
         if parsed is None:
-            parsed = self._parsed[image_id] = parse_annotation(self._folder_of[image_id].annotations[image_id])
+            parsed = self._parsed[image_id] = parse_annotation(self._xml(image_id))
         return parsed
 
     def coco_image_id(self, image_id: str) -> int | str:
@@ -128,35 +192,80 @@ class VocDataset(OnDiskDataset):
 
     def size(self, image_id: str) -> tuple[int, int]:
         """Return the annotated (width, height), or the image's own where the annotation has none."""
-        return self._annotation(image_id).size or image_size(self._path(image_id))
+        return self._annotation(image_id).size or image_size(self.path(image_id), self._exif)
 
-    def _path(self, image_id: str) -> Path:
-        return self._folder_of[image_id].images[image_id]
+    def path(self, image_id: str) -> Path:
+        """Return where an image lies."""
+        folder, name = self._places[image_id]
+        return folder.images[name]
+
+    def _xml(self, image_id: str) -> Path:
+        folder, name = self._places[image_id]
+        return folder.annotations[name]
 
     def _judged(self, image_id: str) -> Iterator[Judged]:
-        size, path = self.size(image_id), self._folder_of[image_id].annotations[image_id]
-        for number, obj in enumerate(self._annotation(image_id).objects, 1):
-            called = f"{path}, object {number} ({obj.name})"
-            if problem := _problem(obj, size, self.classes):
-                yield Judged(called, problem)
-                continue
-            xmin, ymin, xmax, ymax = obj.corners or ()
-            # A file that excludes the last pixel looks like this too, and then the object is nothing at all.
-            thin = [f"{axis}min = {axis}max = {low:g}" for axis, low, high in (("x", xmin, xmax), ("y", ymin, ymax))
-                    if low == high]
-            warning = f"{' and '.join(thin)}: one pixel, or nothing if the file means to exclude the last one"
-            # The pixels xmin..xmax, counted from 1, cover [xmin - 1, xmax].
-            yield Judged(called, None, warning if thin else None, (xmin - 1, ymin - 1, xmax, ymax),
-                         self.classes.index(obj.name), obj.difficult)
+        path, annotation = self._xml(image_id), self._annotation(image_id)
+        if not annotation.objects:
+            return
+        size = self.size(image_id)
+        for number, obj in enumerate(annotation.objects, 1):
+            called = f"object {number} ({short(obj.name)})"
+            normalised = _is_normalised(obj, size)
+            if self._asked and obj.name not in self._known:
+                yield Judged(path, called, left_out=obj.name)
+            elif problem := self._problem(obj, size):
+                yield Judged(path, called, problem, normalised=normalised)
+            else:
+                first, last = _SHIFTS[self._box_format]
+                xmin, ymin, xmax, ymax = obj.corners or ()
+                box = (xmin + first, ymin + first, xmax + last, ymax + last)
+                yield Judged(path, called, None, self._thin(obj), box, self._known.index(obj.name),
+                             bool(obj.difficult), normalised=normalised)
+
+    def _thin(self, obj: Object) -> Fault | None:
+        xmin, ymin, xmax, ymax = obj.corners or ()
+        # A file that excludes the last pixel looks like this too, and then the object is nothing at all.
+        thin = [f"{axis}min = {axis}max = {low:g}" for axis, low, high in (("x", xmin, xmax), ("y", ymin, ymax))
+                if low == high]
+        if not thin:
+            return None
+        return Fault("box of one pixel", f"{' and '.join(thin)}: one pixel, or nothing if the file means to exclude "
+                     "the last one")
+
+    def _problem(self, obj: Object, size: tuple[int, int]) -> Fault | None:
+        """Say by which rule the object cannot be used in an image of this (width, height), if so."""
+        if obj.name not in self._known:
+            source = self._class_source
+            why = f" of {source.name}" if source is not None and source is not self else ""
+            return Fault(UNKNOWN_CLASS, f'"{short(obj.name)}" is not one of the {len(self._known)} classes{why}'
+                         f"{near(obj.name, self._known)}", ADD_CLASS)
+        if obj.difficult is None:
+            return Fault("flag", "its difficult is not 0 or 1")
+        if obj.corners is None:
+            return NO_NUMBERS._replace(text="its bndbox is not four numbers")
+        first, last = _SHIFTS[self._box_format]
+        xmin, ymin, xmax, ymax = obj.corners
+        swapped = " (it would fit with width and height swapped)" if xmax <= size[1] and ymax <= size[0] else ""
+        for axis, low, high, extent in (("x", xmin, xmax, size[0]), ("y", ymin, ymax, size[1])):
+            if high < low:
+                return Fault(NO_AREA, f"{axis}max {high:g} is less than {axis}min {low:g}")
+            if high + last <= low + first:
+                return Fault(NO_AREA, f"{axis}max {high:g} is {axis}min")
+            if low + first < 0:
+                start = "VOC coordinates start at 1" if self._box_format == "inclusive-1" else "it must be at least 0"
+                return Fault(OUTSIDE, f"{axis}min {low:g}: {start}")
+            if high + last > extent:
+                return Fault(OUTSIDE, f"{axis}max {high:g} lies outside the image of {size[0]} x {size[1]}{swapped}")
+        return None
 
     def files(self) -> list[Path]:
         """Return lists, annotations and images; also the annotations trained on where the classes are found there."""
-        files = [path for path, _ in self._lists]
-        for image_id, folder in self._folder_of.items():
-            files += [folder.annotations[image_id], folder.images[image_id]]
+        files = [split.listed for split in self._found_splits if split.listed is not None]
+        for folder, name in self._places.values():
+            files += [folder.annotations[name], folder.images[name]]
         source = self._class_source
         if source is not None and source is not self:
-            files += [folder.annotations[image_id] for image_id, folder in source._folder_of.items()]
+            files += [source._xml(image_id) for image_id in source.ids]
         return files
 
     def description(self) -> Json:
@@ -165,53 +274,87 @@ class VocDataset(OnDiskDataset):
         classes = list(self._asked) if source is None else {"found in": list(source._splits)}
         return super().description() | {"classes": classes}
 
-    def check(self) -> list[str]:
-        """Check every image's header and every object; see ``Dataset.check``."""
-        _ = self.classes  # where they must be found, a file that cannot be parsed is reported once
-        return super().check()
+    def _as_a_whole(self) -> Iterator[Finding]:
+        for listed, folder, _ in self._found_splits:
+            if listed is None:
+                yield from _without_partner(folder)
+        if missing := [image_id for image_id, annotation in self._parsed.items() if annotation.size is None]:
+            yield Finding("no size", f"{self._xml(missing[0])}: no size given, the image's own is taken"
+                          + (f"; so it is in {len(missing) - 1} other files" if len(missing) > 1 else ""), "warning",
+                          str(self._xml(missing[0])))
+        fractional = sum(any(value % 1 for value in obj.corners) for obj in self._boxes)
+        if self._box_format != "xyxy" and 2 * fractional > len(self._boxes):
+            yield Finding("fractions of pixels", f"{self.name}: {fractional} of {len(self._boxes)} objects have "
+                          "fractions of pixels, as continuous coordinates have: if they are, set "
+                          'data.box_format = "xyxy"', "warning")
 
-    def _as_a_whole(self) -> tuple[Findings, str]:
-        missing = [f"{self._folder_of[image_id].annotations[image_id]}: no size given, the image's own is taken"
-                   for image_id, annotation in self._parsed.items() if annotation.size is None]
-        zeros = sum(obj.corners is not None and 0 in obj.corners
-                    for annotation in self._parsed.values() for obj in annotation.objects)
-        hint = f"{zeros} objects start at 0, so these files seem to count from 0: add 1 to all their coordinates"
-        return Findings(warnings=missing), hint if zeros >= _MANY_ZEROS else ""
+    @property
+    def _boxes(self) -> list[_Box]:
+        """Every object with its four numbers and its image's size."""
+        return [_Box(obj.corners, annotation.size) for annotation in self._parsed.values()
+                for obj in annotation.objects if obj.corners is not None and annotation.size is not None]
+
+    def _hints(self) -> dict[str, str]:
+        hints = {}
+        boxes = self._boxes
+        zeros = sum(0 in box.corners[:2] for box in boxes)
+        ones = sum(1 in box.corners[:2] for box in boxes)
+        ends = sum(box.corners[2] == box.size[0] or box.corners[3] == box.size[1] for box in boxes)
+        fractional = sum(any(value % 1 for value in box.corners) for box in boxes)
+        likely = "inclusive-1" if zeros <= ones else "xyxy" if ends or fractional else "inclusive-0"
+        if likely != self._box_format and zeros + ones:
+            hints[OUTSIDE] = (f"of {len(boxes)} objects {zeros} start at 0, {ones} at 1, and {ends} end at the image's "
+                              f'width or height: if the files {_FORMATS[likely]}, set data.box_format = "{likely}"')
+        names = sorted({obj.name for annotation in self._parsed.values() for obj in annotation.objects} - {""})
+        if self._class_source is None and names:
+            hints[UNKNOWN_CLASS] = ("if the data set has classes of its own, set data.classes = "
+                                    f"[{', '.join(map(_quoted, names))}]")
+        return hints
 
 
-class _Files:
-    """The files of one folder by image id; their extensions are of either case."""
+def layout(root: Path, folder: Path) -> tuple[Path, Path]:
+    """Return where the images and the XML files of a folder below the root lie."""
+    images = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder)
+    candidates = [folder / name for name in XML_FOLDERS]
+    parts = folder.relative_to(root).parts
+    for place, part in enumerate(parts):
+        if part in IMAGE_FOLDERS:  # images/train has its files in annotations/train
+            candidates += [root.joinpath(*parts[:place], name, *parts[place + 1:]) for name in XML_FOLDERS]
+    return images, next((path for path in candidates if path.is_dir()), images)
 
-    def __init__(self, root: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
-        self._root, self._folder, self._suffixes = root, folder, suffixes
 
-    def __getitem__(self, image_id: str) -> Path:
-        found = self._names.get(image_id, [])
-        if len(found) != 1:
-            cause = f"{len(found)} files are called" if found else "no file is called"
-            remedy = "leave one" if found else "bring it, or take the id off the list"
-            raise DataError(f"{self._folder}: {cause} {image_id!r}, as a list in ImageSets/Main says: {remedy}")
-        name, is_link = found[0]
-        return inside(self._root, self._folder, name) if is_link else self._folder / name
+class _Box(NamedTuple):
+    corners: tuple[float, ...]
+    size: tuple[int, int]
 
-    @cached_property
-    def _names(self) -> dict[str, list[tuple[str, bool]]]:
-        """By stem the names of files, and whether each is a link."""
-        names: dict[str, list[tuple[str, bool]]] = {}
+
+def _quoted(name: str) -> str:
+    return f'"{short(name)}"'
+
+
+def _nothing_there(folder: _Folder) -> str:
+    images, xml = folder.images, folder.annotations
+    return (f"{images.folder} holds no image with an xml file: images are looked for there, and xml files in "
+            f"{xml.folder} (found: {len(images.names)} images, {len(xml.names)} xml files): choose another split")
+
+
+def _without_partner(folder: _Folder) -> Iterator[Finding]:
+    """Yield what is found of the images and XML files of a folder that belong to nothing."""
+    images, xml = folder.images, folder.annotations
+    if alone := sorted(images.names.keys() - xml.names.keys()):
+        yield Finding("image without xml", f"{images.folder}: {len(alone)} images have no xml file and are left out: "
+                      f"{some(alone)}", "warning", str(images.folder))
+    for name in sorted(xml.names.keys() - images.names.keys()):
         try:
-            with os.scandir(self._folder) as entries:
-                for entry in entries:
-                    stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a Path for each takes five times longer)
-                    if suffix.lower() in self._suffixes:
-                        names.setdefault(stem, []).append((entry.name, entry.is_symlink()))
-        except OSError as error:
-            raise DataError(f"{self._folder} cannot be listed ({error.strerror}): VOC's layout needs it") from error
-        return names
+            images[name]
+        except DataError as error:
+            yield Finding("xml without image", str(error), "problem", str(xml.folder / f"{name}.xml"))
 
 
-class _Folder(NamedTuple):
-    annotations: _Files
-    images: _Files
+def _is_normalised(obj: Object, size: tuple[int, int]) -> bool:
+    corners = obj.corners
+    return (corners is not None and min(size) > 2 and min(corners) >= 0 and max(corners) <= 1
+            and any(value % 1 for value in corners))
 
 
 def parse_annotation(path: Path) -> Annotation:
@@ -219,18 +362,45 @@ def parse_annotation(path: Path) -> Annotation:
     try:
         content = path.read_bytes()
         if b"<!ENTITY" in content.replace(b"\0", b""):  # zeros: of UTF-16; a few nested entities can fill the memory
-            raise DataError(f"{path} declares XML entities, which no annotation needs: remove its DOCTYPE")
+            raise _error(path, f"{path} declares XML entities, which no annotation needs: remove its DOCTYPE")
         tree = ET.fromstring(content)
     except (OSError, ET.ParseError, ValueError, LookupError) as error:
-        raise DataError(f"{path} cannot be read ({error}): replace it") from error
+        raise _error(path, f"{path} cannot be read ({error}): replace it") from error
+    _check_tags(path, tree)
     size = tree.find("size")
     try:
         shape = None if size is None else (int(size.findtext("width", "")), int(size.findtext("height", "")))
     except ValueError:
-        raise DataError(f"{path}: its size is not two whole numbers: correct or remove the element") from None
+        raise _error(path, f"{path}: its size is not two whole numbers: correct or remove the element") from None
     if shape == (0, 0):  # how some tools write that they do not know
         shape = None
+    if shape is not None and not 0 < min(shape) <= max(shape) < _LARGEST:
+        raise _error(path, f"{path}: its size {' x '.join(map(short, shape))} is no image's: correct or remove the "
+                     "element")
     return Annotation(shape, tuple(_parse_object(node) for node in tree.findall("object")))
+
+
+def _check_tags(path: Path, tree: ET.Element) -> None:
+    """Raise DataError for tags that would be passed over: VOC's in capitals, and objects in another place."""
+    # Else what they hold would be background, without a word.
+    objects = tree.findall("object")
+    for node in (tree, *tree, *(child for obj in objects for child in obj.iter())):
+        local = node.tag.rpartition("}")[2]
+        if local != node.tag and local.lower() in _TAGS:
+            raise _error(path, f"{path} has its elements in a namespace of XML, VOC's are in none: remove the xmlns")
+        if local != local.lower() and local.lower() in _TAGS:
+            raise _error(path, f"{path} has <{short(local)}> in place of VOC's <{local.lower()}>: correct the tag")
+    if len(objects) != len(list(tree.iter("object"))):
+        raise _error(path, f"{path} has objects in another element than VOC's <annotation>: move them there")
+    known = {box for obj in objects for box in obj.iter("bndbox")}
+    for parent in tree.iter():
+        if any(child.tag == "bndbox" and child not in known for child in parent):
+            raise _error(path, f"{path} has a <bndbox> in <{short(parent.tag)}>, which is not VOC's <object>: correct "
+                         "the tag")
+
+
+def _error(path: Path, text: str) -> FileError:
+    return FileError("unreadable annotation", path, text)
 
 
 def _parse_object(node: ET.Element) -> Object:
@@ -239,34 +409,21 @@ def _parse_object(node: ET.Element) -> Object:
     except ValueError:
         corners = (math.nan,)
     finite = all(math.isfinite(corner) for corner in corners)
-    difficult = node.findtext("difficult", "0").strip() == "1"
-    return Object(node.findtext("name", "").strip(), corners if finite else None, difficult)
-
-
-def _problem(obj: Object, size: tuple[int, int], classes: tuple[str, ...]) -> str | None:
-    """Say by which rule the object cannot be used in an image of this (width, height), if so."""
-    if obj.name not in classes:
-        near = difflib.get_close_matches(obj.name, classes, 1)
-        return f'"{obj.name}" is not one of the {len(classes)} classes' + (f' (is it "{near[0]}"?)' if near else "")
-    if obj.corners is None:
-        return "its bndbox is not four numbers"
-    xmin, ymin, xmax, ymax = obj.corners
-    swapped = " (it would fit with width and height swapped)" if xmax <= size[1] and ymax <= size[0] else ""
-    for axis, low, high, extent in (("x", xmin, xmax, size[0]), ("y", ymin, ymax, size[1])):
-        if high < low:
-            return f"{axis}max {high:g} is less than {axis}min {low:g}"
-        if low < 1:
-            return f"{axis}min {low:g}: VOC coordinates start at 1"
-        if high > extent:
-            return f"{axis}max {high:g} lies outside the image of {size[0]} x {size[1]}{swapped}"
-    return None
+    return Object(node.findtext("name", "").strip(), corners if finite else None,
+                  as_flag(node.findtext("difficult", "0")))
 
 
 def _find_split(root: Path, split: str) -> tuple[Path, str]:
-    """Return the split's folder in VOC layout and the name of its list."""
+    """Return the folder that a split is about and the name of its list there; empty for a folder without one."""
+    if split.endswith("/") or split in ("", "."):
+        folder = below(root, split)
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder: a split that ends in / names one with images and xml files")
+        return folder, ""
     dated = _YEAR_SPLIT.fullmatch(split)
     if dated is None:
-        return root, split
+        inner, _, name = split.rpartition("/")
+        return below(root, inner), name
     year_folder = f"VOC{dated[1]}"
     candidates = [root / "VOCdevkit" / year_folder, root / year_folder]
     if root.resolve().name == year_folder or root.name == year_folder:
@@ -277,13 +434,28 @@ def _find_split(root: Path, split: str) -> tuple[Path, str]:
     raise DataError(f"{root} has no folder {year_folder}, nor VOCdevkit/{year_folder}: set the data root to its parent")
 
 
-def _read_list(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        lists = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt") if "_" not in other.stem)) or "none"
-        raise DataError(f"{path} is not a readable list of images: choose another split (here are {lists})") from error
-    ids = [match[1] for line in lines if (match := _LIST_LINE.fullmatch(line.strip()))]
+def _list_file(folder: Path, name: str) -> Path:
+    return below(folder / LISTS, f"{name}.txt")
+
+
+def _read_list(path: Path, folder: _Folder) -> list[str]:
+    if not path.is_file():
+        lists = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt") if "_" not in other.stem))
+        here = f"(here are {lists})" if lists else \
+            '(here are none; altopt split makes some, and "./" is the split of a whole folder)'
+        raise FileError("missing list", path, f"{path} is not a readable list of images: choose another split {here}")
+    ids = [_listed(line.strip(), folder) for line in read_text(path).splitlines() if line.strip()]
     if not ids:
-        raise DataError(f"{path} lists no image: fill it, or choose another split")
+        raise FileError("empty list", path, f"{path} lists no image: fill it, or choose another split")
     return ids
+
+
+def _listed(line: str, folder: _Folder) -> str:
+    """Return the id of a list's line, which may have a flag behind it, or the ending of the image's name."""
+    match = _FLAGGED.fullmatch(line)
+    for spelled in (line, match[1] if match else line):
+        stem, dot, suffix = spelled.rpartition(".")
+        for name in (spelled, stem if f"{dot}{suffix}".lower() in IMAGE_SUFFIXES else spelled):
+            if name in folder.images.names or name in folder.annotations.names:
+                return name
+    return match[1] if match and "  " in line else line

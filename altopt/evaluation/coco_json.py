@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from altopt.datasets.dataset import Json
+from altopt.datasets.dataset import Json, as_flag
 from altopt.errors import AltoptError
 
 JsonId = int | str
@@ -65,11 +65,11 @@ class JsonFile:
         return value
 
     def flag(self, place: str, entry: Json, field: str) -> bool:
-        """0 or 1; a missing field is 0."""
-        value = entry.get(field, 0)
-        if value not in (0, 1):
-            raise self.problem(place, f"has {field} {reprlib.repr(value)}: it must be 0 or 1")
-        return bool(value)
+        """0 or 1, also as a text or a boolean; a missing field is 0."""
+        flag = as_flag(entry.get(field, 0))
+        if flag is None:
+            raise self.problem(place, f"has {field} {reprlib.repr(entry[field])}: it must be 0 or 1")
+        return flag
 
     def box(self, place: str, entry: Json) -> tuple[float, float, float, float]:
         """The entry's ``bbox`` [x, y, width, height] as xyxy."""

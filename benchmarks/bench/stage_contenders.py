@@ -183,7 +183,7 @@ def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterat
 
     @torch.inference_mode()
     def detect(batch: Any, iteration: int) -> None:
-        detected(detector, detector, batch, place.dataset, detection)
+        detected(detector, detector, batch, [place.dataset.size(each.id) for each in batch.samples], detection)
 
     if "generate_proposals" in names:
         for store in (False, True):

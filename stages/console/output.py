@@ -63,7 +63,7 @@ def score_lines(result: "Mapping[str, object]") -> str:
     lines = [f"{result['protocol']}: {result['convention']}"]
     numbers = result.get("numbers")
     for name, value in numbers.items() if isinstance(numbers, dict) else ():
-        lines.append(f"{name:<8}{value if value is None else format(value, '.3f')}")
+        lines.append(f"{name:<9}{'-' if value is None else format(value, '.3f')}")
     return "\n".join(lines)
 
 

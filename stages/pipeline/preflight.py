@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from altopt.datasets.checking import Look
 from altopt.datasets.opening import open_dataset
 from altopt.errors import AltoptError, ArtifactError, ResourceError
 from altopt.extents import maps_bytes
 from altopt.machine.memory import memory_left
 from cache.preallocated import growing_path
 from cache.proposals import ProposalFile
-from stages.pipeline.run import Looked, Run, alone, given_places, import_given
+from stages.pipeline.run import Run, alone, given_places, import_given
 from stages.shared.events import Caution
-from stages.shared.feature_plan import freezes_all, gigabytes
+from stages.shared.feature_plan import counted, freezes_all, gigabytes
 from stages.shared.stage_config import CachesRegions, Split, StageConfig, Trains, TrainsOnData
 from stages.shared.step import Kind, Step
 from stages.steps.pretrained import LoadImageNetWeights, read_weights
@@ -236,29 +237,33 @@ def _output_bytes(run: Run, step: Step, config: StageConfig, weights: int) -> tu
     from stages.shared.footprint import hidden_size
 
     split, network = step.config_class.split, run.recipe.network
-    looked = run.check_split(split) if split else Looked([], 0)
+    look = run.check_split(split) if split else Look("")
     if step.kind is Kind.NETWORK:
         return weights, weights
     if step.kind in (Kind.PROPOSALS, Kind.TEST_PROPOSALS):
         limit = getattr(config, "post_nms", getattr(config, "proposals", 0))
-        return 0, looked.images * limit * PROPOSAL_BYTES
+        return 0, look.images * limit * PROPOSAL_BYTES
     if step.kind is Kind.FEATURES and config.scales:
         frames = network.at_scales(config.scales, getattr(config, "max_side", 0))
-        exact = sum(maps_bytes(looked.sizes, frame, getattr(config, "flips", False), getattr(config, "precision", ""))
-                    for frame in frames)
+        flips, precision = getattr(config, "flips", False), getattr(config, "precision", "float32")
+        exact = sum(maps_bytes(counted(look.size_of.values()), frame, flips, precision) for frame in frames)
         return exact, exact
     if isinstance(config, CachesRegions):
-        row = REGION_BYTES + 4 * looked.num_classes + hidden_size(network) * (4 if config.stored == "float32" else 2)
+        value_bytes = 4 if config.stored == "float32" else 2
+        row = REGION_BYTES + 4 * _num_classes(run, [step]) + value_bytes * hidden_size(network)
         path = run.path(step.inputs[-1])
         if path.is_file():  # else nobody knows yet how many there are
             rows = int(ProposalFile(path).counts.clip(max=config.proposals).sum())
             return rows * row, rows * row
-        return 0, looked.images * config.proposals * row
+        return 0, look.images * config.proposals * row
     return 0, 0
 
 
 def _num_classes(run: Run, steps: Sequence[Step]) -> int:
-    return next((run.check_split(split).num_classes for split in _splits(steps)), 0)
+    for split in _splits(steps):
+        classes = run.check_split(split).classes  # None where nobody counts them
+        return len(open_dataset(run.recipe.data, split, run.runtime.data_root).classes if classes is None else classes)
+    return 0
 
 
 def _memory(plans: Sequence[tuple[Run, Sequence[Step]]], device: str) -> Iterator[str]:
@@ -273,8 +278,8 @@ def _memory(plans: Sequence[tuple[Run, Sequence[Step]]], device: str) -> Iterato
     for run, steps in plans:
         for step in steps:
             config = run.recipe.config(step)
-            looked = run.check_split(config.split) if config.split else Looked([], 0)
-            need = footprint(config, run.recipe.network, looked.num_classes, looked.sizes)
+            look = run.check_split(config.split) if config.split else Look("")
+            need = footprint(config, run.recipe.network, _num_classes(run, [step]), counted(look.size_of.values()))
             if need is None:
                 continue
             count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if config.divided and device == "cpu" else 1

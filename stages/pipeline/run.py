@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from altopt.config import AnchorTargets
+from altopt.datasets.checking import Look, compare_splits
+from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, DataError, UsageError
 from altopt.machine.allocation import keep_freed_memory
@@ -17,9 +20,10 @@ from altopt.machine.determinism import fixed_order
 from altopt.machine.distributed import SingleProcess
 from cache.files import Memo, atomic_path, digest_files, link_or_copy, sha256_file, write_text_atomic
 from cache.records import JSON, Record, differences, plain, read_record, write_record
+from stages.pipeline.checking import look_at_split
 from stages.pipeline.recipe import Recipe, choose_recipe, nearest
 from stages.shared.events import Caution, Event, Finished, ImagesDone, Note, Reason, Started, ignore_event
-from stages.shared.feature_plan import Sizes, remember_sizes, sizes_of
+from stages.shared.feature_plan import remember_sizes
 from stages.shared.stage_config import Split
 from stages.shared.step import Kind, Runtime, Step, file_name
 from stages.steps.pretrained import import_weights
@@ -42,19 +46,6 @@ class Verdict:
         return self.state in ("done", "given", "not needed")
 
 
-@dataclass(frozen=True)
-class Looked:
-    """What is known of a split after every image and object of it was looked at."""
-
-    sizes: Sizes
-    num_classes: int
-
-    @property
-    def images(self) -> int:
-        """How many there are."""
-        return sum(count for *_, count in self.sizes)
-
-
 class Run:
     """A run folder, and the recipe that its artifacts should follow."""
 
@@ -62,7 +53,7 @@ class Run:
         self.folder, self.recipe, self.runtime = folder, recipe, runtime
         self.memo = Memo(folder / ".hashes.json")
         self._data: dict[Split, str | None] = {}  # a command looks at a data set once: it may be 100,000 files
-        self._checked: dict[Split, Looked] = {}
+        self._looks: dict[Split, Look] = {}
         self._remembered = False
 
     @property
@@ -165,6 +156,11 @@ class Run:
         if isinstance(data := fingerprint.get("data"), dict):
             # Else to evaluate on another test set would make all networks stale.
             data.pop("test" if step.config_class.split == "train" else "train")
+            # Fields that came later: what was made without them was made as their defaults have it.
+            usual = DataConfig(format="voc", train=(), test=())
+            for name in ("exif", "box_format"):
+                if data[name] == getattr(usual, name):
+                    del data[name]
         return fingerprint
 
     def check_data(self, step: Step) -> None:
@@ -172,24 +168,40 @@ class Run:
         split = step.config_class.split
         if split is None:
             return
-        looked = self.check_split(split)
+        look = self.check_split(split)
         if split == "train" and not self._remembered:
-            remember_sizes(self.folder, self.recipe.data, looked.sizes, self.runtime.data_root)
+            remember_sizes(self.folder, self.recipe.data, look.size_of.values(), self.runtime.data_root)
             self._remembered = True
 
-    def check_split(self, split: Split) -> Looked:
-        """Look at every image and object of a split, once; return what is known then."""
-        if split not in self._checked:
-            dataset = open_dataset(self.recipe.data, split, self.runtime.data_root)
-            for warning in dataset.check():
-                self.runtime.report(Caution(warning))
-            self._checked[split] = Looked(sizes_of(dataset), len(dataset.classes))
-        return self._checked[split]
+    def check_split(self, split: Split) -> Look:
+        """Do so for a split, and once both are known, for what is in both; return what was seen."""
+        if split in self._looks:
+            return self._looks[split]
+        look = self._looks[split] = look_at_split(self.recipe, split, self.runtime.data_root)
+        for warning in look.verdict():
+            self.runtime.report(Caution(warning))
+        if look.classes is not None:  # of images that are drawn nothing is new
+            self.runtime.report(Note(f"{split}: {look.line()}"))
+        if split == "train":
+            self._check_anchors()
+        if len(self._looks) > 1:
+            for each in compare_splits(self._looks["train"], self._looks["test"], self.memo.sha256):
+                self.runtime.report(Caution(each.text))
+        return look
 
     def share_checks(self, other: "Run") -> None:
-        """Take over what another run has looked at, where that is the same data."""
+        """Take over what another run has seen, where that is the same data."""
         if (self.recipe.data, self.runtime.data_root) == (other.recipe.data, other.runtime.data_root):
-            self._checked |= other._checked
+            self._looks |= other._looks
+
+    def _check_anchors(self) -> None:
+        """Report anchors that do not suit the objects, where an RPN is trained with them."""
+        if any(isinstance(self.recipe.config(step), AnchorTargets) for step in self.recipe.steps):
+            from altopt.models.anchor_fit import anchor_fit
+
+            dataset = open_dataset(self.recipe.data, "train", self.runtime.data_root)
+            if warning := anchor_fit(dataset, self.recipe.network).warning():
+                self.runtime.report(Caution(warning))
 
     def bring_up_to_date(self, steps: Sequence[Step], force: bool = False) -> list[Step]:
         """Make what is missing or stale, in order, up to the last step (that one anyway, with ``force``)."""
@@ -418,4 +430,4 @@ def with_recipe(folder: Path, chosen: Recipe, data_root: Path | None, runtime: R
     if data_root is not None:
         chosen.header["data_root"] = str(data_root)
     runtime.data_root = Path(chosen.header.get("data_root", "data"))
-    return Run(folder, chosen, runtime)
+    return Run(folder, chosen.with_data_of(runtime.data_root), runtime)

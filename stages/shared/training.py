@@ -83,8 +83,9 @@ class TrainedStage:
     store: "FeatureStore | None" = None  # of what frozen conv layers make of the images
 
     def __init__(self, stage: str, out: Path, config: TrainsOnData, runtime: Runtime) -> None:
-        self.stage, self.out, self.config, self.runtime = stage, out, config, runtime
         self.dataset: Dataset = open_dataset(config.data, "train", runtime.data_root)
+        self.stage, self.out, self.runtime = stage, out, runtime
+        self.config = config.for_images(len(self.dataset.ids))
         self.seed: tuple[object, ...] = (config.seed, stage)
         self.snapshot = out.with_name(f"{out.stem}.snapshot.safetensors")  # of the state, while it trains
         self.device = device_of(runtime)

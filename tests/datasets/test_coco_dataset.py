@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from own_photographs import save_image
 from PIL import Image
 
 from altopt.datasets.coco import CocoDataset
 from altopt.datasets.dataset import DataConfig, to_coco
 from altopt.datasets.opening import open_dataset
 from altopt.errors import DataError
+from altopt.evaluation.ground_truth import read_ground_truth
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
 SPLIT = "instances.json:images"
@@ -104,7 +106,7 @@ def test_joined_files(tmp_path):
     with pytest.raises(DataError, match="image 1 occurs twice"):
         _ = CocoDataset(tmp_path, ("one.json:images", "one.json:images")).ids
     write(tmp_path, [image(3, "c.jpg")], [], name="other.json", categories=[{"id": 3, "name": "bear"}])
-    with pytest.raises(DataError, match=r"other\.json has other categories.*id 3: bear and cat"):
+    with pytest.raises(DataError, match=r"other\.json: it has other categories.*id 3: bear and cat"):
         _ = CocoDataset(tmp_path, ("one.json:images", "other.json:images")).ids
 
 
@@ -163,8 +165,9 @@ def test_classes_asked_for_set_the_order(tmp_path):
     assert dataset.objects("1").labels.tolist() == [1]
     with pytest.raises(DataError, match=r'no category "bear": .*cat, dog'):
         _ = CocoDataset(tmp_path, (SPLIT,), classes=("bear",)).classes
-    with pytest.raises(DataError, match=r"\(cat\): it is of none of the classes"):
-        CocoDataset(tmp_path, (SPLIT,), classes=("dog",)).check()
+    some = CocoDataset(tmp_path, (SPLIT,), classes=("dog",))
+    assert len(some.objects("1")) == 0
+    assert [text.rpartition(": ")[2] for text in some.check()] == ["cat 1"]
 
 
 def test_train_and_test_must_agree(tmp_path):
@@ -219,7 +222,7 @@ def test_malformed_categories_are_refused(tmp_path, categories):
 def test_missing_or_resized_images_are_errors_always(tmp_path):
     write(tmp_path, [image(1, "a.jpg", (20, 30)), image(2, "b.jpg")], [])
     (tmp_path / "images" / "b.jpg").unlink()
-    with pytest.raises(DataError, match=r"a\.jpg has 30 x 20 .*swapped.*; 1 more problem in COCO instances$"):
+    with pytest.raises(DataError, match=r"a\.jpg has 30 x 20 .*swapped.*; 1 more problem in COCO instances \(altopt"):
         CocoDataset(tmp_path, (SPLIT,), invalid="leave-out").check()
     with pytest.raises(DataError, match=r"b\.jpg is missing"):
         CocoDataset(tmp_path, (SPLIT,)).image("2")
@@ -261,3 +264,118 @@ def test_real_data_set():
     assert (len(dataset.classes), dataset.category_ids[-1]) == (80, 90)
     assert len(dataset.check()) == 1
     assert all(dataset.image(image_id).dtype == np.uint8 for image_id in dataset.ids)
+
+
+@pytest.mark.parametrize(("listed", "named", "words"), [
+    (1, "1", 'its image_id is the text "1", the image\'s id is the number 1: write both as the same type'),
+    ("1", 1, 'its image_id is the number 1, the image\'s id is the text "1"'),
+    (1, 1.0, "its image_id is the number 1.0, the image's id is the number 1"),
+    (1, True, "image True is not listed"), (1, None, "image None is not listed"), (1, [1], "is not listed"),
+])
+def test_ids_of_another_type_are_named(tmp_path, listed, named, words):
+    write(tmp_path, [image(listed, "a.jpg")], [annotation(1, named, [1, 1, 2, 2])])
+    problems = CocoDataset(tmp_path, (SPLIT,)).look().problems
+    assert len(problems) == 1
+    assert words in problems[0].text
+
+
+def test_a_category_id_of_another_type_is_named(tmp_path):
+    with pytest.raises(DataError, match=r'its category_id is the text "3", no id of a category'):
+        data_set(tmp_path, annotation(1, 1, [1, 1, 2, 2], "3")).check()
+
+
+@pytest.mark.parametrize(("value", "flag"), [("0", False), ("1", True), (False, False), (True, True), ("no", False),
+                                             (0.0, False)])
+@pytest.mark.parametrize("name", ["iscrowd", "difficult", "ignore"])
+def test_flags_as_people_write_them_mean_what_scoring_takes_them_for(tmp_path, name, value, flag):
+    dataset = data_set(tmp_path, annotation(1, 1, [1, 1, 2, 2], **{name: value}))
+    scored = read_ground_truth(tmp_path / "instances.json").objects["1"]
+    for objects in (dataset.objects("1"), scored):
+        assert (objects.crowd.tolist(), objects.difficult.tolist()) == ([flag and name == "iscrowd"],
+                                                                        [flag and name != "iscrowd"])
+    assert dataset.check() == []
+
+
+@pytest.mark.parametrize("value", ["maybe", 2, None, [1]])
+def test_another_flag_is_refused_by_both(tmp_path, value):
+    dataset = data_set(tmp_path, annotation(1, 1, [1, 1, 2, 2], iscrowd=value))
+    with pytest.raises(DataError, match="its iscrowd must be 0 or 1"):
+        dataset.check()
+    with pytest.raises(DataError, match="it must be 0 or 1"):
+        read_ground_truth(tmp_path / "instances.json")
+
+
+@pytest.mark.parametrize("invalid", ["error", "leave-out"])
+def test_normalised_boxes_are_one_problem(tmp_path, invalid):
+    boxes = [annotation(i, 1, [0.1, 0.2, 0.3, i / 10]) for i in range(1, 6)]
+    look = data_set(tmp_path, *boxes, annotation(9, 1, [1, 1, 5, 5]), invalid=invalid).look()
+    assert [each.kind for each in look.findings] == ["normalised boxes"]
+    assert "annotation 1 (cat): the boxes of 5 of 6 objects in COCO instances lie between 0 and 1" in str(look.findings)
+    (tmp_path / "few").mkdir()
+    few = data_set(tmp_path / "few", boxes[0], *(annotation(i, 1, [i, 1, 5, 5]) for i in range(2, 6))).look()
+    assert [(each.kind, each.severity) for each in few.findings] == [("box of less than a pixel", "warning")]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e308, float("inf")])
+def test_numbers_beyond_all_bounds_are_problems_in_a_short_line(tmp_path, value):
+    dataset = data_set(tmp_path, annotation(1, 1, [1, 1, value, 5], area=value))
+    with pytest.raises(DataError, match=r"annotation 1 .*(not four numbers|leaves the image)") as raised:
+        dataset.check()
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+    write(tmp_path, [image(1, "a.jpg")], [annotation(1, 1, [1, 1, 5, 5], area=value)])
+    assert CocoDataset(tmp_path, (SPLIT,)).look().problems == []
+
+
+@pytest.mark.parametrize("change", [
+    {"width": 10**400}, {"id": "a\ud800"}, {"file_name": "\ud800.jpg"}, {"width": True}])
+def test_images_that_no_file_can_be_are_refused(tmp_path, change):
+    write(tmp_path, [], [])
+    content = {"images": [image(1, "a.jpg") | change], "annotations": [], "categories": CATEGORIES}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"instances\.json: image .*: correct it") as raised:
+        _ = CocoDataset(tmp_path, (SPLIT,)).ids
+    str(raised.value).encode()
+
+
+@pytest.mark.parametrize("category", [
+    {"id": 1, "name": "\ud800"}, {"id": 10**400, "name": "a"}, {"id": True, "name": "a"}])
+def test_categories_that_cannot_be_written_are_refused(tmp_path, category):
+    write(tmp_path, [], [], categories=[category])
+    with pytest.raises(DataError, match=r"instances\.json: category .*: (correct it|give it)") as raised:
+        _ = CocoDataset(tmp_path, (SPLIT,)).classes
+    str(raised.value).encode()
+
+
+def test_a_file_without_annotations_says_what_it_may_be(tmp_path):
+    (tmp_path / "instances.json").write_text(json.dumps({"images": [image(1, "a.jpg")], "categories": CATEGORIES}))
+    with pytest.raises(DataError, match=r'no list "annotations" of objects, as the image_info files'):
+        CocoDataset(tmp_path, (SPLIT,)).check()
+
+
+def test_two_corners_in_place_of_a_size_are_recognised(tmp_path):
+    with pytest.raises(DataError, match="it would fit as two corners"):
+        data_set(tmp_path, annotation(1, 1, [10, 10, 28, 18])).check()
+
+
+@pytest.mark.parametrize(("heading_used", "classes"), [(False, ("cat", "dog")), (True, ("pets", "cat", "dog"))])
+def test_roboflows_export(tmp_path, heading_used, classes):
+    heading = [{"id": 0, "name": "pets", "supercategory": "none"}]
+    below = [{"id": i, "name": name, "supercategory": "pets"} for i, name in ((1, "cat"), (2, "dog"))]
+    found = [annotation(1, 1, [1, 1, 5, 5], 0 if heading_used else 1), annotation(2, 1, [1, 1, 6, 6], 2)]
+    write(tmp_path, [image(1, "a.jpg")], found, categories=heading + below, name="train/_annotations.coco.json",
+          folder="train")
+    dataset = CocoDataset(tmp_path, ("train/_annotations.coco.json:train",))
+    assert (dataset.classes, dataset.name) == (classes, "COCO train")
+    assert dataset.check() == []
+    assert dataset.objects("1").labels.tolist() == [0, len(classes) - 1]
+
+
+def test_exif_in_size_image_and_check_alike(tmp_path):
+    write(tmp_path, [image(1, "a.jpg", (20, 30))], [])
+    save_image(tmp_path / "images" / "a.jpg", (30, 20), orientation=6)
+    with pytest.raises(DataError, match=r'a\.jpg has EXIF orientation 6 .*set data\.exif = "apply"'):
+        CocoDataset(tmp_path, (SPLIT,)).check()
+    dataset = CocoDataset(tmp_path, (SPLIT,), exif="apply")
+    assert dataset.check() == []
+    assert dataset.image("1").shape == (30, 20, 3)
+    assert dataset.description()["exif"] == "apply"

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from altopt.datasets.on_disk import Findings, below, check_image, image_size, inside, read_image
+from altopt.datasets.on_disk import below, check_image, image_size, inside, read_image, read_text, short
 from altopt.errors import DataError
 
 
@@ -33,12 +33,17 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
     assert (read_image(tmp_path / "palette.png", (7, 5)) == expected).all()
 
 
-def test_exif_orientation_is_ignored(tmp_path):
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_of_any_size_is_turned_as_exif_says(tmp_path, suffix, orientation):
+    turned = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, lambda a: a.swapaxes(0, 1),
+              lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90]
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    path = save(tmp_path / "a.jpg", noise(40, 60), exif=exif)
-    assert image_size(path) == check_image(path) == (60, 40)
-    assert read_image(path, (60, 40)).shape == (40, 60, 3)
+    exif[0x0112] = orientation
+    path = save(tmp_path / f"a.{suffix}", noise(40, 60), exif=exif)
+    with Image.open(path) as image:  # Pillow turns TIFF by itself
+        stored = noise(40, 60) if suffix == "tif" else np.asarray(image.convert("RGB"))
+    assert (read_image(path, None, "apply") == turned[orientation - 1](stored)).all()
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -54,14 +59,14 @@ def test_truncated_image_is_named(tmp_path, suffix):
 def test_trailing_bytes_are_no_truncation(tmp_path):
     path = save(tmp_path / "a.jpg", noise(20, 30))
     path.write_bytes(path.read_bytes() + bytes(10_000))
-    assert check_image(path) == (30, 20)
+    assert check_image(path) == ((30, 20), 1)
 
 
 def test_other_images_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"b\.jpg is missing"):
         image_size(tmp_path / "b.jpg")
     (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(DataError, match="neither a JPEG nor a PNG"):
+    with pytest.raises(DataError, match="is not a JPEG, PNG, WebP, BMP or TIFF image"):
         image_size(tmp_path / "text.jpg")
     Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(DataError, match="8 bits"):
@@ -98,16 +103,108 @@ def test_a_link_must_not_lead_out_but_the_folder_may_be_one(tmp_path):
             inside(root, root, name)
 
 
-def test_verdict_names_the_first_problem_and_counts_the_others():
-    findings = Findings(unusable=["x, object 1: bad", "x, object 2: bad"], warnings=["thin"])
-    with pytest.raises(DataError, match=r"^x, object 1: bad \(hint\): correct .*leave-out.*; 1 more problem in VOC$"):
-        findings.verdict("VOC", "error", "hint")
-    assert findings.verdict("VOC", "leave-out") == [
-        "x, object 1: bad; the object is left out",
-        "x, object 2: bad; the object is left out",
-        "thin",
-    ]
-    findings.broken = ["a.jpg is missing: bring it"] * 3
-    with pytest.raises(DataError, match=r"^a\.jpg is missing: bring it; 2 more problems in VOC$"):
-        findings.verdict("VOC", "leave-out")
-    assert Findings(warnings=["thin"]).verdict("VOC", "error") == ["thin"]
+def turned(path, orientation, height=40, width=60):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return save(path, noise(height, width), exif=exif, **({"lossless": True} if path.suffix == ".webp" else {}))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff", "jpg"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_an_image_that_exif_turns_is_read_as_is_asked_for(tmp_path, suffix, orientation):
+    path = turned(tmp_path / f"a.{suffix}", orientation)
+    with Image.open(path) as image:
+        shown = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    sideways = orientation >= 5
+    for look in (lambda: read_image(path, (60, 40)), lambda: check_image(path)):
+        with pytest.raises(DataError, match=rf'has EXIF orientation {orientation} .*data\.exif = "apply".*"ignore"'):
+            look()
+    size = shown.shape[1::-1]
+    assert image_size(path, "apply") == check_image(path, "apply").size == size == ((40, 60) if sideways else (60, 40))
+    assert (read_image(path, size, "apply") == shown).all()
+    assert image_size(path, "ignore") == check_image(path, "ignore").size == (60, 40)
+    stored = read_image(path, (60, 40), "ignore")
+    if suffix != "jpg":
+        assert (stored == noise(40, 60)).all()
+    assert stored.shape == (40, 60, 3)
+    assert (stored != shown).any() if not sideways else True
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9, 6000])
+def test_an_orientation_without_meaning_turns_nothing(tmp_path, orientation):
+    path = turned(tmp_path / "a.png", orientation)
+    assert (read_image(path, (60, 40)) == noise(40, 60)).all()
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found(tmp_path):
+    path = turned(tmp_path / "a.png", 6)
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    last = content.index(b"IEND") - 4
+    path.write_bytes(content[:start] + content[end:last] + content[start:end] + content[last:])
+    with pytest.raises(DataError, match="EXIF orientation 6"):
+        check_image(path)
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    path = save(tmp_path / "a.jpg", noise(40, 60), exif=b"Exif\0\0nonsense")
+    assert check_image(path).size == (60, 40)
+    assert read_image(path, (60, 40)).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize(("annotated", "advice"), [
+    ((40, 60), 'the annotation gives the size that is shown: set data.exif = "apply"'),
+    ((60, 40), "the annotation gives the size that is stored: "),
+    ((50, 50), 'shown 40 x 60: set data.exif = "apply" if boxes were drawn'),
+])
+def test_the_message_about_exif_says_what_the_annotation_counts(tmp_path, annotated, advice):
+    with pytest.raises(DataError, match=advice):
+        read_image(turned(tmp_path / "a.jpg", 8), annotated)
+
+
+def test_a_swapped_size_names_exif(tmp_path):
+    path = turned(tmp_path / "a.jpg", 6)
+    for exif, size in (("ignore", (40, 60)), ("apply", (60, 40))):
+        with pytest.raises(DataError, match=r"width and height swapped, as EXIF orientation 6 does \(data.exif\)"):
+            read_image(path, size, exif)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "tif", "tiff"])
+def test_other_formats_are_read_and_checked(tmp_path, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = save(tmp_path / f"a.{suffix}", noise(50, 70), **options)
+    assert (read_image(path, (70, 50)) == noise(50, 70)).all()
+    assert check_image(path) == ((70, 50), 1)
+    path.write_bytes(path.read_bytes()[:-200])
+    for look in (lambda: read_image(path, (70, 50)), lambda: check_image(path)):
+        with pytest.raises(DataError, match=rf"a\.{suffix} (cannot be read|is not a)"):
+            look()
+
+
+@pytest.mark.parametrize("suffix", ["webp", "png", "tiff"])
+def test_of_several_images_in_a_file_the_first_is_taken(tmp_path, suffix):
+    first, second = (Image.fromarray(np.full((30, 40, 3), value, np.uint8)) for value in (10, 200))
+    path = tmp_path / f"a.{suffix}"
+    first.save(path, save_all=True, append_images=[second], **({"lossless": True} if suffix == "webp" else {}))
+    assert check_image(path) == ((40, 30), 2)
+    assert (read_image(path, (40, 30)) == 10).all()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_of_windows_are_read(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("größe\nb", encoding)
+    assert read_text(tmp_path / "a.txt") == "größe\nb"
+
+
+@pytest.mark.parametrize("content", ["größe".encode("latin-1"), "ab".encode("utf-16-le"), b"\xff\xfea"])
+def test_other_texts_are_refused(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.txt is not a text in UTF-8"):
+        read_text(tmp_path / "a.txt")
+
+
+def test_values_are_shown_short_and_in_a_line():
+    assert short("a\n\x1b[31m\ud800b") == r"a\n\x1b[31m\ud800b"
+    assert len(short(10**400)) == 60
+    assert short(None) == "None"

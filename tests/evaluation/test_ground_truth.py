@@ -66,7 +66,7 @@ def test_nothing_annotated(tmp_path):
     ({"bbox": [1, 2, 3]}, "has bbox"),
     ({"bbox": [1, 2, 3, float("nan")]}, "finite pixel coordinates"),
     ({"area": "12"}, "has area '12': it must be a finite number"),
-    ({"difficult": "0"}, "has difficult '0': it must be 0 or 1"),
+    ({"difficult": "maybe"}, "has difficult 'maybe': it must be 0 or 1"),
     ({"ignore": 2}, "has ignore 2"),
     ({"iscrowd": None}, "has iscrowd None"),
 ])

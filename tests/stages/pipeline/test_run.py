@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_runs import ARTIFACTS, TINY, Reports, config_as, hashes, make_all, open_tiny, reasons, verdicts, write_recipe
 
+from altopt.datasets.checking import Finding, Look
 from altopt.errors import ArtifactError, UsageError
 from cache.checkpoints import load_checkpoint, save_checkpoint
 from cache.records import RENAMED, read_record
@@ -488,12 +489,13 @@ def test_reports_say_why(copied):
 def test_warnings_of_the_data_set_come_once(copied, monkeypatch):
     from altopt.datasets.shapes import ShapesDataset
 
-    monkeypatch.setattr(ShapesDataset, "check", lambda dataset: [f"{dataset.name}: beware"])
+    beware = Finding("kind", "beware", "warning")
+    monkeypatch.setattr(ShapesDataset, "look", lambda dataset: Look(dataset.name, [beware], classes=None))
     reports = Reports()
     run = open_tiny(copied, report=reports)
     for word in ("P1", "P2"):
         run.make(step_of(run, word))
-    assert [event.text for event in reports.of(Caution)] == ["shapes train:6: beware"]
+    assert [event.text for event in reports.of(Caution)] == ["beware"]
 
 
 def test_folder_keeps_its_recipe_for_later(workplace):

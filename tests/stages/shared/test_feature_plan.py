@@ -63,7 +63,7 @@ def test_sizes_of_shapes_need_no_look(tmp_path):
 
 def test_sizes_of_files_are_known_once_they_were_looked_at(tmp_path):
     assert known_sizes(tmp_path, VOC, tmp_path) is None
-    remember_sizes(tmp_path, VOC, sizes_of(open_dataset(SHAPES, "train", None)), tmp_path)
+    remember_sizes(tmp_path, VOC, [(96, 80)] * 6, tmp_path)
     assert known_sizes(tmp_path, VOC, tmp_path) == [(96, 80, 6)]
     assert known_sizes(tmp_path, VOC, tmp_path / "elsewhere") is None
     assert known_sizes(tmp_path, DataConfig(format="voc", train=("train",), test=()), tmp_path) is None
@@ -81,6 +81,13 @@ def test_frozen_stages_foresee_their_store_and_others_none(tmp_path):
     assert {name for name, store in found.items() if store} == {"M3", "M4"}
     assert found["M3"] == {"bytes": 6 * 128 * 5 * 6 * 4, "used": True, "reason": "0 MB, 2.3 visits of each image"}
     assert store_line("M3", found["M3"]) == "M3: feature store on: 0 MB, 2.3 visits of each image"
+
+
+def test_visits_count_for_the_store_too(tmp_path):
+    run = open_tiny(tmp_path / "tiny", "train_rpn_frozen_conv.visits=5.0", 'train_rpn_frozen_conv.schedule="one-cycle"')
+    store = foreseen(run.folder, run.recipe.config(run.recipe.steps[4]), None)
+    assert store is not None
+    assert store["reason"] == "0 MB, 2.5 visits of each image"  # mirror images are images here
 
 
 def test_plan_and_status_say_so(altopt, workplace):

@@ -1,0 +1,82 @@
+"""Looking at a data set before anything is trained on it: all that is wrong with both splits, and their numbers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from altopt.config import NetworkConfig
+from altopt.datasets.checking import Finding, Look, compare_splits, look_deeper
+from altopt.datasets.dataset import DataConfig
+from altopt.datasets.finding import find_data, look_for_data
+from altopt.datasets.opening import open_dataset
+from cache.files import sha256_file
+from stages.pipeline.recipe import Recipe, choose_recipe, read_recipe, toml
+from stages.shared.stage_config import Split
+
+FOR_PHOTOGRAPHS = "voc07-squeezenet-mini"  # whose network is to take the images where no recipe is named
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What was found in a data set: each split by itself, then both beside each other; ``words`` say what it is."""
+
+    words: str
+    looks: Mapping[Split, Look]
+    between: list[Finding]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All of it, problems first."""
+        every = [each for look in self.looks.values() for each in look.findings] + self.between
+        return sorted(every, key=lambda each: each.severity)  # "problem" comes before "warning"
+
+    def as_dict(self) -> dict[str, object]:
+        """Return it JSON-able."""
+        return {"data": self.words, "findings": [asdict(each) for each in self.findings],
+                "splits": {split: look.as_dict() for split, look in self.looks.items()}}
+
+
+def frames_of(recipe: Recipe) -> list[NetworkConfig]:
+    """Return the network in every frame that the recipe's stages see images in."""
+    frames = [recipe.network]
+    for step in [*recipe.steps, *recipe.detections]:
+        config = recipe.config(step)
+        if config.scales:
+            frames += recipe.network.at_scales(config.scales, getattr(config, "max_side", recipe.network.max_side))
+    return list(dict.fromkeys(frames))
+
+
+def look_at_split(recipe: Recipe, split: Split, root: Path | None) -> Look:
+    """Return what is found in a split of a recipe's data set. Raises ``DataError`` if there is no such folder."""
+    look = open_dataset(recipe.data, split, root).look()
+    look_deeper(look, split, frames_of(recipe))
+    return look
+
+
+def look_at_data(recipe: Recipe, root: Path | None, words: str, digest: Callable[[Path], str]) -> DataCheck:
+    """Return what is found in both splits; ``digest`` gives the hash of a file."""
+    train, test = (look_at_split(recipe, split, root) for split in ("train", "test"))
+    return DataCheck(words, {"train": train, "test": test}, compare_splits(train, test, digest))
+
+
+def check_data(recipe: str | None, run_name: str | None, sets: tuple[str, ...], data_root: Path | None) -> DataCheck:
+    """Return what is found in a recipe's or a run's data, or, where neither is named, in what lies in ``data_root``."""
+    kept = run_name is not None and (Path("runs") / run_name / "recipe.toml").is_file()
+    if recipe or kept or data_root is None:
+        chosen = choose_recipe(recipe, run_name, sets, None)[1]
+        root = data_root or Path(chosen.header.get("data_root", "data"))
+        words = f"recipe {chosen.name}" + ("" if chosen.data.format == "shapes" else f" in {root}")
+        return look_at_data(chosen, root, words, sha256_file)
+    chosen, words = recipe_for(data_root, sets)
+    return look_at_data(chosen, data_root, f"{data_root}: {words}", sha256_file)
+
+
+def recipe_for(root: Path, sets: tuple[str, ...]) -> tuple[Recipe, str]:
+    """Return a recipe with the data set that lies in a folder, and what it is in words; ``sets`` go over it."""
+    named = {text.partition("=")[0].strip() for text in sets}
+    found = look_for_data(root) if {"data.train", "data.test"} <= named else find_data(root)
+    data: dict[str, object] = {"format": found.format, "classes": []}
+    if found.data is not None:
+        data = {each.name: getattr(found.data, each.name) for each in fields(DataConfig)}
+    spelled = [f"data.{name}={toml(value)}" for name, value in data.items()]
+    return read_recipe(FOR_PHOTOGRAPHS, (*spelled, *sets)), found.words
