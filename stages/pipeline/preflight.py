@@ -24,8 +24,6 @@ from stages.steps.pretrained import LoadImageNetWeights, read_weights
 
 PROPOSAL_BYTES = 20  # four coordinates and a score
 REGION_BYTES = 20  # four coordinates and a label
-NOT_LOOKED_AT = ("each image and object (altopt check-data), the device, optional packages, files given with --from, "
-                 "memory, room on the disk: run-all looks at them first")
 
 
 def prepared(run: Run, target: Step, given: Sequence[str], *, scored: bool) -> list[Step]:
@@ -76,9 +74,10 @@ def prepare_all(runs: Sequence[Run], files: Mapping[str, Path]) -> None:
 
 def _look(run: Run, wanted: Sequence[Step], scored: bool, known: Sequence[Step] = ()) -> list[Step]:
     """Look ahead at what of the steps is not up to date, those ``known`` left aside; return it."""
-    to_score = run.recipe.detections if scored else []
-    # A given artifact stands for all before it: what nobody needs is not looked at.
-    pending = [each.step for steps in (wanted, to_score) if steps for each in run.survey(steps) if not each.valid]
+    pending = [each.step for each in run.survey(wanted) if not each.valid]
+    for step in run.recipe.detections if scored else ():
+        if not run.verdict(step, [each.output for each in pending]).valid:
+            pending.append(step)
     if pending and pending != list(known):
         look_ahead([(run, pending)])
     return pending
@@ -102,7 +101,7 @@ def look_ahead(plans: Sequence[tuple[Run, Sequence[Step]]]) -> None:
     for split in ("train", "test"):  # first whether they are there, which takes no time
         for run, steps in plans:
             if split in _splits(steps):
-                open_dataset(run.recipe.data, split, run.runtime.data_root)
+                _open(run, split)
     for number, (run, steps) in enumerate(plans):
         for other, _ in plans[:number]:
             run.share_checks(other)
@@ -117,6 +116,11 @@ def look_ahead(plans: Sequence[tuple[Run, Sequence[Step]]]) -> None:
     said += _memory(plans, str(device))
     for text in dict.fromkeys(said):
         runtime.report(Caution(text))
+
+
+def _open(run: Run, split: Split) -> None:
+    """Raise an ``AltoptError`` unless a split is there; its images are not looked at."""
+    open_dataset(run.recipe.data, split, run.runtime.data_root).ids  # noqa: B018
 
 
 def _splits(steps: Sequence[Step]) -> list[Split]:
@@ -142,7 +146,7 @@ def _look_at_the_rest(run: Run, steps: Sequence[Step]) -> None:
     checks: list[Callable[[], object]] = [run.recipe.config(step).require_packages for step in others]
     for split in _splits(others):
         if split not in _splits(steps):
-            checks.append(partial(open_dataset, run.recipe.data, split, run.runtime.data_root))
+            checks.append(partial(_open, run, split))
     said = []
     for check in checks:
         try:
@@ -160,6 +164,7 @@ def _schedule(run: Run, steps: Sequence[Step]) -> Iterator[str]:
         config = run.recipe.config(step)
         if not isinstance(config, TrainsOnData):
             continue
+        config = config.for_images(images)
         entries, where = images * (2 if config.flips else 1), step.table
         if config.iterations == 0:
             yield f"{where}.iterations is 0: {step.output} does not learn"

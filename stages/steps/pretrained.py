@@ -116,16 +116,17 @@ def read_weights(source: Path, network: NetworkConfig) -> "tuple[Mapping[str, Te
     from stages.shared.training import require_network
 
     tensors = load_state_dict(source)
-    if any(name.startswith("conv.conv1.") for name in tensors):
-        description = read_description(source)
-        require_network(source, description, network)
-        with torch.device("meta"):
-            conv = backbones.build(network.name).conv
-        for name, wanted in conv.state_dict(prefix="conv.").items():
-            if name not in tensors or tensors[name].shape != wanted.shape:
-                raise ArtifactError(f"{source.name} has no {name} of shape {tuple(wanted.shape)}: it is not a whole "
-                                    f"{network.name}, so give another file")
+    own = any(name.startswith("conv.conv1.") for name in tensors)
+    if own:
+        require_network(source, read_description(source), network)
     else:
         tensors = from_foreign(network.name, tensors, source.name)
-        description = _description(network.name, pixels_of(network.name, tensors, source.name))
-    return tensors, description
+    with torch.device("meta"):
+        conv = backbones.build(network.name).conv
+    for name, wanted in conv.state_dict(prefix="conv.").items():
+        if name not in tensors or tensors[name].shape != wanted.shape:
+            raise ArtifactError(f"{source.name} has no {name} of shape {tuple(wanted.shape)}: it is not a whole "
+                                f"{network.name}, so give another file")
+    if own:
+        return tensors, read_description(source)
+    return tensors, _description(network.name, pixels_of(network.name, tensors, source.name))
