@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isfinite, isnan
-from typing import TYPE_CHECKING, Literal, Self, TypedDict, TypeVar, Unpack, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, cast, get_args
+
+from altopt.errors import ArtifactError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -129,11 +131,20 @@ class Pixels:
 
     @classmethod
     def of(cls, description: Mapping[str, object]) -> "Pixels":
-        """Return what a checkpoint's description says; torchvision's convention where it is older and says nothing."""
-        held = description.get("pixels")
-        if not isinstance(held, dict):
-            return cls()
-        return cls(held["order"], held["scale"], tuple(held["mean"]), tuple(held["std"]))
+        """Return what a checkpoint's description says; torchvision's convention where it is older and says nothing.
+
+        Raises ``ArtifactError`` for what is no such convention.
+        """
+        held: Any = description.get("pixels", {})
+        try:
+            pixels = cls(**{name: tuple(map(float, value)) if isinstance(value, list) else value
+                            for name, value in held.items()})
+            if (pixels.order in ("RGB", "BGR") and len(pixels.mean) == len(pixels.std) == 3 and pixels.scale > 0
+                    and all(map(isfinite, pixels.mean)) and all(0 < value < float("inf") for value in pixels.std)):
+                return pixels
+        except (AttributeError, TypeError, ValueError):
+            pass
+        raise ArtifactError(f"a checkpoint says that its weights want pixels as {held!r}, which cannot be: make it again")
 
 
 TORCHVISION_PIXELS = Pixels()

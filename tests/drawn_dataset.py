@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from altopt.datasets.checking import Look
 from altopt.datasets.dataset import Dataset, Objects
 
 
@@ -34,6 +35,9 @@ class DrawnDataset(Dataset):
 
     def description(self) -> dict[str, Any]:
         return {}
+
+    def look(self) -> Look:
+        return Look(self.name)
 
     def check(self) -> list[str]:
         return []

@@ -12,10 +12,14 @@ SIZE = (60, 40)
 def save_image(path: Path, size: tuple[int, int] = SIZE, orientation: int = 1) -> Path:
     """An image of a colour of its own, with an EXIF orientation if it is not 1."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
     colour = tuple(hash_of(path.stem) >> shift & 255 for shift in (0, 8, 16))
-    Image.new("RGB", size, colour).save(path, **({"exif": exif} if orientation != 1 else {}))
+    image = Image.new("RGB", size, colour)
+    if orientation == 1:
+        image.save(path)
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(path, exif=exif)
     return path
 
 

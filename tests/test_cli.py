@@ -640,3 +640,49 @@ def test_fetching_a_data_set_that_nobody_knows(altopt, tmp_path):
         assert answer.code == 2
         assert words in answer.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_check_data_says_what_it_found(altopt, workplace):
+    photographs(workplace / "mine", train="ab", test="c")
+    answer = altopt("check-data", "--data-root", "mine")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.splitlines() == [
+        "mine: VOC with lists: train to train, test to test", "no problems", "no warnings",
+        "train: VOC train: 2 images of 60 x 40, 4 objects (cat 2, dog 2)",
+        "test: VOC test: 1 image of 60 x 40, 2 objects (cat 1, dog 1)"]
+    assert not (workplace / "runs").exists()
+
+
+def test_check_data_exits_with_3_for_a_problem(altopt, workplace):
+    photographs(workplace / "mine", train="ab", test="c")
+    (workplace / "mine" / "JPEGImages" / "a.jpg").unlink()
+    answer = altopt("check-data", "--data-root", "mine", "--json")
+    assert (answer.code, answer.err) == (3, "")
+    found = json.loads(answer.out)
+    assert [(each["kind"], each["severity"]) for each in found["findings"]] == [("missing or doubled file", "problem")]
+    assert found["splits"]["test"]["objects"] == 2
+    assert "nowhere is not a folder" in one_line(altopt("check-data", "--data-root", "nowhere"))
+
+
+def test_check_data_of_a_recipe(altopt, workplace):
+    answer = altopt("check-data", "--recipe", "tiny.toml")
+    assert (answer.code, answer.out.splitlines()[-1]) == (0, "test: shapes test:4: 4 images of 96 x 80")
+
+
+@pytest.mark.whole
+def test_a_run_on_a_test_split_where_nothing_counts_ends_with_dashes(altopt, workplace):
+    photographs(workplace / "mine", train="abcd", test="e")
+    path = workplace / "mine" / "Annotations" / "e.xml"
+    path.write_text(path.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>"))
+    command = ["run-all", "--recipe", "tiny.toml", "--data-root", "mine", "--set", "data.format=voc", "--set",
+               'data.train=["train"]', "--set", 'data.test=["test"]']
+    answer = altopt(*command)
+    assert answer.code == 0
+    assert "VOC test has nothing that scoring asks for" in answer.err
+    assert answer.err.index("scoring asks for") < answer.err.index("M0")
+    assert ["M5", "(shared)", "voc07", "-", "-"] in [line.split()[:5] for line in answer.out.splitlines()]
+    scores = json.loads(altopt(*command, "--json").out)["scores"]
+    assert [(each["map"], each["recall_at_0.5"], each["average_recall"]) for each in scores] == [(None, None, None)] * 2
+    assert "NaN" not in altopt(*command, "--json").out
+    coco = altopt("evaluate", "--run", "tiny", "--data-root", "mine", "--protocol", "coco")
+    assert (coco.code, "None" in coco.out) == (0, False)

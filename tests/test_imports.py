@@ -179,7 +179,8 @@ def answers(commands, folder, heavy):
 def test_quick_commands_do_not_import_torch(copied):
     commands = [["--help"], ["plan", "--help"], ["recipes"], ["recipe", "shapes"], ["recipe", "tiny.toml", "--json"],
                 ["stage", "3", "--help"], ["plan"], ["status"], ["plan", "--run", "tiny"],
-                ["status", "--run", "tiny", "--json"], ["recall", "P1", "--run", "tiny"], ["--version"], ["pln"]]
+                ["status", "--run", "tiny", "--json"], ["recall", "P1", "--run", "tiny"], ["check-data"], ["--version"],
+                ["pln"]]
     expected = [f"{0 if each != ['pln'] else 2} {' '.join(each)}" for each in commands]
     assert answers(commands, copied.parents[1], ("torch",)) == expected
 

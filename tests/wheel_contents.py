@@ -5,7 +5,8 @@ import zipfile
 from pathlib import Path
 
 ROOMS = {
-    "altopt": ("batches", "datasets", "evaluation", "machine", "models", "ops", "proposal_formats", "training"),
+    "altopt": ("batches", "datasets", "drawing", "evaluation", "machine", "models", "ops", "proposal_formats",
+               "training"),
     "stages": ("console", "pipeline", "recipes", "shared", "steps"),
     "cache": (),
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from altopt.datasets.checking import some
 from altopt.datasets.coco import ROBOFLOW
-from altopt.datasets.dataset import IMAGE_SUFFIXES, DataConfig, Dataset
+from altopt.datasets.dataset import IMAGE_SUFFIXES, DataConfig
+from altopt.datasets.on_disk import OnDiskDataset
 from altopt.datasets.opening import open_dataset
 from altopt.datasets.voc import LISTS, VOC_CLASSES, layout, parse_annotation
 from altopt.datasets.yolo import IMAGES, find_yaml, image_names, images_of, labels_of, locate, read_yaml
@@ -52,10 +53,12 @@ class FoundData:
         """Return how a recipe spells the split of the list NAME.txt (of "coco" NAME.json) in ``lists``."""
         return name.join(self.spelled)
 
-    def open_whole(self) -> Dataset:
+    def open_whole(self) -> OnDiskDataset:
         """Return the data set of all images that are not split yet: their ids, files and objects."""
         assert self.whole is not None
-        return open_dataset(self.config(self.whole, self.whole), "train", self.root)
+        dataset = open_dataset(self.config(self.whole, self.whole), "train", self.root)
+        assert isinstance(dataset, OnDiskDataset)
+        return dataset
 
 
 def find_data(root: Path) -> FoundData:

@@ -6,7 +6,7 @@ Boxes are continuous xyxy in pixels of the image. N is the number of boxes.
 import colorsys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 Colour = tuple[int, int, int]  # RGB
 Area = tuple[float, float, float, float]  # x1, y1, x2, y2
 
-GOLDEN_RATIO = 0.618034  # steps of this round the circle of hues never come close to an earlier one
-SHADES = ((0.9, 0.95), (0.65, 0.8), (0.95, 0.65))  # saturation and value, so that neighbours in hue differ in these
+HUES = 24
+SHADES = ((0.95, 0.95), (0.5, 1.0), (0.95, 0.55))  # saturation and value: strong, light, dark
+CHANNELS = np.sqrt((2, 4, 3))  # how much a difference in red, green, blue is seen, about
 FONT_SHARE, LINE_SHARE = 1 / 45, 1 / 300  # of the image's longer side: what a screen shows of it is about one size
 FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")  # of the system; Pillow's own has few letters
 SMALLEST_FONT = 11  # pixels; below that letters cannot be told apart
@@ -32,10 +33,22 @@ class Field(NamedTuple):
 
 
 def class_colour(index: int) -> Colour:
-    """Return the colour of a class by its index: always the same, and unlike those of the classes about it."""
-    saturation, value = SHADES[index % len(SHADES)]
-    red, green, blue = colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1, saturation, value)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    """Return the colour of a class by its index: always the same, and unlike those of all classes before it."""
+    palette = _palette()
+    return palette[index % len(palette)]
+
+
+@cache
+def _palette() -> list[Colour]:
+    """Return colours, each as far as can be from the nearest of those before it."""
+    every = np.array([colorsys.hsv_to_rgb(hue / HUES, *shade) for shade in SHADES for hue in range(HUES)])  # (C, 3)
+    seen = every * CHANNELS
+    order = [0]
+    nearest = np.full(len(every), np.inf)  # (C,) distance to the nearest of those that are chosen
+    while len(order) < len(every):
+        nearest = np.minimum(nearest, np.linalg.norm(seen - seen[order[-1]], axis=1))
+        order.append(int(nearest.argmax()))
+    return [(red, green, blue) for red, green, blue in (every[order] * 255).round().astype(int).tolist()]
 
 
 def draw_boxes(image: NDArray[np.uint8], boxes: NDArray[np.floating], labels: Sequence[str],

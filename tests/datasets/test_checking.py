@@ -12,8 +12,8 @@ NETWORK = NetworkConfig(name="small", short_side=240, max_side=320)
 
 
 def look(**fields):
-    return Look("VOC train", **{"images": 2, "size_of": {"a": (60, 40), "b": (60, 50)}, "classes": {"cat": 3, "dog": 1}}
-                | fields)
+    sound = Look("VOC train", images=2, size_of={"a": (60, 40), "b": (60, 50)}, classes={"cat": 3, "dog": 1})
+    return replace(sound, **{"findings": []} | fields)
 
 
 def files(folder, **contents):
