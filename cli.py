@@ -46,7 +46,7 @@ GROUPS = {
     "train": ("run-all", "stage", "compare"),
     "look": ("plan", "status", "recall", "probe"),
     "use": ("predict", "evaluate", "score", "compare-published", "export"),
-    "data": ("check-data", "fetch-voc07", "proposals"),
+    "data": ("check-data", "fetch", "proposals"),
     "keep": ("recipes", "recipe"),
 }
 RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
@@ -124,17 +124,13 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
     """
     from stages.console.reporting import summary_tables
     from stages.pipeline.evaluation import summary
-    from stages.pipeline.run import find_step, import_given
+    from stages.pipeline.preflight import prepared
+    from stages.pipeline.run import find_step
 
     run = options.open_run()
     with working_in(run):
-        steps = run.recipe.steps
-        target = find_step(steps, until) if until else steps[-1]
-        wanted = import_given(run, steps, given, target) if given else steps[: steps.index(target) + 1]
-        if not until and not all(verdict.valid for verdict in run.survey(wanted)):
-            run.check_split("train")
-            run.check_split("test")  # what is evaluated in the end should be there in the beginning
-        made = run.bring_up_to_date(wanted)
+        target = find_step(run.recipe.steps, until) if until else run.recipe.steps[-1]
+        made = run.bring_up_to_date(prepared(run, target, given, scored=not until))
         note_if_nothing(made, run, run.folder)
         if until:
             return
@@ -172,17 +168,15 @@ def stage_command(word: str, step: "Step", recipe: "Recipe") -> click.Command:
     @option("--init", metavar="M1", help="Start this stage's weights from another network than the list's.")
     @option("--force", is_flag=True, help="Make the output anew even if it is up to date.")
     def run_stage(options: Options, given: tuple[str, ...], init: str | None, force: bool) -> None:
-        from stages.pipeline.run import find_step, import_given, run_one
+        from stages.pipeline.preflight import prepared_alone
+        from stages.pipeline.run import find_step
 
         if init:  # last, so that it goes over what --set says
             options = replace(options, sets=(*options.sets, f"{step.table}.init={init.upper()}"))
         run = options.open_run()
         target = find_step(run.recipe.steps, word)
         with working_in(run):
-            if given:
-                made = run.bring_up_to_date(import_given(run, run.recipe.steps, given, target), force=force)
-            else:
-                made = run_one(run, target, force)
+            made = run.bring_up_to_date(prepared_alone(run, target, given, force), force)
             note_if_nothing(made, run, target.output)
 
     return run_stage
@@ -457,29 +451,49 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
     print_result(resolved.as_dict(), as_json, lambda _: resolved.text().rstrip("\n"))
 
 
-@main.command("fetch-voc07")
-@option("--data-root", type=click.Path(path_type=Path), default=Path("data"), help="Where to put VOCdevkit.")
-@option("--archive", "archives", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="An archive you already have; give both.")
-@option("--mirror", "mirrors", multiple=True, metavar="URL", help="A place to try before the known ones.")
-@option("--manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A TOML file with name, size and sha256 of other archives, in place of the official ones.")
-def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str, ...], manifest: Path | None) -> None:
-    """Fetch PASCAL VOC 2007, trainval and test, checked by size and SHA-256; goes on where it was interrupted.
+FETCH_OPTIONS = [
+    option("--data-root", type=click.Path(path_type=Path),
+           help="Where to put VOCdevkit. Default: data, for the subset data/voc07-mini."),
+    option("--archive", "archives", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+           help="An archive you already have; give each."),
+    option("--mirror", "mirrors", multiple=True, metavar="URL", help="A place to try before the known ones."),
+    option("--manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+           help="A TOML file with name, size and sha256 of other archives, in place of the official ones."),
+]
+
+
+@main.command()
+@click.argument("name")
+@option("--subset", metavar="mini", help="Of voc07: the 1,600 photographs of voc07-mini, made from the test archive.")
+@with_options(FETCH_OPTIONS)
+def fetch(name: str, data_root: Path | None, archives: tuple[Path, ...], mirrors: tuple[str, ...],
+          manifest: Path | None, subset: str | None = None) -> None:
+    """Fetch a data set, checked by size and hash; goes on where it was interrupted.
+
+    voc07 is PASCAL VOC 2007, trainval and test; voc12 is VOC 2012, trainval.
 
     \b
-    altopt fetch-voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
+    altopt fetch voc07
+    altopt fetch voc07 --subset mini
+    altopt fetch voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
     """
-    from altopt.datasets.voc07_archive import VOC07, obtain, read_manifest
     from stages.console.progress import download_progress
+    from stages.pipeline.fetching import fetch_data_set
 
     if manifest:
         click.echo(f"archives are accepted by {manifest}, not by the official sizes and hashes", err=True)
-    wanted = read_manifest(manifest) if manifest else VOC07
     with download_progress(stderr()) as progress:
-        folder = obtain(data_root, archives=wanted, archive_files=list(archives), mirrors=list(mirrors),
-                        progress=progress)
+        folder = fetch_data_set(name, data_root, subset=subset, manifest=manifest, archive_files=archives,
+                                mirrors=mirrors, progress=progress)
     click.echo(folder)
+
+
+@main.command("fetch-voc07", hidden=True)
+@with_options(FETCH_OPTIONS)
+@click.pass_context
+def fetch_voc07(ctx: click.Context, /, **options: object) -> None:
+    """Fetch PASCAL VOC 2007, as altopt fetch voc07 does."""
+    ctx.invoke(fetch, name="voc07", **options)
 
 
 @main.command("export")

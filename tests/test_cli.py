@@ -16,7 +16,7 @@ import cli
 from stages import ALTERNATING
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = sorted(cli.main.commands)
+COMMANDS = sorted(name for name, command in cli.main.commands.items() if not command.hidden)
 HOLD = """
 import sys, pathlib
 from cache.lock import run_lock
@@ -599,36 +599,47 @@ def test_program_in_a_process_of_its_own(copied):
 
 def test_an_archive_that_is_not_voc_2007(altopt, tmp_path):
     (tmp_path / "other.tar").write_bytes(b"something else")
-    answer = altopt("fetch-voc07", "--data-root", str(tmp_path / "data"), "--archive", str(tmp_path / "other.tar"))
+    answer = altopt("fetch", "voc07", "--data-root", str(tmp_path / "data"), "--archive", str(tmp_path / "other.tar"))
     assert answer.code == 3
     assert "other.tar" in answer.err
     assert answer.err.count("\n") == 1
 
 
 def test_fetching_from_mirrors_that_are_not_there(altopt, tmp_path, monkeypatch):
-    from altopt.datasets import voc07_archive
+    from altopt.datasets import voc_archives
 
-    archives = tuple(dataclasses.replace(each, urls=("http://127.0.0.1:9/x.tar",)) for each in voc07_archive.VOC07)
-    monkeypatch.setattr(voc07_archive, "VOC07", archives)
-    answer = altopt("fetch-voc07", "--data-root", str(tmp_path))
+    archives = tuple(dataclasses.replace(each, urls=("http://127.0.0.1:9/x.tar",)) for each in voc_archives.VOC07)
+    monkeypatch.setitem(voc_archives.DATA_SETS, "voc07", archives)
+    answer = altopt("fetch", "voc07", "--data-root", str(tmp_path))
     assert answer.code == 7
     for word in ("VOCtrainval_06-Nov-2007.tar", "--archive", "127.0.0.1"):
         assert word in answer.err
 
 
-def test_fetching_ends_with_the_folder(altopt, tmp_path, monkeypatch):
-    from altopt.datasets import voc07_archive
+@pytest.mark.parametrize("command", [("fetch", "voc07"), ("fetch-voc07",)])
+def test_fetching_ends_with_the_folder(altopt, monkeypatch, command):
+    from altopt.datasets import voc_archives
 
     def obtain(root, *, archives, archive_files, mirrors, progress):
-        assert archives is voc07_archive.VOC07
+        assert archives is voc_archives.VOC07
         progress(1, 2)
         progress(2, 2)
         return root / "VOCdevkit" / "VOC2007" / str(mirrors[0])
 
-    monkeypatch.setattr(voc07_archive, "obtain", obtain)
-    answer = altopt("fetch-voc07", "--data-root", "d", "--mirror", "m")
+    monkeypatch.setattr(voc_archives, "obtain", obtain)
+    answer = altopt(*command, "--data-root", "d", "--mirror", "m")
     assert (answer.code, answer.out) == (0, "d/VOCdevkit/VOC2007/m\n")
     assert "fetching" in answer.err
+
+
+def test_fetching_a_data_set_that_nobody_knows(altopt, tmp_path):
+    for arguments, words in ((["voc7"], "knows no data set 'voc7' (did you mean 'voc07'?): choose one of voc07, voc12"),
+                             (["voc12", "--subset", "mini"], "voc12 has no subset 'mini': the only one is"),
+                             (["voc07", "--subset", "tiny"], "voc07 has no subset 'tiny': the only one is")):
+        answer = altopt("fetch", *arguments, "--data-root", str(tmp_path / "data"))
+        assert answer.code == 2
+        assert words in answer.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_check_data_says_what_it_found(altopt, workplace):

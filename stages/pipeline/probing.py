@@ -5,8 +5,9 @@ from typing import Any, TypedDict
 
 from altopt.errors import ArtifactError, UsageError
 from stages.pipeline.run import Run, find_step
+from stages.shared.stage_config import PARTS
 from stages.shared.step import Kind, Step
-from stages.steps.joint import PARTS, TrainExactJoint, joint_training, train_exact_joint
+from stages.steps.joint import TrainExactJoint, joint_training, train_exact_joint
 
 
 class Probe(TypedDict):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import DetectionSettings, setting
-from stages.shared.stage_config import OnTestSplit
+from stages.shared.stage_config import PARTS, OnTestSplit, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ class Detect(DetectionSettings, OnTestSplit):
 
     table: ClassVar[str] = "detect"
     images_per_batch: int = setting(1, "py-faster-rcnn test_net: one image at a time", at_least=1)
+
+    @property
+    def work(self) -> Work:
+        """A batch of images and all their proposals through all."""
+        return Work(PARTS, self.images_per_batch, self.images_per_batch * self.proposals)
 
 
 def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: Detect, runtime: Runtime,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stages.shared.stage_config import StageConfig
 from stages.shared.step import Facts, Runtime
@@ -11,6 +11,8 @@ from stages.shared.step import Facts, Runtime
 @dataclass(frozen=True, kw_only=True)
 class Assemble(StageConfig):
     """Nothing to choose: the layers go together or they do not."""
+
+    keeps_parts: ClassVar[bool] = True
 
 
 def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, runtime: Runtime) -> Facts:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import ProposalSettings, setting
 from altopt.datasets.dataset import Dataset
-from stages.shared.stage_config import OnTrainSplit
+from stages.shared.stage_config import OnTrainSplit, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ class GenerateProposals(ProposalSettings, OnTrainSplit):
 
     version: ClassVar[int] = 2
     images_per_batch: int = setting(1, "py-faster-rcnn rpn_generate: one image at a time", at_least=1)
+
+    @property
+    def work(self) -> Work:
+        """A batch of images through conv layers and RPN."""
+        return Work(("conv", "rpn"), self.images_per_batch)
 
 
 def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> Facts:

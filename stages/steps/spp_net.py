@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from altopt.config import SHARE, Bounds, NetworkConfig, RoITraining, setting
 from cache.records import JSON
-from stages.shared.stage_config import CachesRegions, DetectsRegions, Freeze, OnTrainSplit, Trains
+from stages.shared.stage_config import CachesRegions, DetectsRegions, Freeze, OnTrainSplit, Trains, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ class CacheConvFeatures(OnTrainSplit):
     max_side: int = setting(2000, "Fast R-CNN's config for five scales", at_least=16)
     flips: bool = setting(True, SCRIPT)
 
+    @property
+    def work(self) -> Work:
+        """An image through the conv layers."""
+        return Work(("conv",), 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFCLayers(RoITraining, Trains):
@@ -43,6 +48,11 @@ class TrainFCLayers(RoITraining, Trains):
                                       distinct=True)
     bg_iou_low: float = setting(0.1, SCRIPT)
     proposals: int = setting(2000, "SPP-net, section 4.1: around 2000 regions an image", at_least=1)
+
+    @property
+    def work(self) -> Work:
+        """RoIs of stored maps through the fully connected layers."""
+        return Work(("conv", "fc", "head"), 0, self.rois_per_batch, levels=self.levels)
 
 
 @dataclass(frozen=True, kw_only=True)

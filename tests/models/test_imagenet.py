@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torchvision
+from loopback import serving
 
 from altopt.config import TORCHVISION_PIXELS
 from altopt.errors import ArtifactError, DownloadError
@@ -86,6 +87,14 @@ def torch_home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("altopt.datasets.download.PAUSE", 0.0)
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
 def served(tmp_path):
     """Return a file as torchvision's host serves it: its name ends in the first eight digits of its hash."""
     path = tmp_path / "weights.pth"
@@ -145,7 +154,47 @@ def test_a_host_that_does_not_answer(torch_home):
         port = closed.getsockname()[1]
         with pytest.raises(DownloadError) as error:
             download("alexnet", f"http://127.0.0.1:{port}/net-0123abcd.pth")
-    assert "could not be fetched from http://127.0.0.1" in one_line(error)
+    assert one_line(error).startswith("the ImageNet weights of alexnet: net-0123abcd.pth could not be fetched (http://")
+    assert "--from M0=FILE" in one_line(error)
+
+
+def test_a_transfer_that_breaks_off_is_resumed(served, torch_home, server):
+    content, seen = served.read_bytes(), []
+    half = len(content) // 2
+    url = server.url(f"/{served.name}", lambda handler: handler.ranged(content, sent=max(0, half - handler.offset())))
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", url)
+    assert f"closed the connection after {half} of {len(content)} bytes" in one_line(error)
+    assert [path.name for path in torch_home.iterdir()] == [f"{served.name}.part"]
+    server.requests.clear()
+    server.url(f"/{served.name}", lambda handler: handler.ranged(content))
+    state = download("vgg16", url, lambda *step: seen.append(step))
+    assert torch.equal(state["features.0.weight"], torch.arange(6.0))
+    assert server.requests == [(f"/{served.name}", f"bytes={half}-")]
+    assert (seen[0], seen[-1]) == ((half, len(content)), (len(content), len(content)))
+
+
+def test_other_bytes_than_the_name_promises_are_not_kept(served, torch_home, server):
+    lie = served.read_bytes()[::-1]
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", server.url(f"/{served.name}", lambda handler: handler.ranged(lie)))
+    assert "serves a file with another SHA-256" in one_line(error)
+    assert list(torch_home.iterdir()) == []
+
+
+def test_a_file_that_would_execute_code_is_refused(tmp_path, torch_home):
+    torch.save({"features.0.weight": print}, tmp_path / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    path = (tmp_path / "weights.pth").rename(tmp_path / f"net-{digest[:8]}.pth")
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", path.as_uri())
+    assert f"{path.name} does not hold tensors alone" in one_line(error)
+
+
+def test_an_address_without_a_hash_is_refused(tmp_path, torch_home):
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", (tmp_path / "weights.pth").as_uri())
+    assert "weights.pth does not have a part of its SHA-256 in its name" in one_line(error)
 
 
 def first_layer(spread: float) -> dict[str, torch.Tensor]:
