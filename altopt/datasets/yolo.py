@@ -368,7 +368,9 @@ def _checked(names: list[object], error: Callable[[str], FileError]) -> tuple[st
     """Return class names as texts; raises what ``error`` makes of the cause when one is none, or occurs twice."""
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int | float):
-            raise error(f"a name is {short(str(name))}, which is no text in YAML: put it in quotes")
+            # Lists of aliases of lists grow beyond all bounds when they are written out.
+            shown = name if isinstance(name, bool) else f"a {type(name).__name__}"
+            raise error(f"a name is {shown}, which is no text in YAML: put it in quotes")
         if any("\ud800" <= char <= "\udfff" for char in str(name)):
             raise error(f"the name {short(str(name))} is no text in Unicode: correct it")
     texts = tuple(str(name).strip() for name in names)

@@ -7,7 +7,6 @@ from pathlib import Path
 from altopt.config import NetworkConfig
 from altopt.datasets.checking import Finding, Look, compare_splits, look_deeper
 from altopt.datasets.dataset import DataConfig
-from altopt.datasets.finding import find_data, look_for_data
 from altopt.datasets.opening import open_dataset
 from cache.files import sha256_file
 from stages.pipeline.recipe import Recipe, choose_recipe, read_recipe, toml
@@ -73,6 +72,9 @@ def check_data(recipe: str | None, run_name: str | None, sets: tuple[str, ...], 
 
 def recipe_for(root: Path, sets: tuple[str, ...]) -> tuple[Recipe, str]:
     """Return a recipe with the data set that lies in a folder, and what it is in words; ``sets`` go over it."""
+    # Here, because it reads every format, and commands that only plan import this module.
+    from altopt.datasets.finding import find_data, look_for_data
+
     named = {text.partition("=")[0].strip() for text in sets}
     found = look_for_data(root) if {"data.train", "data.test"} <= named else find_data(root)
     data: dict[str, object] = {"format": found.format, "classes": []}
