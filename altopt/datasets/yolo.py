@@ -177,9 +177,12 @@ class YoloDataset(OnDiskDataset):
         lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
         if not lines:
             raise FileError("empty list", file, f"{file} lists no image: fill it, or choose another split")
+        labels_in: dict[Path, Path] = {}
         for line in lines:
             path = locate(self._root, file, line)
-            labels = labels_of(path.parent, self._root)
+            if path.parent not in labels_in:
+                labels_in[path.parent] = labels_of(path.parent, self._root)
+            labels = labels_in[path.parent]
             name = path.relative_to(self._root).as_posix()
             stem = os.path.splitext(name)[0]  # noqa: PTH122
             yield stem, _Place(self._root, name, labels, f"{path.stem}.txt")
@@ -258,13 +261,12 @@ class YoloDataset(OnDiskDataset):
         labels = labels_of(images, self._root)
         named = {os.path.splitext(name)[0] for name in image_names(images)}  # noqa: PTH122
         there = set(_names_below(labels, (".txt",)))
-        alone = sorted(name for name in there
-                       if name.removesuffix(".txt") not in named and name not in ("classes.txt", "train.txt", "val.txt",
-                                                                                  "test.txt", "README.txt"))
-        if alone and labels != self._root:
-            yield Finding("label without image", f"{labels}: {len(alone)} label files have no image in {images}: bring "
-                          f"the images, or remove them: {some(alone)}", "warning", str(labels))
-        if not any(f"{name}.txt" in there for name in named):
+        alone = sorted(name for name in there if name.removesuffix(".txt") not in named and name != "classes.txt")
+        if any(f"{name}.txt" in there for name in named):
+            if alone and labels != self._root:  # where lists lie too
+                yield Finding("label without image", f"{labels}: {len(alone)} label files have no image in {images}: "
+                              f"bring the images, or remove them: {some(alone)}", "warning", str(labels))
+        else:
             yield Finding("no labels", f"{images}: none of the {len(named)} images has a label file; they are "
                           f"looked for in {labels}", "warning", str(images))
 
@@ -297,7 +299,9 @@ def labels_of(images: Path, root: Path) -> Path:
         candidates.append(root.joinpath(*parts[:last], LABELS, *parts[last + 1:]))
     candidates.append(images / LABELS)
     if images != root:
-        candidates += [images.parent / LABELS / images.name, images.parent / LABELS]
+        candidates.append(images.parent / LABELS / images.name)
+        if not any(images.glob("*.txt")):
+            candidates.append(images.parent / LABELS)
     return next((path for path in candidates if path.is_dir()), images)
 
 
