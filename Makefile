@@ -36,7 +36,7 @@ venv: .venv/installed
 # ARGS passes options on, e.g. ARGS="--archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar".
 # RUN_ARGS goes to run-all, e.g. RUN_ARGS="--from M0=vgg16-397923af.pth --device cuda".
 reproduce-voc07: venv ## fetch PASCAL VOC 2007, train with VGG16, print the scores beside the paper's
-	$(BIN)/altopt fetch-voc07 --data-root data $(ARGS)
+	$(BIN)/altopt fetch voc07 --data-root data $(ARGS)
 	$(BIN)/altopt run-all --recipe voc07-vgg16 --data-root data $(RUN_ARGS)
 	$(BIN)/altopt compare-published --run voc07-vgg16
 

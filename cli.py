@@ -45,8 +45,8 @@ PROTOCOLS = ("voc07", "voc10", "coco")
 GROUPS = {
     "train": ("run-all", "stage", "compare"),
     "look": ("plan", "status", "recall", "probe"),
-    "use": ("evaluate", "score", "compare-published"),
-    "data": ("check-data", "fetch-voc07", "proposals"),
+    "use": ("predict", "evaluate", "score", "compare-published", "export"),
+    "data": ("check-data", "fetch", "proposals"),
     "keep": ("recipes", "recipe"),
 }
 RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
@@ -124,17 +124,13 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
     """
     from stages.console.reporting import summary_tables
     from stages.pipeline.evaluation import summary
-    from stages.pipeline.run import find_step, import_given
+    from stages.pipeline.preflight import prepared
+    from stages.pipeline.run import find_step
 
     run = options.open_run()
     with working_in(run):
-        steps = run.recipe.steps
-        target = find_step(steps, until) if until else steps[-1]
-        wanted = import_given(run, steps, given, target) if given else steps[: steps.index(target) + 1]
-        if not until and not all(verdict.valid for verdict in run.survey(wanted)):
-            run.check_split("train")
-            run.check_split("test")  # what is evaluated in the end should be there in the beginning
-        made = run.bring_up_to_date(wanted)
+        target = find_step(run.recipe.steps, until) if until else run.recipe.steps[-1]
+        made = run.bring_up_to_date(prepared(run, target, given, scored=not until))
         note_if_nothing(made, run, run.folder)
         if until:
             return
@@ -172,17 +168,15 @@ def stage_command(word: str, step: "Step", recipe: "Recipe") -> click.Command:
     @option("--init", metavar="M1", help="Start this stage's weights from another network than the list's.")
     @option("--force", is_flag=True, help="Make the output anew even if it is up to date.")
     def run_stage(options: Options, given: tuple[str, ...], init: str | None, force: bool) -> None:
-        from stages.pipeline.run import find_step, import_given, run_one
+        from stages.pipeline.preflight import prepared_alone
+        from stages.pipeline.run import find_step
 
         if init:  # last, so that it goes over what --set says
             options = replace(options, sets=(*options.sets, f"{step.table}.init={init.upper()}"))
         run = options.open_run()
         target = find_step(run.recipe.steps, word)
         with working_in(run):
-            if given:
-                made = run.bring_up_to_date(import_given(run, run.recipe.steps, given, target), force=force)
-            else:
-                made = run_one(run, target, force)
+            made = run.bring_up_to_date(prepared_alone(run, target, given, force), force)
             note_if_nothing(made, run, target.output)
 
     return run_stage
@@ -231,6 +225,48 @@ def evaluate(options: Options, network: str | None, protocol: str | None, as_jso
     with locked(run):
         result = score_network(run, detection_step(run, network), protocol or run.protocol)
     print_result(result, as_json, score_lines, score_table)
+
+
+@main.command()
+@click.argument("network")
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path),
+                metavar="IMAGE|FOLDER|LIST...")
+@option("--run", "run_name", metavar="NAME", help="The folder runs/NAME that M5 or M1+M2 lie in. Default: shapes.")
+@option("--set", "sets", multiple=True, metavar="K=V", help="Change a setting of detection, e.g. detect.nms=0.5.")
+@option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("predictions"), metavar="DIR",
+        help="Where to write.")
+@option("--score", type=click.FloatRange(0, 1), default=0.5, help="Draw and write what has this score or a higher one.")
+@option("--csv", "as_csv", is_flag=True, help="Write results.csv too.")
+@option("--yolo", "as_yolo", is_flag=True, help="Write labels/NAME.txt too, and classes.txt.")
+@option("--json", "as_json", is_flag=True, help="Print the COCO results as JSON.")
+@with_options(WORK_OPTIONS[:2])
+def predict(options: Options, network: str, inputs: tuple[Path, ...], out: Path, score: float, as_csv: bool,
+            as_yolo: bool, as_json: bool) -> None:
+    """Detect on images of any origin, draw what is found, and write it as COCO results.
+
+    NETWORK is M5 of a run, or M1+M2 for the RPN of M1 and the detector of M2; a .safetensors file anywhere; or a run's
+    folder or name, for its final network. Detection's settings are those of the recipe in the network's folder, else
+    the defaults. No data set is needed, and nothing is written beside the network or the images.
+
+    Images are JPEG, PNG, WebP, BMP or TIFF, turned as their EXIF data says; a folder is looked through with those below
+    it; a LIST is a text file with a path on each line, from its own folder. DIR gets each image under its path below
+    the folder that holds all inputs, so equal names do not collide, and results.json, which names images in the same
+    way. A second run writes over what the first has written, which predict.json lists, and over nothing else.
+
+    \b
+    altopt predict M5 photo.jpg
+    altopt predict M1+M2 photos --run mine --score 0.7 --csv
+    altopt predict models/M5.safetensors photos more/list.txt --out found --set detect.nms=0.5
+    """
+    from altopt.errors import DataError
+    from stages.pipeline.prediction import predict as predict_images
+
+    found = predict_images(network, inputs, run=options.run_name, sets=options.sets, out=out, score=score,
+                           as_csv=as_csv, as_yolo=as_yolo, runtime=options.runtime())
+    print_result(found.results() if as_json else found, as_json, lambda _: found.text())
+    if count := len(found.unusable):
+        raise DataError(f"{count} of {len(found.unusable) + len(found.found)} images could not be used: the warnings "
+                        "above say which, and why")
 
 
 @main.command()
@@ -415,29 +451,77 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
     print_result(resolved.as_dict(), as_json, lambda _: resolved.text().rstrip("\n"))
 
 
-@main.command("fetch-voc07")
-@option("--data-root", type=click.Path(path_type=Path), default=Path("data"), help="Where to put VOCdevkit.")
-@option("--archive", "archives", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="An archive you already have; give both.")
-@option("--mirror", "mirrors", multiple=True, metavar="URL", help="A place to try before the known ones.")
-@option("--manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A TOML file with name, size and sha256 of other archives, in place of the official ones.")
-def fetch_voc07(data_root: Path, archives: tuple[Path, ...], mirrors: tuple[str, ...], manifest: Path | None) -> None:
-    """Fetch PASCAL VOC 2007, trainval and test, checked by size and SHA-256; goes on where it was interrupted.
+FETCH_OPTIONS = [
+    option("--data-root", type=click.Path(path_type=Path),
+           help="Where to put VOCdevkit. Default: data, for the subset data/voc07-mini."),
+    option("--archive", "archives", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+           help="An archive you already have; give each."),
+    option("--mirror", "mirrors", multiple=True, metavar="URL", help="A place to try before the known ones."),
+    option("--manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+           help="A TOML file with name, size and sha256 of other archives, in place of the official ones."),
+]
+
+
+@main.command()
+@click.argument("name")
+@option("--subset", metavar="mini", help="Of voc07: the 1,600 photographs of voc07-mini, made from the test archive.")
+@with_options(FETCH_OPTIONS)
+def fetch(name: str, data_root: Path | None, archives: tuple[Path, ...], mirrors: tuple[str, ...],
+          manifest: Path | None, subset: str | None = None) -> None:
+    """Fetch a data set, checked by size and hash; goes on where it was interrupted.
+
+    voc07 is PASCAL VOC 2007, trainval and test; voc12 is VOC 2012, trainval.
 
     \b
-    altopt fetch-voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
+    altopt fetch voc07
+    altopt fetch voc07 --subset mini
+    altopt fetch voc07 --archive VOCtrainval_06-Nov-2007.tar --archive VOCtest_06-Nov-2007.tar
     """
-    from altopt.datasets.voc07_archive import VOC07, obtain, read_manifest
     from stages.console.progress import download_progress
+    from stages.pipeline.fetching import fetch_data_set
 
     if manifest:
         click.echo(f"archives are accepted by {manifest}, not by the official sizes and hashes", err=True)
-    wanted = read_manifest(manifest) if manifest else VOC07
     with download_progress(stderr()) as progress:
-        folder = obtain(data_root, archives=wanted, archive_files=list(archives), mirrors=list(mirrors),
-                        progress=progress)
+        folder = fetch_data_set(name, data_root, subset=subset, manifest=manifest, archive_files=archives,
+                                mirrors=mirrors, progress=progress)
     click.echo(folder)
+
+
+@main.command("fetch-voc07", hidden=True)
+@with_options(FETCH_OPTIONS)
+@click.pass_context
+def fetch_voc07(ctx: click.Context, /, **options: object) -> None:
+    """Fetch PASCAL VOC 2007, as altopt fetch voc07 does."""
+    ctx.invoke(fetch, name="voc07", **options)
+
+
+@main.command("export")
+@click.argument("what", metavar="M5|D5|data")
+@option("--format", "form", type=click.Choice(["torchvision", "onnx", "coco", "voc-comp4"]), required=True,
+        help="A network: torchvision, onnx. Detections: coco, voc-comp4. The data set: coco.")
+@option("--out", type=click.Path(path_type=Path), help="The file, or the folder of several. Default: named after both.")
+@option("--force", is_flag=True, help="Write over what is there.")
+@with_options(RUN_OPTIONS)
+@JSON_OPTION
+def export_what(options: Options, what: str, form: str, out: Path | None, force: bool, as_json: bool) -> None:
+    """Write a network, detections or the data set for other programs.
+
+    torchvision is a folder: weights.pth, a state dict; detector.json, its settings; altopt_detector.py, which makes a
+    Faster R-CNN of torchvision's of them and needs nothing else. onnx is one file, from an image's pixels to its
+    detections, which ONNX Runtime runs. Beside M5 of the run, a network may be any .safetensors file. data is both
+    splits as COCO json.
+
+    \b
+    altopt export M5 --format torchvision
+    altopt export M5 --format onnx --set detect.score=0.3 --out detector.onnx
+    altopt export D5 --format voc-comp4
+    altopt export data --format coco
+    """
+    from stages.pipeline.exporting import export
+
+    result = export(what, form, open_run=options.open_run, sets=options.sets, out=out, force=force)
+    print_result(result, as_json, lambda result: "\n".join(result["files"]))
 
 
 @main.command("compare-published")

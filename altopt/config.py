@@ -6,11 +6,13 @@ differently.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isfinite, isnan
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, Unpack, cast, get_args
+
+from altopt.errors import ArtifactError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -84,6 +86,7 @@ def _problem(value: object, bounds: Bounds, values: dict[str, object]) -> str | 
     return None
 
 
+WARMUP_SHARE = 5  # of a run whose length follows from its images, a fifth
 SHARE = Bounds(at_least=0, at_most=1)
 SIZES = Bounds(above=0, non_empty=True, distinct=True)
 SAMPLING = "Fast R-CNN, section 2.3, as R-CNN and SPP-net before it"
@@ -95,7 +98,8 @@ class NetworkConfig:
     """The network, and the frame in which it sees images and places anchors."""
 
     # A new one has layers in altopt/layers.py and a function in altopt/models/backbones.py.
-    name: Literal["vgg16", "alexnet", "squeezenet1_1", "small"] = setting("vgg16", "the network of the paper")
+    name: Literal["vgg16", "alexnet", "squeezenet1_1", "small", "efficientnet_lite0", "resnet50",
+                  "resnet101"] = setting("vgg16", "the network of the paper")
     short_side: int = setting(600, "Faster R-CNN, section 3.3; py-faster-rcnn TRAIN.SCALES", at_least=16)
     max_side: int = setting(1000, "py-faster-rcnn TRAIN.MAX_SIZE", at_least="short_side")
     anchor_base: int = setting(16, "py-faster-rcnn generate_anchors: the stride of conv5", at_least=1)
@@ -110,6 +114,44 @@ class NetworkConfig:
 
 NETWORKS: tuple[str, ...] = get_args(NetworkConfig.__annotations__["name"])
 
+
+@dataclass(frozen=True)
+class Pixels:
+    """How weights want an image's values, 0..255: channels in ``order``, then (value - mean * scale) / (std * scale).
+
+    ``mean`` and ``std`` are in that order too. The convention belongs to the weights: it is chosen where they come
+    from, and travels in every checkpoint made of them. The defaults are torchvision's, with which altopt's own
+    pre-training works too.
+    """
+
+    order: Literal["RGB", "BGR"] = "RGB"
+    scale: float = 255.0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def of(cls, description: Mapping[str, object]) -> "Pixels":
+        """Return what a checkpoint's description says; torchvision's convention where it is older and says nothing.
+
+        Raises ``ArtifactError`` for what is no such convention.
+        """
+        held: Any = description.get("pixels", {})
+        try:
+            values: dict[str, Any] = {name: tuple(map(float, value)) if isinstance(value, list) else value
+                                      for name, value in held.items()}
+            pixels = cls(**values)
+            if (pixels.order in ("RGB", "BGR") and len(pixels.mean) == len(pixels.std) == 3 and pixels.scale > 0
+                    and all(map(isfinite, pixels.mean)) and all(0 < value < float("inf") for value in pixels.std)):
+                return pixels
+        except (AttributeError, TypeError, ValueError):
+            pass
+        raise ArtifactError(f"a checkpoint says that its weights want pixels as {held!r}, which cannot be: make it "
+                            "again")
+
+
+TORCHVISION_PIXELS = Pixels()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """What a network computes in."""
@@ -122,6 +164,8 @@ class TrainingConfig(Precision):
     """One run of the training loop."""
 
     iterations: int = setting(80_000, SOLVER, at_least=0)
+    visits: float = setting(0.0, "chosen: 0, as many iterations as said; else of each image, in iterations' place",
+                            at_least=0)
     images_per_batch: int = setting(1, "py-faster-rcnn TRAIN.IMS_PER_BATCH", at_least=1)
     lr: float = setting(1e-3, SOLVER, above=0)
     schedule: Literal["step", "one-cycle"] = setting("step", SOLVER)
@@ -136,6 +180,16 @@ class TrainingConfig(Precision):
     clip_gradient: float = setting(0.0, "py-faster-rcnn has none (0 is none)", at_least=0)
     flips: bool = setting(True, "py-faster-rcnn TRAIN.USE_FLIPPED: mirror images are further entries, not a coin toss")
     seed: int = setting(3, "py-faster-rcnn RNG_SEED", at_least=0)
+
+    def for_images(self, count: int) -> Self:
+        """Return the config of a run over so many images: with the iterations that its ``visits`` come to, if any.
+
+        A short run warms up in a fifth of its iterations at most.
+        """
+        if not self.visits:
+            return self
+        iterations = max(1, round(self.visits * count / self.images_per_batch))
+        return replace(self, iterations=iterations, warmup=min(self.warmup, iterations // WARMUP_SHARE))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def maps_bytes(sizes: Iterable[tuple[int, int, int]], network: NetworkConfig, fl
 
 
 def _after(window: KernelGeometry, side: int) -> int:
-    rest = side + 2 * window.padding - window.size
+    rest = side + 2 * window.padding + window.more - window.size
     steps = -(-rest // window.stride) if window.ceil else rest // window.stride
     if window.ceil and steps * window.stride >= side + window.padding:
         steps -= 1  # a window must begin inside

@@ -15,8 +15,9 @@ class KernelGeometry(NamedTuple):
 
     size: int
     stride: int
-    padding: int = 0
+    padding: int = 0  # on all sides
     ceil: bool = False
+    more: int = 0  # padding of one side beside that
 
 
 class Layer(NamedTuple):
@@ -50,6 +51,24 @@ def _layers(*blocks: Sequence[Layer]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def _inverted(channels: int, window: KernelGeometry | None = None, expands: bool = True) -> Layer:
+    """Return EfficientNet's block of three convolutions; the one before the first stride does not expand."""
+    return Layer(channels, window, (*((".expand",) if expands else ()), ".depthwise", ".project"))
+
+
+def _residual(channels: int, blocks: int, window: KernelGeometry | None = None) -> list[Layer]:
+    """Return ResNet's bottleneck blocks of one size, the first of which brings its input to that size too."""
+    parts = (".conv1", ".conv2", ".conv3")
+    return [Layer(channels, window, (*parts, ".downsample.0")), *[Layer(channels, None, parts)] * (blocks - 1)]
+
+
+def _resnet(last: int) -> tuple[Layer, ...]:
+    """Return the layers of ResNet's conv1 to conv4, the last of so many blocks, less a row and a column."""
+    halved = KernelGeometry(3, 2, 1)
+    return _layers([_conv(64, KernelGeometry(7, 2, 11))], [Layer(0, halved), *_residual(256, 3)],
+                   _residual(512, 4, halved), [*_residual(1024, last, halved), Layer(0, KernelGeometry(2, 1))])
+
+
 _HALF, _THIRD = Layer(0, KernelGeometry(2, 2)), Layer(0, KernelGeometry(3, 2))
 _CEIL = Layer(0, KernelGeometry(3, 2, ceil=True))
 LAYERS = {
@@ -65,6 +84,14 @@ LAYERS = {
     "small": _layers(
         [_conv(24, KernelGeometry(6, 2, 2))], [_HALF, _conv(32), _conv(32)], [_HALF, _conv(64), _conv(64)],
         [_HALF, _conv(128), _conv(128)], [_conv(128), _conv(128)]),
+    "efficientnet_lite0": _layers(
+        [_conv(32, KernelGeometry(3, 2, 1, more=7)), _inverted(16, expands=False)],
+        [_inverted(24, KernelGeometry(3, 2, 0, more=1)), _inverted(24)],
+        [_inverted(40, KernelGeometry(5, 2, 1, more=1)), _inverted(40)],
+        [_inverted(80, KernelGeometry(3, 2, 0, more=1)), *[_inverted(80)] * 2, *[_inverted(112)] * 3],
+        [*[_inverted(192)] * 4, _inverted(320)]),
+    "resnet50": _resnet(6),
+    "resnet101": _resnet(23),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from altopt.config import NetworkConfig
+from altopt.config import NetworkConfig, Pixels
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.machine.allocation import keep_freed_memory
@@ -74,7 +74,7 @@ def write_random_network(path: Path, config: GenerateProposals) -> None:
     network = FasterRCNN(config.network, len(classes))
     for part in PARTS:
         initialise_all(getattr(network, part).to_empty(device="cpu"), generator("proposals_memory", part), part)
-    save_checkpoint(path, network.tensors(PARTS), describe_network(config.network, classes))
+    save_checkpoint(path, network.tensors(PARTS), describe_network(config.network, classes, Pixels()))
 
 
 def measure(images: int, every: int, width: int, height: int, threads: int) -> dict[str, Any]:

@@ -166,6 +166,11 @@ class ProposalFile:
         if offsets[0] != 0 or offsets[-1] != self._rows or (np.diff(offsets) < 0).any():
             raise self._error(f"offsets does not rise from 0 to the {self._rows} rows")
 
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many proposals each image has, in the order of ``image_ids``: int64 [N]."""
+        return np.diff(self._offsets)
+
     def __len__(self) -> int:
         return len(self.image_ids)
 

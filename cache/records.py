@@ -27,6 +27,8 @@ RENAMED = {
     "seconds_per_picture": "seconds_per_image", "proposals_per_picture": "proposals_per_image",
 }
 RENAMED_VALUES = {("outputs", "draw-anew"): "re-initialise"}  # by name: a text such as a folder may be like an old word
+# Settings that earlier versions did not have, with what they did.
+ADDED: dict[str, JSON] = {"visits": 0.0, "data.exif": "error", "data.box_format": "inclusive-1"}
 
 
 def plain(value: object) -> Any:
@@ -123,6 +125,8 @@ def differences(old: Mapping[str, JSON], new: Mapping[str, JSON]) -> list[str]:
     before, after = dict(_flat(plain(old))), dict(_flat(plain(new)))
     lines = []
     for name, value in after.items():
+        if name not in before and name in ADDED and _same(ADDED[name], value):
+            continue
         if name not in before:
             lines.append(f"{name} is new ({_words(value)})")
         elif not _same(before[name], value):

@@ -16,7 +16,7 @@ import cli
 from stages import ALTERNATING
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = sorted(cli.main.commands)
+COMMANDS = sorted(name for name, command in cli.main.commands.items() if not command.hidden)
 HOLD = """
 import sys, pathlib
 from cache.lock import run_lock
@@ -477,7 +477,7 @@ def test_divergence_exits_with_5_and_keeps_the_batch(altopt, copied):
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
 def test_lack_of_memory_exits_with_6(altopt, copied, monkeypatch, error):
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         raise error
 
     monkeypatch.setattr("altopt.training.loop.make_batch", fail)
@@ -487,7 +487,7 @@ def test_lack_of_memory_exits_with_6(altopt, copied, monkeypatch, error):
 
 
 def test_other_errors_are_bugs_and_keep_their_traceback(altopt, copied, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr("altopt.training.loop.make_batch", fail)
@@ -496,7 +496,7 @@ def test_other_errors_are_bugs_and_keep_their_traceback(altopt, copied, monkeypa
 
 
 def test_full_disk_exits_with_6(altopt, copied, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("cache.files.os.fsync", fail)
@@ -599,36 +599,47 @@ def test_program_in_a_process_of_its_own(copied):
 
 def test_an_archive_that_is_not_voc_2007(altopt, tmp_path):
     (tmp_path / "other.tar").write_bytes(b"something else")
-    answer = altopt("fetch-voc07", "--data-root", str(tmp_path / "data"), "--archive", str(tmp_path / "other.tar"))
+    answer = altopt("fetch", "voc07", "--data-root", str(tmp_path / "data"), "--archive", str(tmp_path / "other.tar"))
     assert answer.code == 3
     assert "other.tar" in answer.err
     assert answer.err.count("\n") == 1
 
 
 def test_fetching_from_mirrors_that_are_not_there(altopt, tmp_path, monkeypatch):
-    from altopt.datasets import voc07_archive
+    from altopt.datasets import voc_archives
 
-    archives = tuple(dataclasses.replace(each, urls=("http://127.0.0.1:9/x.tar",)) for each in voc07_archive.VOC07)
-    monkeypatch.setattr(voc07_archive, "VOC07", archives)
-    answer = altopt("fetch-voc07", "--data-root", str(tmp_path))
+    archives = tuple(dataclasses.replace(each, urls=("http://127.0.0.1:9/x.tar",)) for each in voc_archives.VOC07)
+    monkeypatch.setitem(voc_archives.DATA_SETS, "voc07", archives)
+    answer = altopt("fetch", "voc07", "--data-root", str(tmp_path))
     assert answer.code == 7
     for word in ("VOCtrainval_06-Nov-2007.tar", "--archive", "127.0.0.1"):
         assert word in answer.err
 
 
-def test_fetching_ends_with_the_folder(altopt, tmp_path, monkeypatch):
-    from altopt.datasets import voc07_archive
+@pytest.mark.parametrize("command", [("fetch", "voc07"), ("fetch-voc07",)])
+def test_fetching_ends_with_the_folder(altopt, monkeypatch, command):
+    from altopt.datasets import voc_archives
 
     def obtain(root, *, archives, archive_files, mirrors, progress):
-        assert archives is voc07_archive.VOC07
+        assert archives is voc_archives.VOC07
         progress(1, 2)
         progress(2, 2)
         return root / "VOCdevkit" / "VOC2007" / str(mirrors[0])
 
-    monkeypatch.setattr(voc07_archive, "obtain", obtain)
-    answer = altopt("fetch-voc07", "--data-root", "d", "--mirror", "m")
+    monkeypatch.setattr(voc_archives, "obtain", obtain)
+    answer = altopt(*command, "--data-root", "d", "--mirror", "m")
     assert (answer.code, answer.out) == (0, "d/VOCdevkit/VOC2007/m\n")
     assert "fetching" in answer.err
+
+
+def test_fetching_a_data_set_that_nobody_knows(altopt, tmp_path):
+    for arguments, words in ((["voc7"], "knows no data set 'voc7' (did you mean 'voc07'?): choose one of voc07, voc12"),
+                             (["voc12", "--subset", "mini"], "voc12 has no subset 'mini': the only one is"),
+                             (["voc07", "--subset", "tiny"], "voc07 has no subset 'tiny': the only one is")):
+        answer = altopt("fetch", *arguments, "--data-root", str(tmp_path / "data"))
+        assert answer.code == 2
+        assert words in answer.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_check_data_says_what_it_found(altopt, workplace):

@@ -1,9 +1,11 @@
+import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import pytest
 
-from altopt.config import bounds_of, out_of_bounds, setting
+from altopt.config import TORCHVISION_PIXELS, Pixels, TrainingConfig, bounds_of, out_of_bounds, setting
+from altopt.errors import ArtifactError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +59,24 @@ def test_another_default_keeps_the_bounds():
 
 def test_field_without_bounds():
     assert bounds_of(Fence, "free") == {}
+
+
+def test_visits_of_an_image_decide_the_iterations():
+    config = TrainingConfig(visits=4, images_per_batch=2, warmup=200, iterations=7)
+    assert (config.for_images(300).iterations, config.for_images(300).warmup) == (600, 120)
+    assert (config.for_images(10_000).iterations, config.for_images(10_000).warmup) == (20_000, 200)
+    assert config.for_images(0).iterations == 1
+    assert replace(config, visits=0.0).for_images(300).iterations == 7
+
+
+@pytest.mark.parametrize("held", [
+    [], {"order": "GBR"}, {"mean": [0.5]}, {"std": [1, 1, 0]}, {"scale": "255"}, {"gamma": 2}, {"mean": [1, 2, "x"]},
+    {"std": [1, 1, float("nan")]}, None])
+def test_pixels_that_cannot_be(held):
+    with pytest.raises(ArtifactError, match="which cannot be: make it again"):
+        Pixels.of({"pixels": held})
+
+
+def test_pixels_of_a_description():
+    assert Pixels.of({}) == TORCHVISION_PIXELS
+    assert Pixels.of({"pixels": json.loads(json.dumps(asdict(Pixels("BGR", 1.0))))}) == Pixels("BGR", 1.0)

@@ -22,7 +22,7 @@ EACH_MODULE = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.rel
 FLOORS = {
     "altopt": [
         {"altopt"},
-        {"altopt.machine", "altopt.datasets"},
+        {"altopt.machine", "altopt.datasets", "altopt.drawing"},
         {"altopt.ops", "altopt.evaluation"},
         {"altopt.batches", "altopt.proposal_formats"},
         {"altopt.models"},
@@ -37,7 +37,7 @@ FLOORS = {
     ],
 }
 # To raise one of these is a decision about the layout. A module beside the folders counts as a door of its own here.
-MOST = {"altopt": {"doors": 12, "floors": 6, "arrows": 32}, "stages": {"doors": 6, "floors": 5, "arrows": 15}}
+MOST = {"altopt": {"doors": 13, "floors": 6, "arrows": 32}, "stages": {"doors": 6, "floors": 5, "arrows": 15}}
 EACH_TOP = pytest.mark.parametrize("top", FLOORS)
 
 # Commands that answer at once: they must not wait for torch, which takes seconds to import, nor, where they only look

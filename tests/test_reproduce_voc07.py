@@ -104,7 +104,7 @@ def server() -> Iterator[Server]:
 
 
 def serve(server: Server, archives: dict[str, bytes]) -> str:
-    """Serve the archives with byte ranges; return the options of fetch-voc07."""
+    """Serve the archives with byte ranges; return the options of fetch."""
     for name, content in archives.items():
         server.url(f"/{name}", partial(Handler.ranged, content=content))
     return f"--manifest small.toml --mirror {server.url('/')}"

@@ -14,15 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from altopt.config import NetworkConfig
+from altopt.config import TORCHVISION_PIXELS, NetworkConfig, Pixels
 from altopt.datasets.dataset import Dataset
 from altopt.extents import input_size, scale_of
 from altopt.ops import boxes as bx
 from altopt.ops.targets import AnchorSample, RoISample
-
-# The statistics that torchvision's ImageNet weights were trained with, RGB in 0..1.
-PIXEL_MEAN = (0.485, 0.456, 0.406)
-PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +96,25 @@ def read_sample(dataset: Dataset, id: str, network: NetworkConfig, *, flipped: b
                 proposals: np.ndarray | None = None) -> Sample:
     """Read one image with its usable objects, and proposals given in the original frame (float32 [K, 4])."""
     image = dataset.image(id)
-    width = image.shape[1]
-    scale = scale_of((width, image.shape[0]), network.short_side, network.max_side)
+    pixels, scale = _in_input_frame(image, network, flipped=flipped)
+    return _sample(dataset, id, flipped, pixels, scale, image.shape[1], proposals)
+
+
+def image_sample(id: str, image: np.ndarray, network: NetworkConfig) -> Sample:
+    """Return an image of any origin, uint8 RGB [H, W, 3], as the network sees it; it has no objects."""
+    pixels, scale = _in_input_frame(image, network)
+    return Sample(id, False, pixels, scale, torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
+
+
+def _in_input_frame(image: np.ndarray, network: NetworkConfig, *, flipped: bool = False) -> tuple[Tensor, float]:
+    """Return an image's pixels in the input frame, uint8 ``Tensor[3, H, W]``, and its scale."""
+    height, width = image.shape[:2]
+    scale = scale_of((width, height), network.short_side, network.max_side)
     pixels = resized(image, scale)
     # Mirrored after it was resized: then the mirror image is the image mirrored, to the last bit.
     if flipped:
         pixels = pixels[:, ::-1]
-    turned = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, H, W)
-    return _sample(dataset, id, flipped, turned, scale, width, proposals)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), scale  # (3, H, W)
 
 
 def stored_sample(dataset: Dataset, id: str, network: NetworkConfig, features: Tensor, *, flipped: bool = False,
@@ -145,9 +152,11 @@ def to_original(boxes: Tensor, sample: Sample, size: tuple[int, int]) -> Tensor:
     return bx.clip(boxes / sample.scale, size)
 
 
-def make_batch(samples: list[Sample], device: torch.device, iteration: int = 0) -> Batch:
+def make_batch(samples: list[Sample], device: torch.device, iteration: int = 0, *,
+               pixels: Pixels = TORCHVISION_PIXELS) -> Batch:
     """Move the samples to the device and stack their pixels, smaller images padded with the mean colour.
 
+    ``pixels`` is the convention of the weights that are to see the batch.
     Samples with stored maps bring those instead.
     """
     if samples[0].features is not None:
@@ -157,20 +166,22 @@ def make_batch(samples: list[Sample], device: torch.device, iteration: int = 0) 
     height = max(sample.pixels.shape[1] for sample in samples)
     width = max(sample.pixels.shape[2] for sample in samples)
     images = torch.zeros(len(samples), 3, height, width, device=device).to(memory_format=torch.channels_last)
-    mean, std = _pixel_statistics(device)
+    mean, std = _pixel_statistics(pixels, device)
     moved = []
     for image, sample in zip(images, samples, strict=True):
-        pixels = sample.pixels.to(device, non_blocking=True)
+        values = sample.pixels.to(device, non_blocking=True)
+        ordered = values if pixels.order == "RGB" else values.flip(0)
         # Normalised on the device, to which a quarter of the bytes then travel; zero is the mean colour.
-        image[:, : pixels.shape[1], : pixels.shape[2]] = (pixels - mean) / std
-        moved.append(sample.moved(pixels, device))
+        image[:, : values.shape[1], : values.shape[2]] = (ordered - mean) / std
+        moved.append(sample.moved(values, device))
     return Batch(moved, images, iteration=iteration)
 
 
 @cache
-def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+def _pixel_statistics(pixels: Pixels, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of pixels in 0..255, ``Tensor[3, 1, 1]`` each; made once, as copies to a GPU wait."""
     # Made in inference mode first, they could not be used in training afterwards.
     with torch.inference_mode(False):
-        mean, std = (torch.tensor(each).mul(255)[:, None, None].to(device) for each in (PIXEL_MEAN, PIXEL_STD))
+        mean, std = (torch.tensor(each).mul(pixels.scale)[:, None, None].to(device)
+                     for each in (pixels.mean, pixels.std))
     return mean, std

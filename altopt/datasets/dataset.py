@@ -9,7 +9,7 @@ of needs neither, so ``altopt plan`` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -123,9 +123,12 @@ NAMES = Bounds(non_empty=True, distinct=True)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which data set; the spelling of a split is explained in the module of its format."""
+    """Which data set; the spelling of a split is explained in the module of its format.
 
-    format: Literal["voc", "coco", "yolo", "shapes"]
+    Format, train and test may be "auto" in a recipe: a run puts in what it finds in its data root.
+    """
+
+    format: Literal["voc", "coco", "yolo", "shapes", "auto"]
     train: tuple[str, ...] = field(metadata={"bounds": NAMES})
     test: tuple[str, ...] = field(metadata={"bounds": NAMES})
     classes: tuple[str, ...] = setting((), "the format's own rule", distinct=True)
@@ -146,17 +149,19 @@ def as_flag(value: object) -> bool | None:
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
-def to_coco(dataset: Dataset) -> Json:
+def to_coco(dataset: Dataset, file_name: Callable[[str], str] | None = None) -> Json:
     """Return the ground truth as the content of a COCO json file, with "difficult" 0 or 1 as an extension.
 
-    Boxes are [x, y, width, height], continuous; image ids are ``coco_image_id``'s.
+    Boxes are [x, y, width, height], continuous; image ids are ``coco_image_id``'s. ``file_name`` says where an image
+    lies; without it the json names no files.
     """
     images: list[Json] = []
     annotations: list[Json] = []
     for image_id in dataset.ids:
         (width, height), objects = dataset.size(image_id), dataset.objects(image_id)
         coco_id = dataset.coco_image_id(image_id)
-        images.append({"id": coco_id, "width": width, "height": height})
+        named = {} if file_name is None else {"file_name": file_name(image_id)}
+        images.append({"id": coco_id, "width": width, "height": height, **named})
         for i, (x1, y1, x2, y2) in enumerate(objects.boxes.tolist()):
             annotations.append({
                 "id": len(annotations) + 1,  # from 1: pycocotools takes a match with id 0 for none

@@ -1,4 +1,4 @@
-"""Fetching one file over an unreliable network: mirrors in order, resumed by byte ranges, accepted by size and SHA-256.
+"""Fetching one file over an unreliable network: mirrors in order, resumed by byte ranges, accepted by size and hash.
 
 The bytes collect in ``destination.part``, which survives an interruption; ``destination`` appears by rename once the
 content is verified, so a partial file is never taken for the whole one. No mirror is trusted: whoever serves the right
@@ -29,6 +29,7 @@ from altopt.errors import BusyError, DownloadError, ResourceError
 Progress = Callable[[int, int], None]
 
 SCHEMES = ("http", "https", "file")
+NAMES = {"sha256": "SHA-256", "md5": "MD5"}
 CHUNK = 1 << 18
 TRIES = 3
 PAUSE = 1.0  # seconds before the first of the other tries, twice that before the next
@@ -49,26 +50,28 @@ class _CannotResumeError(_UnusableError):
     """This mirror may serve the file, but only from its beginning."""
 
 
-def fetch(urls: Sequence[str], destination: Path, *, size: int, sha256: str, progress: Progress | None = None,
+def fetch(urls: Sequence[str], destination: Path, *, size: int | None, checksum: str, progress: Progress | None = None,
           remedy: str | None = None, timeout: float = 20.0) -> Path:
-    """Return ``destination`` once it holds the ``size`` bytes with this SHA-256, from the first mirror that can.
+    """Return ``destination`` once it holds the ``size`` bytes with this hash, from the first mirror that can.
 
+    ``checksum`` is "sha256:" or "md5:" and the hash's hexadecimal digits, or the first of them. Where nobody knows the
+    size (None), each mirror's word for it is taken until the hash is checked.
     A destination that is already right is left alone, a wrong one is replaced when the right bytes are there.
     ``timeout`` (seconds) limits each wait for the network.
     Raises DownloadError with the reason of every mirror and ``remedy``, ResourceError when the disk has no room,
     BusyError when another process fetches the same file.
     """
-    if matches(destination, size, sha256):
+    if matches(destination, size, checksum):
         return destination
     part_path = destination.with_name(destination.name + ".part")
     with writing(part_path):
         destination.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(part_path) as part:
-        download = _Download(part, part_path, size, sha256, progress or (lambda done, total: None), timeout)
-        need_space(destination.parent, size - download.length, destination.name)
+        download = _Download(part, part_path, size, checksum, progress or (lambda done, total: None), timeout)
+        need_space(destination.parent, (size or 0) - download.length, destination.name)
         try:
-            reasons = [] if download.verified() else download.from_mirrors(urls)
-            if download.length == size:
+            reasons = None if download.verified(size) else download.from_mirrors(urls)
+            if reasons is None:
                 with writing(destination):
                     os.fsync(part.fileno())  # first the content, then the name: a power cut leaves no empty file
                     part_path.replace(destination)
@@ -76,19 +79,27 @@ def fetch(urls: Sequence[str], destination: Path, *, size: int, sha256: str, pro
         finally:
             if part_path.exists() and download.length == 0:
                 part_path.unlink()
-    remedy = remedy or f"bring the file ({size} bytes, SHA-256 {sha256}) as {destination}"
+    remedy = remedy or f"bring the file ({describe(size, checksum)}) as {destination}"
     raise DownloadError(f"{destination.name} could not be fetched ({'; '.join(reasons) or 'no mirror'}): {remedy}")
 
 
-def matches(path: Path, size: int, sha256: str) -> bool:
+def matches(path: Path, size: int | None, checksum: str) -> bool:
     """Return whether the file is there, whole and the right one."""
-    return path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256
+    algorithm, _, digits = checksum.partition(":")
+    right_size = path.is_file() and size in (None, path.stat().st_size)
+    return right_size and hash_of(path, algorithm).startswith(digits)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
+def hash_of(path: Path, algorithm: str) -> str:
+    """Return the hash of a file's content in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def describe(size: int | None, checksum: str) -> str:
+    """Return what a file is known by, such as ``5 bytes, SHA-256 ab12...``."""
+    algorithm, _, digits = checksum.partition(":")
+    return (f"{size} bytes, " if size is not None else "") + f"{NAMES[algorithm]} {digits}"
 
 
 def need_space(folder: Path, needed: int, purpose: str) -> None:
@@ -146,8 +157,8 @@ class _Download:
 
     part: FileIO
     path: Path
-    size: int
-    sha256: str
+    size: int | None
+    checksum: str
     progress: Progress
     timeout: float
     opener: urllib.request.OpenerDirector = field(default_factory=_opener)
@@ -156,17 +167,18 @@ class _Download:
     def length(self) -> int:
         return os.fstat(self.part.fileno()).st_size
 
-    def verified(self) -> bool:
-        """Return whether the part is the whole file; empty a part that has the length but not the content."""
-        if self.length < self.size:
+    def verified(self, size: int | None) -> bool:
+        """Return whether the part is the whole file; empty a part of that size or more with another content."""
+        if size is not None and self.length < size:
             return False
-        if matches(self.path, self.size, self.sha256):
+        if matches(self.path, self.size, self.checksum):
             return True
-        self.part.truncate(0)
+        if size is not None:
+            self.part.truncate(0)
         return False
 
-    def from_mirrors(self, urls: Sequence[str]) -> list[str]:
-        """Complete the part from the first mirror that can; return why the others could not."""
+    def from_mirrors(self, urls: Sequence[str]) -> list[str] | None:
+        """Complete the part from the first mirror that can; return why none could, if so."""
         reasons: list[str] = []
         waiting = list(urls)
         for start_over in (False, True):  # first nobody may cost us what is there, then who cannot continue it may
@@ -182,7 +194,7 @@ class _Download:
                 except _UnusableError as error:
                     reasons.append(f"{url}: {error}")
                 else:
-                    return reasons
+                    return None
         return reasons
 
     def from_mirror(self, url: str) -> None:
@@ -191,22 +203,25 @@ class _Download:
         foreign = best > 0  # bytes of another mirror or another day: a wrong sum may be their fault
         while True:
             try:
-                foreign = self.transfer(url) > 0 and foreign
+                start, size = self.transfer(url)
             except _BrokenError as error:
-                useful = self.length - best >= USEFUL_PART * self.size
+                useful = self.length - best >= max(1, USEFUL_PART * (self.size or 0))
                 failures, best = 1 if useful else failures + 1, max(best, self.length)
                 if failures == TRIES:
                     raise _UnusableError(f"{error} ({TRIES} times)") from error
                 time.sleep(PAUSE * failures)
                 continue
-            if self.verified():
+            foreign = start > 0 and foreign
+            if self.verified(size):
                 return
             if not foreign:
-                raise _UnusableError("serves a file of the right size with another SHA-256")
+                named = NAMES[self.checksum.partition(":")[0]]
+                right = " of the right size" if self.size is not None else ""
+                raise _UnusableError(f"serves a file{right} with another {named}")
             failures, best, foreign = 0, 0, False  # from the beginning, with this mirror's bytes alone
 
-    def transfer(self, url: str) -> int:
-        """Append what the mirror sends until the part is as long as the file; return the offset where it began."""
+    def transfer(self, url: str) -> tuple[int, int]:
+        """Append what the mirror sends until the part is whole; return the offset where it began, and the size."""
         offset = self.length
         with _network():
             if urlsplit(url).scheme not in SCHEMES:
@@ -214,21 +229,27 @@ class _Download:
             headers = {"Range": f"bytes={offset}-"} if offset else {}
             opened = self.opener.open(urllib.request.Request(url, headers=headers), timeout=self.timeout)
         with opened as response:
-            start = done = _beginning(response, offset, self.size)
+            start, stated = _beginning(response, offset, self.size)
+            size = stated if self.size is None else self.size
+            if self.size is None and size is not None:
+                need_space(self.path.parent, size - start, self.path.stem)
             self.part.truncate(start)
-            while done < self.size:
-                self.progress(done, self.size)
+            done = start
+            while size is None or done < size:
+                self.progress(done, size or done)
                 with _network():
-                    chunk = response.read(min(CHUNK, self.size - done))
+                    chunk = response.read(CHUNK if size is None else min(CHUNK, size - done))
+                if not chunk and size is None:
+                    break
                 if not chunk:
-                    raise _BrokenError(f"closed the connection after {done} of {self.size} bytes")
+                    raise _BrokenError(f"closed the connection after {done} of {size} bytes")
                 with writing(self.path):
                     rest = memoryview(chunk)
                     while rest:  # without a buffer, a full disk takes some of the bytes and refuses the next
                         rest = rest[self.part.write(rest) :]
                 done += len(chunk)
-        self.progress(done, self.size)
-        return start
+        self.progress(done, done)
+        return start, done
 
 
 @contextmanager
@@ -252,8 +273,8 @@ def _network() -> Iterator[None]:
         raise _BrokenError(_said(error)) from error
 
 
-def _beginning(response: addinfourl, offset: int, size: int) -> int:
-    """Return the offset at which a response begins, or raise _UnusableError when it is not about our file."""
+def _beginning(response: addinfourl, offset: int, size: int | None) -> tuple[int, int | None]:
+    """Return the offset at which a response begins and the size that it states; _UnusableError if not our file's."""
     if response.status == http.client.PARTIAL_CONTENT:
         stated = re.fullmatch(r"bytes ([0-9]+)-[0-9]+/([0-9]+|\*)", response.headers.get("Content-Range", ""))
         if stated is None or int(stated[1]) != offset:
@@ -263,11 +284,12 @@ def _beginning(response: addinfourl, offset: int, size: int) -> int:
         start, total = 0, response.headers.get("Content-Length", "*")
     else:
         raise _UnusableError(f"HTTP {response.status}")
-    if total not in ("*", str(size)):
+    known = int(total) if total.isdecimal() else None
+    if size is not None and known not in (None, size):
         raise _UnusableError(f"offers {total} bytes instead of {size}")
-    if start < offset and total == "*":  # it may be an error page: not worth the bytes that are there
+    if start < offset and known is None:  # it may be an error page: not worth the bytes that are there
         raise _CannotResumeError("ignores byte ranges and states no size")
-    return start
+    return start, known
 
 
 def _said(error: object) -> str:

@@ -318,8 +318,8 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_image(path: Path, size: tuple[int, int], exif: Exif = "error") -> NDArray[np.uint8]:
-    """Return RGB [H, W, 3] of an image of the annotated (width, height).
+def read_image(path: Path, size: tuple[int, int] | None, exif: Exif = "error") -> NDArray[np.uint8]:
+    """Return RGB [H, W, 3] of an image of the annotated (width, height), or of any with None.
 
     Grey, palette and CMYK images become RGB, transparency is dropped; of several images in a file the first is taken.
     An image whose EXIF orientation turns it is turned with ``exif`` "apply", left as stored with "ignore", and

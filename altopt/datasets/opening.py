@@ -8,7 +8,7 @@ from altopt.datasets.dataset import DataConfig, Dataset
 from altopt.errors import DataError, UsageError
 
 
-def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path | None) -> Dataset:
+def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path | None = None) -> Dataset:
     """Return the data set of one split; both splits have the same classes. ``root`` may be None for "shapes" only.
 
     UsageError when the config does not say enough, DataError when there is no such root.
@@ -26,6 +26,8 @@ def open_dataset(config: DataConfig, split: Literal["train", "test"], root: Path
     if config.box_format != "inclusive-1" and config.format != "voc":
         raise UsageError(f'data.box_format is for format "voc", whose files count in several ways: leave it out for '
                          f'"{config.format}"')
+    if config.format == "auto":
+        raise UsageError('data.format is "auto", which is looked up in a data root: give it with --data-root')
     if root is None:
         raise UsageError(f'a data set of format "{config.format}" lies in a folder: give it with --data-root')
     if not root.is_dir():

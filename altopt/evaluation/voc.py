@@ -12,7 +12,7 @@ Letters: N objects, D detections.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -120,6 +120,14 @@ def score_voc(ground_truth: Mapping[str, Objects], detections: Mapping[str, Dete
         name: _class_score(scores[labels == label], target[labels == label], counted,
                            int(counted[object_labels == label].sum()), rules.protocol)
         for label, name in enumerate(classes)})
+
+
+def comp4_lines(detections: Mapping[str, Detections], label: int) -> Iterator[str]:
+    """Yield the lines of the devkit's results file of a class: image, score, and 1-based inclusive corners, as "%f"."""
+    for image_id, found in detections.items():
+        for (x1, y1, x2, y2), score in zip(found.boxes[found.labels == label], found.scores[found.labels == label],
+                                           strict=True):
+            yield f"{image_id} {score:f} {x1 + 1:f} {y1 + 1:f} {x2:f} {y2:f}\n"
 
 
 def _targets(objects: Objects, detections: Detections, first: int, rules: VocRules) -> Ints:

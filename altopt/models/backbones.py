@@ -5,7 +5,8 @@ frozen: ``freeze = ["conv1", "conv2"]``.
 
 Feature cell (i, j) should see the image around (16 j + 8, 16 i + 8), where the anchors are centred and where RoI
 pooling rounds to. VGG-16 does by itself; networks that pool 3 x 3 without padding see 7.5 px further to the right and
-down, so their first layer pads 8 px more.
+down, so their first layer pads 8 px more. ResNet sees 7.5 px too little: it pads 8 px more too, and then does without
+the first row and column.
 """
 
 from collections import OrderedDict
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
+from altopt.config import TORCHVISION_PIXELS, Pixels
+from altopt.models import lite0
 from altopt.models.dropout import FullyConnected
+from altopt.models.resnet import DropFirst, FrozenBatchNorm, Res5
 
 STRIDE = 16  # pixels of the input for one cell of the last feature map; the same for every network here
 
@@ -25,23 +29,29 @@ STRIDE = 16  # pixels of the input for one cell of the last feature map; the sam
 class Backbone:
     """``conv``: image to features, a sequence of named blocks; ``fc``: pooled RoIs to vectors of ``hidden_size``.
 
-    ``imagenet`` are torchvision's weights, in whose ``classifier`` fc6 and fc7 stand at these places.
+    ``imagenet`` are torchvision's weights, if it has any. ``names`` says what its file calls our layers, by the
+    beginning of their names; ``pixels`` what these weights want of an image, and ``first_spread`` is about the standard
+    deviation of their first layer (0: nobody else's have its names).
     """
 
     conv: nn.Sequential
-    fc: FullyConnected
+    fc: FullyConnected | Res5
     channels: int
     roi_size: int
     hidden_size: int
+    names: Mapping[str, str] = field(default_factory=dict)
     imagenet: WeightsEnum | None = None
-    classifier: Mapping[str, int] = field(default_factory=dict)
+    pixels: Pixels = TORCHVISION_PIXELS
+    first_spread: float = 0.0
 
 
 def vgg16() -> Backbone:
     """VGG-16 (Simonyan and Zisserman): conv1 to conv5 without the last pooling, fc6 and fc7, RoI pool 7 x 7."""
     layers = list(models.vgg16(weights=None).features)[:-1]
-    return Backbone(_blocks(_split_at_pools(layers)), FullyConnected(512 * 7 * 7, 4096), 512, 7, 4096,
-                    models.VGG16_Weights.IMAGENET1K_V1, {"fc6": 0, "fc7": 3})
+    blocks = _split_at_pools(layers)
+    return Backbone(_blocks(blocks), FullyConnected(512 * 7 * 7, 4096), 512, 7, 4096,
+                    _places(blocks) | {"fc.fc6": "classifier.0", "fc.fc7": "classifier.3"},
+                    models.VGG16_Weights.IMAGENET1K_V1, first_spread=0.3)
 
 
 def alexnet() -> Backbone:
@@ -52,7 +62,8 @@ def alexnet() -> Backbone:
     conv1.padding = (10, 10)  # 8 more than its own, see above
     blocks = [features[0:2], features[2:5], features[5:8], features[8:10], features[10:12]]
     return Backbone(_blocks(blocks), FullyConnected(256 * 6 * 6, 4096), 256, 6, 4096,
-                    models.AlexNet_Weights.IMAGENET1K_V1, {"fc6": 1, "fc7": 4})
+                    _places(blocks) | {"fc.fc6": "classifier.1", "fc.fc7": "classifier.4"},
+                    models.AlexNet_Weights.IMAGENET1K_V1, first_spread=0.12)
 
 
 def squeezenet1_1() -> Backbone:
@@ -66,8 +77,52 @@ def squeezenet1_1() -> Backbone:
     assert isinstance(conv1, nn.Conv2d)
     conv1.padding = (8, 8)  # 8 more than its own, see above
     blocks = [features[0:2], features[2:5], features[5:8], features[8:11], [*features[11:13], Divide(16)]]
-    return Backbone(_blocks(blocks), FullyConnected(512 * 6 * 6, 512), 512, 6, 512,
-                    models.SqueezeNet1_1_Weights.IMAGENET1K_V1)
+    return Backbone(_blocks(blocks), FullyConnected(512 * 6 * 6, 512), 512, 6, 512, _places(blocks),
+                    models.SqueezeNet1_1_Weights.IMAGENET1K_V1, first_spread=14.4)
+
+
+def efficientnet_lite0() -> Backbone:
+    """EfficientNet-Lite0 for photographs: down to the seventh stage, its 320 channels; RoI pool 6 x 6.
+
+    The last stages keep stride 16 and are dilated instead. On photographs its features have a root mean square of 2.7;
+    a quarter of that is what SqueezeNet's layers get, for which learning rates were tried.
+    """
+    stem = lite0.PaddedConv2d(3, lite0.STEM, 3, stride=2, padding=1, before=7)  # 8 more than its own, see above
+    stages = lite0.stages()
+    blocks: list[list[nn.Module]] = [
+        [stem, nn.ReLU6(inplace=True), *stages[0]], [*stages[1]], [*stages[2]], [*stages[3], *stages[4]],
+        [*stages[5], *stages[6], Divide(4)]]
+    names = {"conv.conv1.0": "_conv_stem"}
+    number = 0
+    for block, layers in enumerate(blocks, 1):
+        for place, layer in enumerate(layers):
+            if isinstance(layer, lite0.InvertedResidual):
+                names |= {f"conv.conv{block}.{place}.{part}": f"_blocks.{number}._{part}_conv"
+                          for part, _ in layer.named_children()}
+                number += 1
+    return Backbone(_blocks(blocks), FullyConnected(320 * 6 * 6, 512), 320, 6, 512, names,
+                    pixels=Pixels("RGB", 1.0, (127.0, 127.0, 127.0), (128.0, 128.0, 128.0)))
+
+
+def resnet50() -> Backbone:
+    """ResNet-50, "C4": conv1 to conv4 on the image, res5 on 14 x 14 RoIs, batch normalisation frozen (He et al.)."""
+    return _resnet(models.resnet50(weights=None, norm_layer=FrozenBatchNorm), models.ResNet50_Weights.IMAGENET1K_V1)
+
+
+def resnet101() -> Backbone:
+    """ResNet-101, as ``resnet50``."""
+    return _resnet(models.resnet101(weights=None, norm_layer=FrozenBatchNorm), models.ResNet101_Weights.IMAGENET1K_V1)
+
+
+def _resnet(network: models.ResNet, weights: WeightsEnum) -> Backbone:
+    network.conv1.padding = (11, 11)  # 8 more than its own, see above
+    blocks: list[list[nn.Module]] = [[network.conv1, network.bn1, network.relu], [network.maxpool, *network.layer1],
+                                     [*network.layer2], [*network.layer3, DropFirst()]]
+    names = {"conv.conv1.0": "conv1", "conv.conv1.1": "bn1", "fc.layer4": "layer4"}
+    for block, layers in ((2, network.layer1), (3, network.layer2), (4, network.layer3)):
+        names |= {f"conv.conv{block}.{number + (block == 2)}": f"layer{block - 1}.{number}"
+                  for number in range(len(layers))}
+    return Backbone(_blocks(blocks), Res5(network.layer4), 1024, 14, 2048, names, weights, first_spread=0.12)
 
 
 def small() -> Backbone:
@@ -101,6 +156,7 @@ class Divide(nn.Module):
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "vgg16": vgg16, "alexnet": alexnet, "squeezenet1_1": squeezenet1_1, "small": small,
+    "efficientnet_lite0": efficientnet_lite0, "resnet50": resnet50, "resnet101": resnet101,
 }
 
 
@@ -111,6 +167,12 @@ def build(name: str) -> Backbone:
 
 def _blocks(blocks: list[list[nn.Module]]) -> nn.Sequential:
     return nn.Sequential(OrderedDict((f"conv{n}", nn.Sequential(*layers)) for n, layers in enumerate(blocks, 1)))
+
+
+def _places(blocks: list[list[nn.Module]]) -> dict[str, str]:
+    """Return the names of layers in torchvision's ``features``, of which the blocks are slices, in order."""
+    ours = [f"conv.conv{block}.{place}" for block, layers in enumerate(blocks, 1) for place, _ in enumerate(layers)]
+    return {name: f"features.{position}" for position, name in enumerate(ours)}
 
 
 def _split_at_pools(layers: list[nn.Module]) -> list[list[nn.Module]]:

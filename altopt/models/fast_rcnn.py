@@ -17,6 +17,7 @@ from altopt.config import DetectionSettings
 from altopt.models.backbones import STRIDE
 from altopt.models.dropout import FullyConnected
 from altopt.models.losses import Loss, LossModule, at_least_float, box_loss, softmax_loss
+from altopt.models.resnet import Res5
 from altopt.models.trunk import Trunk
 from altopt.ops import boxes as bx
 from altopt.ops.roi_pool import roi_pool
@@ -75,7 +76,7 @@ class FasterRCNNParts(Protocol):
     """A network with the parts of a Fast R-CNN, as ``FasterRCNN`` has them."""
 
     conv: nn.Sequential
-    fc: FullyConnected
+    fc: FullyConnected | Res5
     head: FastRCNNHead
     roi_size: int
 

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from altopt.config import TORCHVISION_PIXELS
 from altopt.errors import ArtifactError
 from altopt.models.dropout import FullyConnected
+from altopt.models.resnet import Res5
 
 # Standard deviations of new random weights: Faster R-CNN, section 3.1.3, and Fast R-CNN, section 2.3. Other layers
 # follow He et al.
@@ -21,7 +23,8 @@ class NetworkOfParts(nn.Module):
     """
 
     conv: nn.Sequential
-    fc: FullyConnected
+    fc: FullyConnected | Res5
+    pixels = TORCHVISION_PIXELS  # what its weights want of an image
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], random: torch.Generator, fresh: Sequence[str] = ()) -> list[str]:
@@ -64,7 +67,9 @@ class NetworkOfParts(nn.Module):
 
         For networks that only compute, under autocast: the results are the same.
         """
-        self.fc.to(torch.bfloat16)
+        for layer in self.fc.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.to(torch.bfloat16)
 
     def tensors(self, parts: Sequence[str]) -> dict[str, Tensor]:
         """Return the named parts' weights, as a checkpoint holds them."""

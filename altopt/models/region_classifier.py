@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from altopt.batches.samples import Batch, Sample
 from altopt.batches.sampling import RoISampling, roi_samples
 from altopt.config import NetworkConfig
+from altopt.errors import UsageError
 from altopt.models import backbones
 from altopt.models.backbones import STRIDE
 from altopt.models.dropout import FullyConnected
 from altopt.models.losses import Loss, LossModule, softmax_loss
 from altopt.models.network_parts import NetworkOfParts
+from altopt.models.resnet import Res5
 from altopt.models.trunk import Trunk, own_images
 from altopt.ops.pyramid import bins, pyramid_pool
 from altopt.ops.roi_pool import roi_pool
@@ -40,7 +42,9 @@ class RegionClassifier(NetworkOfParts):
             self.roi_size, self.hidden_size = backbone.roi_size, backbone.hidden_size
             self.pooled_size = backbone.channels * (bins(levels) if levels else backbone.roi_size**2)
             self.conv = backbone.conv
-            self.fc = FullyConnected(self.pooled_size, self.hidden_size)
+            if levels and isinstance(backbone.fc, Res5):
+                raise UsageError(f"{network.name} has no fc6 that could take a pyramid: choose another network")
+            self.fc = FullyConnected(self.pooled_size, self.hidden_size) if levels else backbone.fc
             self.head = nn.Sequential(OrderedDict([("cls_score", nn.Linear(self.hidden_size, num_classes + 1))]))
 
     def pool_pyramids(self, maps: Tensor | Sequence[Tensor], boxes: Sequence[Tensor], levels: Sequence[int]) -> Tensor:

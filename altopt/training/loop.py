@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from altopt.batches.local_batches import LocalBatches
 from altopt.batches.reading import Entry, Prefetcher
 from altopt.batches.samples import Batch, Sample, make_batch
-from altopt.config import TrainingConfig
+from altopt.config import TORCHVISION_PIXELS, Pixels, TrainingConfig
 from altopt.errors import DivergedError
 from altopt.layers import names_matching
 from altopt.machine.distributed import SingleProcess
@@ -79,13 +79,14 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.SGD
 
 @dataclass(kw_only=True)
 class LoopRuntime:
-    """Everything around the loop that does not change its result.
+    """Everything around the loop that does not change its result, and the convention of the network's ``pixels``.
 
     ``diverged(batch, iteration)`` may keep a batch whose losses are not finite, and says where. ``batches`` are those
     that several processes divide; ``group`` is what connects them.
     """
 
     device: torch.device
+    pixels: Pixels = TORCHVISION_PIXELS
     workers: int = 0
     snapshots: Snapshots | None = None
     report: Callable[[Progress], None] | None = None
@@ -125,7 +126,7 @@ def train(module: LossModule, read: Callable[[int], list[Sample]], config: Train
 
     with Prefetcher(prepared, range(start, config.iterations), runtime.workers) as ahead:
         for iteration in range(start, config.iterations):
-            batch = make_batch(next(ahead), device, iteration)
+            batch = make_batch(next(ahead), device, iteration, pixels=runtime.pixels)
             # A module may use torch's own generator: what it draws then depends on the iteration alone, resumed or not.
             torch.manual_seed(seed_of(*seed, "iteration", iteration))
             idle = batches is not None and batches.idle(iteration)

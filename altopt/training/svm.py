@@ -83,8 +83,8 @@ def require_solver() -> tuple[Any, type[Warning]]:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.svm import LinearSVC
     except ImportError:
-        raise UsageError("SVMs are trained by scikit-learn, which is not installed: install altopt with its extra "
-                         '"svm", or scikit-learn itself') from None
+        raise UsageError("SVMs are trained by scikit-learn, which is not installed: install it with pip install -e "
+                         "'.[svm]'") from None
     return LinearSVC, ConvergenceWarning
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from altopt.batches.samples import Sample, make_batch
-from altopt.config import TrainingConfig
+from altopt.config import Pixels, TrainingConfig
 from altopt.machine.distributed import SingleProcess
 from altopt.models.detector import FasterRCNN
 from altopt.models.joint import CoordinatePath, JointTraining
@@ -183,7 +183,7 @@ def _computed(place: Workplace, precision: Precision, names: set[str]) -> Iterat
 
     @torch.inference_mode()
     def detect(batch: Any, iteration: int) -> None:
-        detected(detector, detector, batch, place.dataset, detection)
+        detected(detector, detector, batch, [place.dataset.size(each.id) for each in batch.samples], detection)
 
     if "generate_proposals" in names:
         for store in (False, True):
@@ -205,7 +205,7 @@ def _assembling(place: Workplace) -> Contender:
     def assemble() -> None:
         add_rpn_layers(*paths[:2], out=paths[2], config=Assemble(), runtime=place.runtime)
 
-    description = describe_network(place.network, place.dataset.classes)
+    description = describe_network(place.network, place.dataset.classes, Pixels())
     for path, parts in zip(paths, (("conv", "fc", "head"), ("conv", "rpn")), strict=False):
         save_checkpoint(path, network.tensors(parts), description)
     return Called(identity=Identity("add_rpn_layers", "float32"), images=0, watch=place.watch, module=network,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from altopt.batches.samples import Sample, read_sample
-from altopt.config import NetworkConfig, TrainingConfig
+from altopt.config import NetworkConfig, Pixels, TrainingConfig
 from altopt.datasets.dataset import Dataset
 from altopt.machine.randomness import generator
 from altopt.models import backbones
@@ -104,7 +104,7 @@ class Workplace:
         return self.stores[precision]
 
     def _new_store(self, name: str, precision: Precision) -> FeatureStore:
-        return FeatureStore(self.folder / name / "M3.safetensors", self.frozen.conv, self.network,
+        return FeatureStore(self.folder / name / "M3.safetensors", self.frozen.conv, Pixels(), self.network,
                             self.dataset, self.runtime, precision=precision, device=self.device)
 
     def build_store(self, precision: Precision) -> None:

@@ -72,5 +72,5 @@ def print_survey(run: "Run", as_json: bool, *, all_steps: bool) -> None:
     from stages.pipeline.plan import Survey
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    survey = Survey(run, run.survey(run.recipe.steps, demand=not all_steps))
+    survey = Survey(run, run.survey(run.recipe.steps, demand=not all_steps), plan=not all_steps)
     print_result(survey.as_dict(), as_json, lambda _: survey.text(width))

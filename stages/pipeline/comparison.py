@@ -19,6 +19,7 @@ from cache.files import write_json_atomic, write_text_atomic
 from stages import DETECTIONS, SCHEMES
 from stages.pipeline.evaluation import detection_steps, evaluate
 from stages.pipeline.plan import duration
+from stages.pipeline.preflight import prepare_all
 from stages.pipeline.recipe import check_scheme, nearest, read_recipe
 from stages.pipeline.run import Run, with_recipe
 from stages.shared.events import Caution, Note
@@ -166,22 +167,23 @@ def outcomes(wanted: Comparison, runtime: Runtime,
     """Bring every run of a comparison up to date and yield its outcome; all variants with one seed, then the next."""
     # A run that diverges is reported and yields nothing; the others go on.
     files = given_artifacts(wanted.given, [variant.scheme for variant in wanted.variants])
+    planned = [(variant, seed, wanted.open_run(variant, seed, runtime))
+               for seed in wanted.seeds for variant in wanted.variants]
+    prepare_all([run for *_, run in planned], files)
     runs: list[Run] = []
-    for seed in wanted.seeds:
-        for variant in wanted.variants:
-            run = wanted.open_run(variant, seed, runtime)
-            runtime.report(Note(f"{variant.name}, seed {seed}: {run.folder}"))
-            with working_in(run):
-                names = {step.output for step in [*run.recipe.steps, *run.recipe.detections]}
-                for name in files.keys() & names:
-                    run.import_artifact(name, files[name], f"--from {name}={files[name]}")
-                try:
-                    found = [outcome(run, variant, seed, runs)]
-                except DivergedError as error:
-                    runtime.report(Caution(f"{variant.name}, seed {seed} diverged: {error}"))
-                    found = []
-            yield from found
-            runs.append(run)
+    for variant, seed, run in planned:
+        runtime.report(Note(f"{variant.name}, seed {seed}: {run.folder}"))
+        with working_in(run):
+            names = {step.output for step in [*run.recipe.steps, *run.recipe.detections]}
+            for name in files.keys() & names:
+                run.import_artifact(name, files[name], f"--from {name}={files[name]}")
+            try:
+                found = [outcome(run, variant, seed, runs)]
+            except DivergedError as error:
+                runtime.report(Caution(f"{variant.name}, seed {seed} diverged: {error}"))
+                found = []
+        yield from found
+        runs.append(run)
 
 
 def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -> Outcome:
@@ -192,7 +194,6 @@ def outcome(run: Run, variant: Variant, seed: int, others: Sequence[Run] = ()) -
         if step.kind is Kind.DETECTIONS or run.verdict(step).valid:  # ``evaluate`` makes detections itself
             continue
         if not any(run.reuse(step, other) for other in others):
-            run.image_ids("test")  # what is evaluated in the end should be there in the beginning
             run.bring_up_to_date([step])
     score = evaluate(run, detection, run.protocol)
     seconds = dict.fromkeys(["training", "pretraining", *COSTS.values()], 0.0)

@@ -11,13 +11,16 @@ from stages.shared.feature_plan import foreseen, store_line
 COLOURS = {"done": "green", "given": "cyan", "waits": "yellow", "stale": "yellow"}
 HEADINGS = ("", "output", "stage", "from", "verdict", "why")
 LEAST_WIDTH = 20  # of the last column, however narrow the terminal
+NOT_LOOKED_AT = ("not looked at here: each image and object (altopt check-data looks), device, optional packages, "
+                 "memory, room on the disk; run-all looks at all of them before its first stage")
 
 
 class Survey:
     """The verdicts on a run's steps, what each took, and what the feature stores of those to come will take."""
 
-    def __init__(self, run: Run, verdicts: list[Verdict]) -> None:
+    def __init__(self, run: Run, verdicts: list[Verdict], plan: bool = False) -> None:
         self.run, self.verdicts = run, verdicts
+        self.left = [NOT_LOOKED_AT] if plan and not all(each.valid for each in verdicts) else []
         records = {each.step.output: run.record(each.step.output) for each in verdicts}
         self.seconds = {output: record.seconds for output, record in records.items() if record}
         stores = {each.step.output: foreseen(run.folder, run.recipe.config(each.step), run.runtime.data_root)
@@ -38,7 +41,8 @@ class Survey:
         recipe = self.run.recipe
         return "\n".join([
             f"{self.run.folder}: recipe {recipe.name}, scheme {recipe.scheme}",
-            *plan_lines(self.verdicts, self.seconds, width), *starmap(store_line, self.stores.items())])
+            *plan_lines(self.verdicts, self.seconds, width), *starmap(store_line, self.stores.items()),
+            *self.left])
 
 
 def duration(seconds: float) -> str:

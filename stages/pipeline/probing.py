@@ -5,8 +5,9 @@ from typing import Any, TypedDict
 
 from altopt.errors import ArtifactError, UsageError
 from stages.pipeline.run import Run, find_step
+from stages.shared.stage_config import PARTS
 from stages.shared.step import Kind, Step
-from stages.steps.joint import PARTS, TrainExactJoint, joint_training, train_exact_joint
+from stages.steps.joint import TrainExactJoint, joint_training, train_exact_joint
 
 
 class Probe(TypedDict):
@@ -49,7 +50,7 @@ def probe(run: Run, word: str | None, images: int) -> Probe:
     chosen = choose(torch.arange(len(every)), images, generator(config.seed, "probe"))
     ids = [every[k] for k in sorted(chosen.tolist())]
     samples = (module.prepare(read_sample(inference.dataset, id, config.network), k) for k, id in enumerate(ids))
-    batches = (make_batch([sample], inference.device, k) for k, sample in enumerate(samples))
+    batches = (make_batch([sample], inference.device, k, pixels=network.pixels) for k, sample in enumerate(samples))
     with inference.autocast():
         rows = compare_gradients(module, batches)
     return {"network": artifact, "images": ids, "rows": [asdict(row) for row in rows]}

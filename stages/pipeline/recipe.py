@@ -7,14 +7,14 @@
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from altopt.config import NetworkConfig, out_of_bounds
+from altopt.config import DetectionSettings, NetworkConfig, TrainingConfig, out_of_bounds
 from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import UsageError
@@ -32,6 +32,7 @@ HEADER = ("title", "description", "data_root", "protocol", "expect", "scheme")
 SHARED: dict[str, type["DataclassInstance"]] = {"network": NetworkConfig, "data": DataConfig}
 # Fields of a stage's config that do not come from its own table.
 FILLED_IN = {"network": attrgetter("network"), "data": attrgetter("data"), "backbone": attrgetter("network.name")}
+AUTO = "auto"  # as the data set's format, and as a split: what lies in the data root
 PROTOCOL = Literal["voc07", "voc10", "coco"]
 LONGEST_NAME = 255  # bytes, of Linux and macOS
 KINDS: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -54,6 +55,7 @@ class Recipe:
     tables: dict[str, dict[str, object]]
     written: str
     assigned: frozenset[tuple[str, str]]
+    found: Mapping[tuple[str, str], str] = field(default_factory=dict)  # what was looked up, and where
 
     @property
     def scheme(self) -> str:
@@ -123,7 +125,7 @@ class Recipe:
                     item = table.value.item(key)
                     assert isinstance(item, tomlkit.items.Item)
                     found[name, RENAMED.get(key, key)] = item.trivia.comment.removeprefix("#").strip()
-        return found | dict.fromkeys(self.assigned, "--set")
+        return found | dict.fromkeys(self.assigned, "--set") | dict(self.found)
 
     def values(self, cls: type["DataclassInstance"], table: str) -> dict[str, Value]:
         """Return the settings that a config takes from this recipe, defaults included, each with its source."""
@@ -140,6 +142,25 @@ class Recipe:
         """Return every setting of the network, the data and the scheme's stages with its source, by table."""
         steps = {step.table: step.config_class for step in [*self.steps, *self.detections]}
         return {table: self.values(cls, table) for table, cls in (SHARED | steps).items()}
+
+    def with_data_of(self, root: Path) -> "Recipe":
+        """Return the recipe with the data set that lies in a folder, where it leaves that open ("auto").
+
+        Raises ``DataError`` for a folder without data, or without splits that the recipe does not name either.
+        """
+        if self.data.format != AUTO:
+            return self
+        from altopt.datasets.finding import find_data, look_for_data
+
+        open_splits = [split for split in ("train", "test") if getattr(self.data, split) == (AUTO,)]
+        found = find_data(root) if open_splits else look_for_data(root)
+        values: dict[str, object] = {"format": found.format}
+        if found.data is not None:
+            values |= {split: list(getattr(found.data, split)) for split in open_splits}
+            if found.data.classes and not self.data.classes:
+                values["classes"] = list(found.data.classes)
+        where = dict.fromkeys((("data", name) for name in values), f"found in {root}: {found.words}")
+        return replace(self, tables=self.tables | {"data": self.tables["data"] | values}, found=where)
 
     def as_dict(self) -> dict[str, object]:
         """Return the same JSON-able, with the header."""
@@ -228,6 +249,20 @@ def read_recipe(name_or_path: str, sets: Sequence[str] = (), scheme: str | None 
     return recipe
 
 
+def detection_settings(recipe: Path | None, sets: Sequence[str]) -> DetectionSettings:
+    """Return how a recipe, or else the defaults, make detections of scores and boxes, with ``detect.field=value``."""
+    known = [f"detect.{each.name}" for each in fields(DetectionSettings)]
+    for text in sets:
+        if (key := text.partition("=")[0].strip()) not in known:
+            raise UsageError(f"--set {text}: what is trained detects by these settings alone{nearest(key, known)}: "
+                             f"{', '.join(known)}")
+    if recipe is not None:
+        return read_recipe(str(recipe), sets).build(DetectionSettings, "detect")
+    tables: dict[str, dict[str, object]] = {}
+    _override(tables, sets)
+    return Recipe("defaults", {}, tables, "", frozenset()).build(DetectionSettings, "detect")
+
+
 def _parsed(path: Path) -> tuple[str, dict[str, object]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -252,6 +287,9 @@ def _check_names(recipe: Recipe, step: Step, config: StageConfig) -> None:
     if config.init and config.init not in networks:
         raise UsageError(f"{step.table}.init must be {' or '.join(networks)} (the networks made before {step.output}); "
                          f"it is {config.init!r}")
+    if isinstance(config, TrainingConfig) and config.visits and config.schedule == "step":
+        raise UsageError(f'{step.table}.visits leaves the number of iterations open, and lr_steps count them: set '
+                         f'{step.table}.schedule to "one-cycle"')
     if isinstance(config, Trains):
         try:
             names_matching([name for layer in LAYERS[config.network.name] for name in layer.weights], config.freeze)

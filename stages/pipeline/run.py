@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from altopt.config import AnchorTargets
 from altopt.datasets.checking import Look, compare_splits
-from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, DataError, UsageError
 from altopt.machine.allocation import keep_freed_memory
@@ -53,6 +53,7 @@ class Run:
         self.memo = Memo(folder / ".hashes.json")
         self._data: dict[Split, str | None] = {}  # a command looks at a data set once: it may be 100,000 files
         self._looks: dict[Split, Look] = {}
+        self._remembered = False
 
     @property
     def protocol(self) -> str:
@@ -154,41 +155,52 @@ class Run:
         if isinstance(data := fingerprint.get("data"), dict):
             # Else to evaluate on another test set would make all networks stale.
             data.pop("test" if step.config_class.split == "train" else "train")
-            # Fields that came later: what was made without them was made as their defaults have it.
-            usual = DataConfig(format="voc", train=(), test=())
-            for name in ("exif", "box_format"):
-                if data[name] == getattr(usual, name):
-                    del data[name]
         return fingerprint
-
-    def image_ids(self, split: Split) -> tuple[str, ...]:
-        """Return the images of a split of the run's data. Raises ``DataError`` if it is not there."""
-        return open_dataset(self.recipe.data, split, self.runtime.data_root).ids
 
     def check_data(self, step: Step) -> None:
         """Look at every image and object of the step's split before time is spent on it; warnings are reported once."""
-        if step.config_class.split is not None:
-            self.check_split(step.config_class.split)
-
-    def check_split(self, split: Split) -> None:
-        """Do so for a split, and once both are known, for what is in both."""
-        if split in self._looks:
+        split = step.config_class.split
+        if split is None:
             return
+        look = self.check_split(split)
+        if split == "train" and not self._remembered:
+            remember_sizes(self.folder, self.recipe.data, look.size_of.values(), self.runtime.data_root)
+            self._remembered = True
+
+    def check_split(self, split: Split) -> Look:
+        """Do so for a split, and once both are known, for what is in both; return what was seen."""
+        if split in self._looks:
+            return self._looks[split]
         look = self._looks[split] = look_at_split(self.recipe, split, self.runtime.data_root)
         for warning in look.verdict():
             self.runtime.report(Caution(warning))
         if look.classes is not None:  # of images that are drawn nothing is new
             self.runtime.report(Note(f"{split}: {look.line()}"))
         if split == "train":
-            remember_sizes(self.folder, self.recipe.data, look.size_of.values(), self.runtime.data_root)
+            self._check_anchors()
         if len(self._looks) > 1:
             for each in compare_splits(self._looks["train"], self._looks["test"], self.memo.sha256):
                 self.runtime.report(Caution(each.text))
+        return look
+
+    def share_checks(self, other: "Run") -> None:
+        """Take over what another run has seen, where that is the same data."""
+        if (self.recipe.data, self.runtime.data_root) == (other.recipe.data, other.runtime.data_root):
+            self._looks |= other._looks
+
+    def _check_anchors(self) -> None:
+        """Report anchors that do not suit the objects, where an RPN is trained with them."""
+        if any(isinstance(self.recipe.config(step), AnchorTargets) for step in self.recipe.steps):
+            from altopt.models.anchor_fit import anchor_fit
+
+            dataset = open_dataset(self.recipe.data, "train", self.runtime.data_root)
+            if warning := anchor_fit(dataset, self.recipe.network).warning():
+                self.runtime.report(Caution(warning))
 
     def bring_up_to_date(self, steps: Sequence[Step], force: bool = False) -> list[Step]:
         """Make what is missing or stale, in order, up to the last step (that one anyway, with ``force``)."""
-        made = []
-        needed = self._needed(steps)
+        made: list[Step] = []
+        needed = self._needed(steps) if steps else set()
         for step in steps:
             verdict = self.verdict(step)
             if step.output in needed and (not verdict.valid or (force and step is steps[-1])):
@@ -275,7 +287,8 @@ class Run:
         elif not source.is_file():
             raise ArtifactError(f"{source}, given for {artifact}, is not a file: check the path")
         elif kind is Kind.NETWORK:
-            import_weights(source, path, network)
+            if found := import_weights(source, path, network):
+                self.runtime.report(Note(found))
         else:
             kind.check(source, network.name)
             with atomic_path(path) as temporary:  # a copy: a link would change with the file that it was taken from
@@ -335,11 +348,10 @@ def find_step(steps: Sequence[Step], word: str) -> Step:
                      f"as {steps[-1].output}, or a function: {', '.join(step.name for step in steps)}")
 
 
-def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
-    """Import the artifact of each ``--from M1`` or ``--from M1=FILE``; return the steps from the latest to the target.
+def given_places(steps: Sequence[Step], words: Sequence[str], target: Step) -> dict[int, str]:
+    """Return {number of a step: word} of each ``--from M1`` or ``--from M1=FILE``.
 
-    Inputs of those steps that come before it count as given too if they are there; M0 is made if it is not. Raises
-    ``UsageError``, before anything is imported, for an artifact that comes too late or is named twice.
+    Raises ``UsageError`` for an artifact that comes too late or is named twice.
     """
     last = steps.index(target)
     given: dict[int, str] = {}
@@ -351,7 +363,16 @@ def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: 
         if place in given:
             raise UsageError(f"--from {given[place]} and --from {word} are one artifact: name it once")
         given[place] = word
-    # Only now: no file is touched before all words make sense.
+    return given
+
+
+def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: Step) -> list[Step]:
+    """Import each given artifact; return the steps from the latest to the target, M0's before them if it is missing.
+
+    Inputs of those steps that come before it count as given too if they are there. Raises ``UsageError``, before
+    anything is imported, as ``given_places`` does.
+    """
+    given = given_places(steps, words, target)
     for place, word in given.items():
         _, equals, file = word.partition("=")
         if equals:
@@ -360,13 +381,14 @@ def import_given(run: Run, steps: Sequence[Step], words: Sequence[str], target: 
             _import_unless_valid(run, steps[place], f"--from {word}")
     first, word = max(given.items())
     before = {step.output: step for step in steps[:first]}
-    between = list(steps[first + 1 : last + 1])
+    between = list(steps[first + 1 : steps.index(target) + 1])
+    missing = []
     for needed in dict.fromkeys(name for step in between for name in step.inputs_for(run.recipe.config(step))):
         if needed == steps[0].output and needed in before and not run.path(needed).is_file():
-            run.make(steps[0])
+            missing.append(steps[0])
         elif needed in before:
             _import_unless_valid(run, before[needed], f"--from {word}, which needs it")
-    return between
+    return [*missing, *between]
 
 
 def _import_unless_valid(run: Run, step: Step, why: str) -> None:
@@ -375,8 +397,8 @@ def _import_unless_valid(run: Run, step: Step, why: str) -> None:
         run.import_artifact(step.output, None, why)
 
 
-def run_one(run: Run, step: Step, force: bool) -> list[Step]:
-    """Run one stage on its inputs as they are, if its output is not up to date; its inputs must be valid."""
+def alone(run: Run, step: Step, force: bool) -> list[Step]:
+    """Return a step that is to run on its inputs as they are, or nothing if that is done; its inputs must be valid."""
     verdict = run.verdict(step)
     if verdict.state == "given" and not force:
         return []
@@ -387,10 +409,7 @@ def run_one(run: Run, step: Step, force: bool) -> list[Step]:
         if name in inputs and not each.valid:
             raise ArtifactError(f"{step.output} needs {name}, and {name} is {each.state} ({'; '.join(each.reasons)}): "
                                 f"make it with altopt stage {name}, or take it as it is with --from {name}")
-    if verdict.valid and not force:
-        return []
-    run.make(step, "asked for with --force" if verdict.valid else "; ".join(verdict.reasons))
-    return [step]
+    return [step] if force or not verdict.valid else []
 
 
 def open_folder(recipe: str | None, name: str | None, sets: Sequence[str], data_root: Path | None, runtime: Runtime,
@@ -405,4 +424,4 @@ def with_recipe(folder: Path, chosen: Recipe, data_root: Path | None, runtime: R
     if data_root is not None:
         chosen.header["data_root"] = str(data_root)
     runtime.data_root = Path(chosen.header.get("data_root", "data"))
-    return Run(folder, chosen, runtime)
+    return Run(folder, chosen.with_data_of(runtime.data_root), runtime)

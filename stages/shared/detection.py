@@ -1,12 +1,12 @@
 """Detecting on the test split with the networks of a run: its settings, and how it is done batch by batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import DetectionSettings, setting
-from altopt.datasets.dataset import Dataset
-from stages.shared.stage_config import OnTestSplit
+from stages.shared.stage_config import PARTS, OnTestSplit, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ class Detect(DetectionSettings, OnTestSplit):
 
     table: ClassVar[str] = "detect"
     images_per_batch: int = setting(1, "py-faster-rcnn test_net: one image at a time", at_least=1)
+
+    @property
+    def work(self) -> Work:
+        """A batch of images and all their proposals through all."""
+        return Work(PARTS, self.images_per_batch, self.images_per_batch * self.proposals)
 
 
 def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, config: Detect, runtime: Runtime,
@@ -42,17 +47,21 @@ def detect_split(checkpoints: list[tuple[Path, tuple[str, ...]]], out: Path, con
     def read(ids: list[str]) -> list[Sample]:
         return [read_sample(dataset, id, config.network) for id in ids]
 
-    def detect(_: list[str], samples: list[Sample]) -> "list[Detected]":
+    def detect(ids: list[str], samples: list[Sample]) -> "list[Detected]":
         with inference.autocast():
-            return detected(rpn, detector, make_batch(samples, inference.device), dataset, config, cached)
+            batch = make_batch(samples, inference.device, pixels=rpn.pixels)
+            return detected(rpn, detector, batch, [dataset.size(id) for id in ids], config, cached)
 
     groups = inference.groups(config.images_per_batch)
     return write_detections(inference, groups, read, detect, out, config.proposals)
 
 
-def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset: Dataset, config: Detect,
-             cached: "CachedProposals | None" = None) -> "list[Detected]":
-    """Return what is found in each image, in the original frame, on the RPN's own proposals or on cached ones."""
+def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", sizes: Sequence[tuple[int, int]],
+             settings: DetectionSettings, cached: "CachedProposals | None" = None) -> "list[Detected]":
+    """Return what is found in each image, in the original frame, on the RPN's own proposals or on cached ones.
+
+    ``sizes`` are (width, height) of the images in the original frame.
+    """
     from altopt.batches.samples import boxes_in_input, to_original
     from altopt.evaluation.detections import Detections
     from altopt.models.detector import detect_on, own_proposals, propose
@@ -62,13 +71,12 @@ def detected(rpn: "FasterRCNN", detector: "FasterRCNN", batch: "Batch", dataset:
     if cached:
         rois = [boxes_in_input(cached.get(sample.id), sample).to(features.device) for sample in batch.samples]
     else:
-        rois = [boxes for boxes, _ in propose(rpn, features, batch, own_proposals(config))]
+        rois = [boxes for boxes, _ in propose(rpn, features, batch, own_proposals(settings))]
     if detector is not rpn:
         features = detector.conv(batch.images)  # (B, C, H, W)
     made = []
-    results = detect_on(detector, features, batch, rois, config)
-    for sample, own, (boxes, scores, labels) in zip(batch.samples, rois, results, strict=True):
-        size = dataset.size(sample.id)
+    results = detect_on(detector, features, batch, rois, settings)
+    for sample, size, own, (boxes, scores, labels) in zip(batch.samples, sizes, rois, results, strict=True):
         detections = Detections(to_original(boxes, sample, size).cpu().numpy(), scores.cpu().numpy(),
                                 labels.cpu().numpy())
         made.append(Detected(sample.id, detections, to_original(own, sample, size).cpu().numpy()))

@@ -73,17 +73,18 @@ def gigabytes(size: int) -> str:
 
 def sizes_of(dataset: Dataset) -> Sizes:
     """Return (width, height, how many) of a data set's images."""
-    return _counted(dataset.size(id) for id in dataset.ids)
+    return counted(dataset.size(id) for id in dataset.ids)
 
 
-def _counted(sizes: Iterable[tuple[int, int]]) -> Sizes:
+def counted(sizes: Iterable[tuple[int, int]]) -> Sizes:
+    """Return each (width, height) with how many there are of it."""
     counts = Counter(sizes)
     return [(width, height, count) for (width, height), count in sorted(counts.items())]
 
 
 def remember_sizes(folder: Path, config: DataConfig, sizes: Iterable[tuple[int, int]], root: Path | None) -> None:
     """Keep the sizes of a training split, just looked at, for ``altopt plan``, which has no time to look."""
-    write_text_atomic(folder / SIZES, json.dumps({"key": _key(config, root), "sizes": _counted(sizes)}))
+    write_text_atomic(folder / SIZES, json.dumps({"key": _key(config, root), "sizes": counted(sizes)}))
 
 
 def known_sizes(folder: Path, config: DataConfig, root: Path | None) -> Sizes | None:
@@ -109,9 +110,10 @@ def foreseen(folder: Path, config: StageConfig, root: Path | None) -> Foreseen |
     if sizes is None:
         return None
     needed = maps_bytes(sizes, config.network, config.flips, config.precision)
-    entries = sum(count for *_, count in sizes) * (2 if config.flips else 1)
+    images = sum(count for *_, count in sizes)
+    entries = images * (2 if config.flips else 1)
     existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
-    visits = config.iterations * config.images_per_batch
+    visits = config.for_images(images).iterations * config.images_per_batch
     decision = decide("auto", needed, shutil.disk_usage(existing).free, visits, entries)
     return {"bytes": needed, "used": decision.used, "reason": decision.reason}
 

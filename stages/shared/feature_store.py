@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from altopt.batches.reading import Prefetcher
 from altopt.batches.samples import Sample, make_batch, read_sample, stored_sample
-from altopt.config import NetworkConfig
+from altopt.config import NetworkConfig, Pixels
 from altopt.datasets.dataset import Dataset
 from altopt.errors import ArtifactError, ResourceError
 from altopt.extents import map_shape, maps_bytes
@@ -42,10 +43,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class FeatureStore:
     """What the conv layers make of one stage's images, as a context."""
 
-    def __init__(self, out: Path, conv: nn.Sequential, network: NetworkConfig, dataset: Dataset, runtime: Runtime, *,
-                 precision: Precision, device: torch.device) -> None:
+    def __init__(self, out: Path, conv: nn.Sequential, pixels: Pixels, network: NetworkConfig, dataset: Dataset,
+                 runtime: Runtime, *, precision: Precision, device: torch.device) -> None:
         self.folder = out.parent / FOLDER
-        self.conv, self.network, self.dataset, self.runtime = conv, network, dataset, runtime
+        self.conv, self.pixels, self.network, self.dataset, self.runtime = conv, pixels, network, dataset, runtime
         self.precision, self.device = precision, device
         self.maps: FeatureMapFile | None = None  # those found or built
         self.facts: dict[str, str | int | float] = {}  # for the stage's record
@@ -115,7 +116,7 @@ class FeatureStore:
             # Readers have a thread each to compute with, and another number of them may sum in another order.
             torch.set_num_threads(self._threads)
             sample = read_sample(self.dataset, id, self.network, flipped=flipped)
-            return computed_map(self.conv, sample, self.precision, self.device)
+            return computed_map(self.conv, self.pixels, sample, self.precision, self.device)
 
     def _decision(self, flips: bool, visits: int) -> Decision:
         wish = self.runtime.feature_store
@@ -138,7 +139,8 @@ class FeatureStore:
     def _description(self, flips: bool) -> dict[str, object]:
         return {"conv": self._conv_digest, "dataset": self.runtime.data_digest, "settings": {
             "network": self.network.name, "short_side": self.network.short_side, "max_side": self.network.max_side,
-            "flips": flips, "computed_by": f"torch {torch.__version__} on {self.device.type}"}}
+            "pixels": asdict(self.pixels), "flips": flips,
+            "computed_by": f"torch {torch.__version__} on {self.device.type}"}}
 
     def _path(self, flips: bool) -> Path:
         name = sha256_text(canonical_json([self._description(flips), self.precision]))
@@ -175,7 +177,7 @@ class FeatureStore:
 
     def _write(self, writer: FeatureMapWriter | None, flips: bool) -> int:
         conv = self.conv.to(self.device).to(memory_format=torch.channels_last)
-        return write_maps(writer, map_shapes(self.dataset, [self.network], flips), conv,
+        return write_maps(writer, map_shapes(self.dataset, [self.network], flips), conv, self.pixels,
                           lambda key: read_sample(self.dataset, key.image_id, self.network, flipped=key.mirrored),
                           precision=self.precision, device=self.device, runtime=self.runtime)
 
@@ -204,22 +206,24 @@ def map_shapes(dataset: Dataset, frames: Sequence[NetworkConfig], flips: bool) -
     return shapes
 
 
-def computed_map(conv: nn.Sequential, sample: Sample, precision: Precision, device: torch.device) -> Tensor:
+def computed_map(conv: nn.Sequential, pixels: Pixels, sample: Sample, precision: Precision,
+                 device: torch.device) -> Tensor:
     """Return what the conv layers, which are on the device, make of one image: ``Tensor[C, h, w]`` on the CPU."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        features = image_maps(conv, make_batch([sample], device))[0]  # (C, h, w)
+        features = image_maps(conv, make_batch([sample], device, pixels=pixels))[0]  # (C, h, w)
     return features.to(DTYPES[precision]).cpu()
 
 
-def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequential, read: Callable[[MapKey], Sample],
-               *, precision: Precision, device: torch.device, runtime: Runtime) -> int:
+def write_maps(writer: FeatureMapWriter | None, shapes: Shapes, conv: nn.Sequential, pixels: Pixels,
+               read: Callable[[MapKey], Sample], *, precision: Precision, device: torch.device,
+               runtime: Runtime) -> int:
     """Write every map that the writer does not have yet, reading samples ahead; return how many it had."""
     # ``conv`` is on the device. Several ranks divide the work; rank 0 has the writer.
     def work(own: Sequence[MapKey]) -> Iterator[Tensor]:
         with Prefetcher(read, own, runtime.readers) as ahead:
             for sample in ahead:
                 # One image at a time: convolutions of several sum in another order, which changes last bits.
-                yield computed_map(conv, sample, precision, device)
+                yield computed_map(conv, pixels, sample, precision, device)
 
     missing = runtime.ranks.broadcast([key for key in shapes if not writer.done(key)] if writer is not None else None)
     found = len(shapes) - len(missing)

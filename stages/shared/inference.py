@@ -1,16 +1,18 @@
 """What stages share that run networks over a whole split: weights on a device, one loop over images, detections."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from altopt.batches.reading import Prefetcher
+from altopt.config import Pixels
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError
@@ -46,6 +48,7 @@ class Inference:
         self.device = device_of(runtime)
         self.dataset: Dataset = open_dataset(config.data, config.split, runtime.data_root)
         self.networks = [self._load(path, parts) for path, parts in checkpoints]
+        require_same_pixels({path.name: network for (path, _), network in zip(checkpoints, self.networks, strict=True)})
 
     def _load(self, path: Path, parts: Sequence[str]) -> FasterRCNN:
         tensors, description = load_checkpoint(path)
@@ -55,24 +58,17 @@ class Inference:
         if "head" in parts:
             require_classes(path, description, self.dataset)
         network = FasterRCNN(self.network_config, len(self.dataset.classes))
-        # Parts that the checkpoint lacks are drawn too, and never run: which numbers they get does not matter.
-        drawn = network.fill(tensors, generator("unused"))
-        if missing := set(drawn) & set(parts):
-            raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
-        network.samples_per_bin = description.get("samples_per_bin", 0)
+        fill_parts(network, path, tensors, description, parts)
         self.prepare(network)
         return network
 
     def prepare(self, network: NetworkOfParts) -> None:
         """Bring a network to the device, to be run and not trained."""
-        # Convolutions are faster in this layout, and choose it by their weights'.
-        network.to(self.device).to(memory_format=torch.channels_last).eval()
-        if self.precision == "bfloat16":
-            network.round_fc()
+        prepare(network, self.device, self.precision)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks compute with the config's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return autocast(self.device, self.precision)
 
     def groups(self, size: int) -> list[list[str]]:
         """Return the split's image ids in its order, up to ``size`` neighbours of equal extent in each group."""
@@ -106,6 +102,35 @@ class Inference:
             yield made
             done += len(group)
             self.runtime.report(ImagesDone(done, total))
+
+
+def fill_parts(network: FasterRCNN, path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any],
+               parts: Sequence[str]) -> None:
+    """Give a network the weights of a checkpoint. Raises ``ArtifactError`` unless it has all of ``parts``."""
+    # Parts that the checkpoint lacks are drawn too, and never run: which numbers they get does not matter.
+    drawn = network.fill(tensors, generator("unused"))
+    if missing := set(drawn) & set(parts):
+        raise ArtifactError(f"{path.name} has no {sorted(missing)[0]} layers: it is an output of another stage")
+    network.samples_per_bin, network.pixels = description.get("samples_per_bin", 0), Pixels.of(description)
+
+
+def require_same_pixels(networks: Mapping[str, FasterRCNN]) -> None:
+    """Raise ``ArtifactError`` unless all networks, by their names, want an image's values in one way."""
+    if len({network.pixels for network in networks.values()}) > 1:
+        raise ArtifactError(f"{' and '.join(networks)} want an image's values differently: make both from one M0")
+
+
+def prepare(network: NetworkOfParts, device: torch.device, precision: str) -> None:
+    """Bring a network to a device, to be run and not trained."""
+    # Convolutions are faster in this layout, and choose it by their weights'.
+    network.to(device).to(memory_format=torch.channels_last).eval()
+    if precision == "bfloat16":
+        network.round_fc()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which networks compute with a precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def require_classes(path: Path, description: dict[str, object], dataset: Dataset) -> None:

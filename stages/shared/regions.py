@@ -16,7 +16,7 @@ from torch import Tensor
 
 from altopt.batches.samples import Sample, make_batch, read_sample
 from altopt.batches.sampling import match_rois
-from altopt.config import DetectionSettings, NetworkConfig, RegionDetectionSettings
+from altopt.config import DetectionSettings, NetworkConfig, Pixels, RegionDetectionSettings
 from altopt.datasets.dataset import Dataset, Objects
 from altopt.errors import ArtifactError
 from altopt.evaluation.detections import Detections
@@ -71,6 +71,7 @@ class RegionNetwork(Inference):
         self.levels: list[int] = list(levels) or [self.classifier.roi_size]
         if drawn := self.classifier.fill(tensors, generator("unused")):
             raise ArtifactError(f"{path.name} has no {drawn[0]} that fits: it is an output of another stage")
+        self.classifier.pixels = Pixels.of(self.description)
         self.prepare(self.classifier)
 
     def features(self, pool: Pool, boxes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,7 +127,7 @@ def cache_regions(network: RegionNetwork, regions: Regions[Prepared], proposals:
     sizes = RegionSizes(len(dataset.classes), classifier.hidden_size, classifier.pooled_size, config.stored)
     attributes = {
         "method": network.method, "model": sha256_file(network.path), "proposals": sha256_file(proposals),
-        "dataset": runtime.data_digest, **describe_network(config.network, dataset.classes),
+        "dataset": runtime.data_digest, **describe_network(config.network, dataset.classes, classifier.pixels),
         "settings": {**settings, "proposals": config.proposals, "regressor_iou": config.regressor_iou,
                      "precision": config.precision, "rois_at_once": config.rois_at_once},
     }
@@ -254,8 +255,9 @@ class WarpedRegions:
 
     def open(self, prepared: Sample) -> Pool:
         """Return what crops boxes out of the image, warps them, and runs the conv layers on each."""
-        image = make_batch([prepared], self.network.device).images[0]  # (3, H, W)
-        return lambda boxes: self.network.classifier.pool_crops(warp(image, boxes, self.side))
+        classifier = self.network.classifier
+        image = make_batch([prepared], self.network.device, pixels=classifier.pixels).images[0]  # (3, H, W)
+        return lambda boxes: classifier.pool_crops(warp(image, boxes, self.side))
 
 
 class PyramidRegions:
@@ -279,6 +281,7 @@ class PyramidRegions:
         scales = [scale_of(size, frame.short_side, frame.max_side) for frame in self.frames]
         with torch.inference_mode(), self.network.autocast():
             maps = [each.to(device).float()[None] if isinstance(each, Tensor)
-                    else classifier.conv(make_batch([each], device).images) for each in prepared[1]]  # (1, C, h, w)
+                    else classifier.conv(make_batch([each], device, pixels=classifier.pixels).images)
+                    for each in prepared[1]]  # (1, C, h, w)
         return lambda boxes: pool_at_nearest_scale(
             boxes, scales, self.area, lambda scale, here: classifier.pool_pyramids(maps[scale], [here], levels))

@@ -11,6 +11,22 @@ from altopt.datasets.dataset import DataConfig
 
 Split = Literal["train", "test"]
 Freeze = tuple[str, ...] | Literal["all"]
+PARTS = ("conv", "rpn", "fc", "head")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage runs at once, from which its memory is estimated before anything runs.
+
+    ``parts`` of the network on so many images and RoIs; images are squares of ``side`` pixels where that is not 0, and
+    RoIs have the bins of a pyramid of these ``levels`` where there are any.
+    """
+
+    parts: tuple[str, ...]
+    images: int
+    rois: int = 0
+    side: int = 0
+    levels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +38,7 @@ class StageConfig:
     split: ClassVar[Split | None] = None  # of the data set, that the stage reads
     divided: ClassVar[bool] = False  # whether several processes work on it together; if not, rank 0 does it alone
     stores_maps: ClassVar[bool] = False  # whether it keeps on disk what frozen conv layers make of the images
+    keeps_parts: ClassVar[bool] = False  # whether all parts of its input networks are in its output, beside its own
 
     # Properties, because a field of a subclass may take the place of one, as it may not of a class variable.
     @property
@@ -38,6 +55,14 @@ class StageConfig:
     def scales(self) -> tuple[int, ...]:
         """The lengths of an image's shorter side, where they are not the network's alone."""
         return ()
+
+    @property
+    def work(self) -> Work | None:
+        """What it runs of a network; None: nothing that is worth an estimate."""
+        return None
+
+    def require_packages(self) -> None:
+        """Raise ``UsageError`` unless the packages are there that the stage needs beside altopt's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +112,11 @@ class OnRegions(OnTrainSplit):
 
     proposals: int = setting(2000, "R-CNN, section 2.1; SPP-net, 4.1; Fast R-CNN, 2: about 2000 an image", at_least=1)
     rois_at_once: int = setting(512, "chosen: bounds the memory", at_least=1)
+
+    @property
+    def work(self) -> Work:
+        """A few regions of an image at a time."""
+        return Work(("conv", "fc", "head"), 1, self.rois_at_once)
 
     @property
     def region_area(self) -> int:

@@ -15,7 +15,7 @@ from altopt.batches.local_batches import LocalBatches
 from altopt.batches.reading import BatchOrder, Entry
 from altopt.batches.samples import Batch, Sample, read_sample
 from altopt.batches.sampling import RoISampling, RoIThresholds, has_samples
-from altopt.config import NetworkConfig, RoITraining
+from altopt.config import TORCHVISION_PIXELS, NetworkConfig, Pixels, RoITraining
 from altopt.datasets.dataset import Dataset
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, UsageError
@@ -53,9 +53,10 @@ def device_of(runtime: Runtime) -> torch.device:
         raise UsageError(f"--device {runtime.device}: this PyTorch sees no such device; use --device cpu") from None
 
 
-def describe_network(network: NetworkConfig, classes: Sequence[str]) -> dict[str, Any]:
+def describe_network(network: NetworkConfig, classes: Sequence[str], pixels: Pixels) -> dict[str, Any]:
     """Return what a checkpoint says of itself."""
-    plain: dict[str, Any] = json.loads(json.dumps({"network": asdict(network), "classes": list(classes)}))
+    plain: dict[str, Any] = json.loads(json.dumps({"network": asdict(network), "classes": list(classes),
+                                                   "pixels": asdict(pixels)}))
     return plain
 
 
@@ -82,11 +83,13 @@ class TrainedStage:
     store: "FeatureStore | None" = None  # of what frozen conv layers make of the images
 
     def __init__(self, stage: str, out: Path, config: TrainsOnData, runtime: Runtime) -> None:
-        self.stage, self.out, self.config, self.runtime = stage, out, config, runtime
         self.dataset: Dataset = open_dataset(config.data, "train", runtime.data_root)
+        self.stage, self.out, self.runtime = stage, out, runtime
+        self.config = config.for_images(len(self.dataset.ids))
         self.seed: tuple[object, ...] = (config.seed, stage)
         self.snapshot = out.with_name(f"{out.stem}.snapshot.safetensors")  # of the state, while it trains
         self.device = device_of(runtime)
+        self.pixels = TORCHVISION_PIXELS  # what the weights want of an image; initial ones bring their own
 
     def entries(self, ids: Sequence[str] | None = None) -> list[Entry]:
         """Return the images, by default all, each followed by its mirror image if the config has ``flips``."""
@@ -114,8 +117,8 @@ class TrainedStage:
         with deferred_signals() as stop:
             seconds = train(module, lambda iteration: [read(entry, iteration) for entry in batches[iteration]],
                             config, self.seed, LoopRuntime(
-                device=self.device, workers=runtime.readers, report=report, report_every=runtime.report_every,
-                snapshots=FileSnapshots(self.snapshot, fingerprint, runtime, stop),
+                device=self.device, pixels=self.pixels, workers=runtime.readers, report=report,
+                report_every=runtime.report_every, snapshots=FileSnapshots(self.snapshot, fingerprint, runtime, stop),
                 diverged=self._keep_batch, group=runtime.ranks, batches=batches))
         about_store: Mapping[str, JSON] = {} if self.store is None else self.store.facts
         seconds += 0.0 if self.store is None else self.store.seconds  # to build it counts as training
@@ -143,6 +146,7 @@ class Training(TrainedStage):
         super().__init__(stage, out, config, runtime)
         self.tensors, self.description = load_checkpoint(init)
         require_network(init, self.description, config.network)
+        self.pixels = Pixels.of(self.description)
         self._frozen: dict[str, str] = {}  # module: digest of its weights before training
 
     def network(self, parts: Sequence[str], fresh: Sequence[str] = ()) -> FasterRCNN:
@@ -184,7 +188,7 @@ class Training(TrainedStage):
             return
         from stages.shared.feature_store import FeatureStore  # here: most stages need none
 
-        with FeatureStore(self.out, conv, self.config.network, self.dataset, self.runtime,
+        with FeatureStore(self.out, conv, self.pixels, self.config.network, self.dataset, self.runtime,
                           precision=self.config.precision, device=self.device) as self.store:
             self.store.find_or_build(self.config.flips, self.config.iterations * self.config.images_per_batch)
             yield
@@ -216,7 +220,7 @@ class Training(TrainedStage):
             if digest(network.get_submodule(name).state_dict()) != before:
                 raise AssertionError(f"{self.stage} changed {name}, which is frozen")
         classes = self.dataset.classes if "head" in parts else self.description.get("classes", ())
-        save_checkpoint(self.out, tensors, describe_network(self.config.network, classes) | described)
+        save_checkpoint(self.out, tensors, describe_network(self.config.network, classes, self.pixels) | described)
         self.snapshot.unlink(missing_ok=True)
 
 

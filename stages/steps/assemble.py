@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stages.shared.stage_config import StageConfig
 from stages.shared.step import Facts, Runtime
@@ -11,6 +11,8 @@ from stages.shared.step import Facts, Runtime
 @dataclass(frozen=True, kw_only=True)
 class Assemble(StageConfig):
     """Nothing to choose: the layers go together or they do not."""
+
+    keeps_parts: ClassVar[bool] = True
 
 
 def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, runtime: Runtime) -> Facts:
@@ -30,8 +32,8 @@ def add_rpn_layers(detector: Path, rpn: Path, *, out: Path, config: Assemble, ru
                             f"{detector.stem} again from {rpn.stem}, conv layers frozen (altopt stage {detector.stem})")
     if not part(rpn_layers, "rpn"):
         raise ArtifactError(f"{rpn.name} has no RPN layers: make it again with altopt stage {rpn.stem}")
-    if description.get("network") != rpn_description.get("network"):
-        raise ArtifactError(f"{detector.name} and {rpn.name} were made for different anchors or image sizes: make "
-                            "both with one recipe")
+    if any(description.get(name) != rpn_description.get(name) for name in ("network", "pixels")):
+        raise ArtifactError(f"{detector.name} and {rpn.name} were made for different anchors, image sizes or pixels: "
+                            "make both with one recipe")
     save_checkpoint(out, layers | part(rpn_layers, "rpn"), description)
     return {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from altopt.config import SAMPLING, NetworkConfig, RoITraining, setting
-from stages.shared.stage_config import Freeze, TrainsOnImages
+from stages.shared.stage_config import Freeze, TrainsOnImages, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ class FastRCNNConfig(RoITraining, TrainsOnImages):
         "multi-task", "Fast R-CNN, section 2.3; none trains classification only, and boxes stay as they are (5.1)")
     box_statistics: Literal["measured", "fixed"] = setting(
         "measured", "py-faster-rcnn alt_opt: measured on the proposals")
+
+    @property
+    def work(self) -> Work:
+        """A batch of images through conv layers, and its RoIs through the others."""
+        return Work(("conv", "fc", "head"), self.images_per_batch, self.rois_per_batch)
 
 
 @dataclass(frozen=True, kw_only=True)

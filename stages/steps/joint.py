@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import AnchorTargets, ProposalSettings, RoITraining, setting
-from stages.shared.stage_config import TrainsOnImages
+from stages.shared.stage_config import PARTS, TrainsOnImages, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 SOLVER = "py-faster-rcnn models/pascal_voc/VGG16/faster_rcnn_end2end/solver.prototxt"
 LOSSES = "py-faster-rcnn faster_rcnn_end2end/train.prototxt: all four losses count the same"
-PARTS = ("conv", "rpn", "fc", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,11 @@ class JointConfig(AnchorTargets, RoITraining, ProposalSettings, TrainsOnImages):
     box_weight: float = setting(1.0, LOSSES, at_least=0)
     freeze: tuple[str, ...] = setting(
         ("conv1", "conv2"), "py-faster-rcnn train.prototxt: conv1_1 to conv2_2 at rate 0", distinct=True)
+
+    @property
+    def work(self) -> Work:
+        """A batch of images and its RoIs through all."""
+        return Work(PARTS, self.images_per_batch, self.rois_per_batch)
 
 
 @dataclass(frozen=True, kw_only=True)

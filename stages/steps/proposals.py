@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import ProposalSettings, setting
 from altopt.datasets.dataset import Dataset
-from stages.shared.stage_config import OnTrainSplit
+from stages.shared.stage_config import OnTrainSplit, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ class GenerateProposals(ProposalSettings, OnTrainSplit):
     version: ClassVar[int] = 2
     images_per_batch: int = setting(1, "py-faster-rcnn rpn_generate: one image at a time", at_least=1)
 
+    @property
+    def work(self) -> Work:
+        """A batch of images through conv layers and RPN."""
+        return Work(("conv", "rpn"), self.images_per_batch)
+
 
 def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runtime: Runtime) -> Facts:
     """Cache the RPN's proposals for every training image, upright only."""
@@ -41,15 +46,15 @@ def generate_proposals(rpn: Path, *, out: Path, config: GenerateProposals, runti
     settings = {field.name: asdict(config)[field.name] for field in fields(ProposalSettings)}
     settings |= {"network": asdict(config.network), "precision": config.precision}
     attributes = {"dataset": runtime.data_digest, "model": sha256_file(rpn), "settings": settings}
-    store = FeatureStore(out, network.conv, config.network, dataset, runtime, precision=config.precision,
-                         device=inference.device)
+    store = FeatureStore(out, network.conv, network.pixels, config.network, dataset, runtime,
+                         precision=config.precision, device=inference.device)
 
     def read(ids: list[str]) -> list[Sample]:
         return [store.sample(id) for id in ids]
 
     def compute(_: list[str], samples: list[Sample]) -> "list[Proposed]":
         with inference.autocast():
-            return proposed(network, make_batch(samples, inference.device), dataset, config)
+            return proposed(network, make_batch(samples, inference.device, pixels=network.pixels), dataset, config)
 
     count = 0
     with store, written_by_first(runtime.ranks, lambda: ProposalWriter(out, attributes)) as writer:

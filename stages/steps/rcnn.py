@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import SHARE, RoITraining, setting
-from stages.shared.stage_config import CachesRegions, DetectsRegions, Trains
+from stages.shared.stage_config import CachesRegions, DetectsRegions, Trains, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from altopt.batches.samples import Sample
 
 SOLVER = "R-CNN finetuning/pascal_finetune_solver"
+SIDE = 227
 METHOD = "rcnn"
 
 
@@ -24,9 +25,14 @@ class TrainOnWarpedRegions(RoITraining, Trains):
     iterations: int = setting(70_000, "R-CNN's own models; it saturates near 40,000")
     lr_steps: tuple[int, ...] = setting((20_000, 40_000, 60_000), SOLVER)
     images_per_batch: int = setting(16, "chosen: R-CNN draws each region from any image, at a reading for each")
-    crop_side: int = setting(227, "R-CNN, section 2.1", at_least=16)
+    crop_side: int = setting(SIDE, "R-CNN, section 2.1", at_least=16)
     proposals: int = setting(2000, "R-CNN, section 2.1: around 2000 regions an image", at_least=1)
     freeze: tuple[str, ...] = setting((), "R-CNN fine-tunes all layers", distinct=True)
+
+    @property
+    def work(self) -> Work:
+        """A batch of crops through all."""
+        return Work(("conv", "fc", "head"), self.rois_per_batch, self.rois_per_batch, self.crop_side)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +42,22 @@ class CacheWarpedFeatures(CachesRegions):
     regressor_iou: float = setting(0.6, "R-CNN, appendix C: proposals above it train box regressors", **SHARE)
     rois_at_once: int = setting(128, "chosen: bounds the memory")
 
+    @property
+    def work(self) -> Work:
+        """A few crops at a time; their side is the network's, and unknown here."""
+        return Work(("conv", "fc", "head"), self.rois_at_once, self.rois_at_once, SIDE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetectRCNN(DetectsRegions):
     """How images of the test split are detected on."""
 
     rois_at_once: int = setting(128, "chosen: bounds the memory")
+
+    @property
+    def work(self) -> Work:
+        """A few crops at a time; their side is the network's, and unknown here."""
+        return Work(("conv", "fc", "head"), self.rois_at_once, self.rois_at_once, SIDE)
 
 
 def train_on_warped_regions(init: Path, proposals: Path, *, out: Path, config: TrainOnWarpedRegions,

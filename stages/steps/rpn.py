@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from altopt.config import AnchorTargets, setting
-from stages.shared.stage_config import Freeze, TrainsOnImages
+from stages.shared.stage_config import Freeze, TrainsOnImages, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -18,7 +18,13 @@ class RPNConfig(AnchorTargets, TrainsOnImages):
     """How an RPN is trained: anchors labelled by IoU, sampled, scored (Faster R-CNN, section 3.1)."""
 
     version: ClassVar[int] = 4  # the losses of a batch are one sum
+    keeps_parts: ClassVar[bool] = True
     box_weight: float = setting(1.0, "py-faster-rcnn train.pt loss_weight", at_least=0)
+
+    @property
+    def work(self) -> Work:
+        """A batch of images through conv layers and RPN."""
+        return Work(("conv", "rpn"), self.images_per_batch)
 
 
 @dataclass(frozen=True, kw_only=True)

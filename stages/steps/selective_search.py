@@ -38,6 +38,12 @@ class SelectiveSearch(ReadsData):
     min_side: float = setting(20.0, "R-CNN's selective_search_boxes.m: minBoxWidth", at_least=0)
     search_seed: int = setting(3, "py-faster-rcnn RNG_SEED", at_least=0)
 
+    def require_packages(self) -> None:
+        """The search is OpenCV's."""
+        from altopt.datasets.selective_search import require_opencv
+
+        require_opencv()
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveSearchTest(SelectiveSearch):

@@ -1,12 +1,12 @@
 """SPP-net: conv feature maps computed once, the layers above them fine-tuned, SVMs and box regressors on top."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from altopt.config import SHARE, Bounds, NetworkConfig, RoITraining, setting
 from cache.records import JSON
-from stages.shared.stage_config import CachesRegions, DetectsRegions, Freeze, OnTrainSplit, Trains
+from stages.shared.stage_config import CachesRegions, DetectsRegions, Freeze, OnTrainSplit, Trains, Work
 from stages.shared.step import Facts, Runtime
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ class CacheConvFeatures(OnTrainSplit):
     max_side: int = setting(2000, "Fast R-CNN's config for five scales", at_least=16)
     flips: bool = setting(True, SCRIPT)
 
+    @property
+    def work(self) -> Work:
+        """An image through the conv layers."""
+        return Work(("conv",), 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFCLayers(RoITraining, Trains):
@@ -43,6 +48,11 @@ class TrainFCLayers(RoITraining, Trains):
                                       distinct=True)
     bg_iou_low: float = setting(0.1, SCRIPT)
     proposals: int = setting(2000, "SPP-net, section 4.1: around 2000 regions an image", at_least=1)
+
+    @property
+    def work(self) -> Work:
+        """RoIs of stored maps through the fully connected layers."""
+        return Work(("conv", "fc", "head"), 0, self.rois_per_batch, levels=self.levels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +82,8 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
 
     inference = Inference([(init, ("conv",))], config, runtime)
     network, dataset = inference.networks[0], inference.dataset
-    settings = {"network": config.network.name, "scales": list(config.scales), "max_side": config.max_side}
+    settings = {"network": config.network.name, "scales": list(config.scales), "max_side": config.max_side,
+                "pixels": asdict(network.pixels)}
     attributes = {"conv": digest(network.tensors(["conv"])), "dataset": runtime.data_digest, "settings": settings}
     frames = config.network.at_scales(config.scales, config.max_side)
     shapes = map_shapes(dataset, frames, config.flips)
@@ -81,8 +92,8 @@ def cache_conv_features(init: Path, *, out: Path, config: CacheConvFeatures, run
         return read_sample(dataset, key.image_id, frames[key.scale], flipped=key.mirrored)
 
     with written_by_first(runtime.ranks, lambda: FeatureMapWriter(out, attributes, shapes, config.precision)) as writer:
-        found = write_maps(writer, shapes, network.conv, read, precision=config.precision, device=inference.device,
-                           runtime=runtime)
+        found = write_maps(writer, shapes, network.conv, network.pixels, read, precision=config.precision,
+                           device=inference.device, runtime=runtime)
     if not runtime.ranks.first:
         return {}
     return {"maps": len(shapes), "maps_found": found, "bytes": out.stat().st_size}

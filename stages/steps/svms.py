@@ -27,6 +27,12 @@ class TrainSVMs(SVMSettings, StageConfig):
     norm_images: int = setting(100, "py-faster-rcnn train_svms: images that the mean is measured on", at_least=1)
     seed: int = setting(3, "py-faster-rcnn RNG_SEED", at_least=0)
 
+    def require_packages(self) -> None:
+        """The solver is scikit-learn's."""
+        from altopt.training.svm import require_solver
+
+        require_solver()
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRegressors(StageConfig):

@@ -8,8 +8,8 @@ import torch
 import torchvision
 from drawn_dataset import DrawnDataset
 
-from altopt.batches.samples import PIXEL_MEAN, PIXEL_STD, Sample, make_batch, read_sample, resized, to_original
-from altopt.config import NetworkConfig
+from altopt.batches.samples import Sample, make_batch, read_sample, resized, to_original
+from altopt.config import TORCHVISION_PIXELS, NetworkConfig, Pixels
 from altopt.datasets.dataset import Objects
 from altopt.extents import scale_of
 from altopt.ops.targets import AnchorSample, RoISample
@@ -148,7 +148,8 @@ def test_to_original_cuts_at_the_images_edge():
 def test_pixels_are_normalised_as_torchvisions_weights_expect():
     pixels = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sample = Sample("one", False, pixels, 1.0, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    expected = torchvision.transforms.functional.normalize(pixels / 255, PIXEL_MEAN, PIXEL_STD)
+    usual = TORCHVISION_PIXELS
+    expected = torchvision.transforms.functional.normalize(pixels / 255, usual.mean, usual.std)
     batch = make_batch([sample], CPU)
     torch.testing.assert_close(batch.images[0], expected)
     assert batch.images.dtype == torch.float32
@@ -217,3 +218,13 @@ def test_everything_of_a_sample_is_pinned_or_moved(monkeypatch):
     tensors = [moved.gt_boxes, moved.gt_labels, moved.proposals, moved.anchors.deltas, moved.rois.rois]
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert (moved.id, moved.scale, moved.rois.foreground, moved.rois.dropout_seed) == ("one", 1.0, 2, 99)
+
+
+def test_pixels_are_what_the_weights_want():
+    pixels = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sample = Sample("one", False, pixels, 1.0, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    caffe = make_batch([sample], CPU, pixels=Pixels("BGR", 1.0, (103.0, 116.0, 123.0), (1.0, 1.0, 1.0))).images[0]
+    assert caffe[:, 4, 7].tolist() == [int(pixels[2, 4, 7]) - 103, int(pixels[1, 4, 7]) - 116,
+                                         int(pixels[0, 4, 7]) - 123]
+    google = make_batch([sample], CPU, pixels=Pixels("RGB", 1.0, (127.0,) * 3, (128.0,) * 3)).images[0]
+    assert torch.equal(google, (pixels.float() - 127) / 128)

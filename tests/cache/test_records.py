@@ -176,6 +176,11 @@ def test_differences_in_words():
     ]
 
 
+def test_a_setting_that_earlier_versions_lacked_is_new_only_where_it_changes_something():
+    assert differences({"lr": 1.0}, {"lr": 1.0, "visits": 0.0, "data": {"exif": "error"}}) == []
+    assert differences({}, {"visits": 4.0}) == ["visits is new (4.0)"]
+
+
 def test_differences_shorten_hashes():
     assert differences({"M0": "a" * 64}, {"M0": "b" * 64}) == ["M0 was aaaaaaaaaaaa..., is bbbbbbbbbbbb..."]
 

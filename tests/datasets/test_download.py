@@ -34,7 +34,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def get(urls: list[str], folder: Path, **options: Any) -> bytes:
-    settings: dict[str, Any] = {"size": SIZE, "sha256": SHA256, "timeout": 5.0, **options}
+    settings: dict[str, Any] = {"size": SIZE, "checksum": f"sha256:{SHA256}", "timeout": 5.0, **options}
     path = fetch(urls, folder / "file.tar", **settings)
     assert path == folder / "file.tar"
     assert not (folder / "file.tar.part").exists()
@@ -341,3 +341,56 @@ def test_one_process_at_a_time(server: Server, tmp_path: Path) -> None:
     with exclusive(tmp_path / "file.tar.part"), pytest.raises(BusyError, match=r"file\.tar\.part is in use"):
         get([server.url("/good")], tmp_path)
     assert get([server.url("/good")], tmp_path) == CONTENT
+
+
+UNKNOWN: dict[str, Any] = {"size": None, "checksum": f"sha256:{SHA256[:8]}"}  # as in the names of published weights
+
+
+@pytest.mark.parametrize("headers", [{"Content_Length": str(SIZE)}, {}])
+def test_size_that_nobody_knows_beforehand(server: Server, tmp_path: Path, headers: dict[str, str]) -> None:
+    seen: list[tuple[int, int]] = []
+    url = server.url("/plain", lambda handler: handler.answer(200, CONTENT, **headers))
+    assert get([url], tmp_path, progress=lambda *step: seen.append(step), **UNKNOWN) == CONTENT
+    assert seen[0] == (0, SIZE if headers else 0)
+    assert seen[-1] == (SIZE, SIZE)
+
+
+def test_part_of_a_file_of_unknown_size_is_resumed(server: Server, tmp_path: Path) -> None:
+    url = server.url("/drops", lambda handler: handler.ranged(CONTENT, sent=120_000))
+    begin(tmp_path, CONTENT[:1234])
+    assert get([url], tmp_path, **UNKNOWN) == CONTENT
+    assert [asked for _, asked in server.requests] == [f"bytes={n}-" for n in (1234, 121_234, 241_234)]
+
+
+@pytest.mark.parametrize("part", [CONTENT, LIE, CONTENT + b"x"])
+def test_whole_or_foreign_part_of_a_file_of_unknown_size(server: Server, tmp_path: Path, part: bytes) -> None:
+    begin(tmp_path, part)
+    urls = [] if part == CONTENT else [server.url("/good", refuse_ranges)]
+    assert get(urls, tmp_path, **UNKNOWN) == CONTENT
+
+
+@pytest.mark.parametrize("shown", [LIE, CONTENT[:-1], b""])
+def test_unknown_size_and_wrong_hash(server: Server, tmp_path: Path, shown: bytes) -> None:
+    url = server.url("/lies", lambda handler: handler.ranged(shown))
+    message = failure([url], tmp_path, **UNKNOWN)
+    assert f"{url}: serves a file with another SHA-256" in message
+    assert message.endswith(f": bring the file (SHA-256 {SHA256[:8]}) as {tmp_path / 'file.tar'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stated_size_that_the_disk_has_no_room_for(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = download.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage._replace(free=SIZE - 1))
+    with pytest.raises(ResourceError, match=r"file\.tar needs 0\.3 MB in .*: make room"):
+        get([server.url("/good")], tmp_path, **UNKNOWN)
+
+
+def test_md5_where_a_file_is_known_by_nothing_better(server: Server, tmp_path: Path) -> None:
+    checksum = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
+    assert get([server.url("/lies", lambda handler: handler.ranged(LIE)), server.url("/good")], tmp_path,
+               checksum=checksum) == CONTENT
+    (tmp_path / "file.tar").unlink()
+    assert f"another MD5): bring the file ({SIZE} bytes, MD5 {checksum[4:]}) as" in failure(
+        [server.url("/lies")], tmp_path, checksum=checksum)

@@ -33,6 +33,19 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
     assert (read_image(tmp_path / "palette.png", (7, 5)) == expected).all()
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_of_any_size_is_turned_as_exif_says(tmp_path, suffix, orientation):
+    turned = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, lambda a: a.swapaxes(0, 1),
+              lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / f"a.{suffix}", noise(40, 60), exif=exif)
+    with Image.open(path) as image:  # Pillow turns TIFF by itself
+        stored = noise(40, 60) if suffix == "tif" else np.asarray(image.convert("RGB"))
+    assert (read_image(path, None, "apply") == turned[orientation - 1](stored)).all()
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_truncated_image_is_named(tmp_path, suffix):
     path = save(tmp_path / f"a.{suffix}", noise(200, 300))

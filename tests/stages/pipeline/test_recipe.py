@@ -344,6 +344,8 @@ def test_every_number_and_every_list_has_bounds():
     ("train_fc_layers.lr=-1", "train_fc_layers.lr must be above 0 (it is -1.0)"),  # a stage of another scheme
     ("all.lr=-1", "pretrain_on_crops.lr must be above 0 (it is -1.0)"),
     ('train_rpn.freeze=["conv9"]', "train_rpn.freeze: there is no layer 'conv9': blocks are conv1, conv2, "),
+    ("train_rpn.visits=3", 'train_rpn.visits leaves the number of iterations open, and lr_steps count them: set '
+                           'train_rpn.schedule to "one-cycle"'),
     ("train_fast_rcnn.init=M9", "train_fast_rcnn.init must be M0 or M1 (the networks made before M2); it is 'M9'"),
 ])
 def test_values_that_make_no_sense(tiny, assignment, message):

@@ -12,7 +12,7 @@ from cache.checkpoints import load_checkpoint, save_checkpoint
 from cache.records import RENAMED, read_record
 from stages.pipeline.evaluation import summary
 from stages.pipeline.recipe import read_recipe
-from stages.pipeline.run import Run, find_step, import_given, open_folder, run_one
+from stages.pipeline.run import Run, alone, find_step, import_given, open_folder
 from stages.shared.events import Caution
 from stages.shared.step import Runtime, file_name
 from stages.steps.rpn import TrainRPN
@@ -40,6 +40,11 @@ def take(run, words, target="M5"):
     """What --from does, with one word or several: import_artifact, then make what lies between."""
     steps = import_given(run, run.recipe.steps, words.split(), step_of(run, target))
     return [step.output for step in run.bring_up_to_date(steps)]
+
+
+def run_one(run, step, force):
+    """What altopt stage does without --from."""
+    return run.bring_up_to_date(alone(run, step, force), force)
 
 
 def given(folder, artifact):
@@ -225,14 +230,14 @@ def test_from_in_a_folder_without_records_takes_both_as_given(finished, copied):
 
 def test_from_makes_m0_where_it_is_missing(finished, copied):
     only(copied, "M1", records=False)
-    assert take(open_tiny(copied), "M1", "M2") == ["P1", "M2"]
+    assert take(open_tiny(copied), "M1", "M2") == ["M0", "P1", "M2"]
     assert given(copied, "M0") is None
     assert hashes(copied, "M0", "M2") == hashes(finished, "M0", "M2")
 
 
 def test_from_a_file(finished, workplace):
     run = open_tiny(workplace / "runs" / "new")
-    assert take(run, f"M1={finished / 'M1.safetensors'}", "M2") == ["P1", "M2"]
+    assert take(run, f"M1={finished / 'M1.safetensors'}", "M2") == ["M0", "P1", "M2"]
     assert hashes(run.folder, "M0", "M1", "P1", "M2") == hashes(finished, "M0", "M1", "P1", "M2")
     assert given(run.folder, "M1") == f"--from M1={finished / 'M1.safetensors'}"
 

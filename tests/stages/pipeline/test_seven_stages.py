@@ -259,7 +259,7 @@ def test_assembly_refuses_other_anchors_and_sizes(finished, tmp_path, key):
     tensors, description = load_checkpoint(finished / "M3.safetensors")
     description["network"][key] = None
     save_checkpoint(tmp_path / "other.safetensors", tensors, description)
-    with pytest.raises(ArtifactError, match="different anchors or image sizes"):
+    with pytest.raises(ArtifactError, match="different anchors, image sizes or pixels"):
         assemble(finished / "M4.safetensors", tmp_path / "other.safetensors", tmp_path / "M5.safetensors")
 
 

@@ -83,6 +83,13 @@ def test_frozen_stages_foresee_their_store_and_others_none(tmp_path):
     assert store_line("M3", found["M3"]) == "M3: feature store on: 0 MB, 2.3 visits of each image"
 
 
+def test_visits_count_for_the_store_too(tmp_path):
+    run = open_tiny(tmp_path / "tiny", "train_rpn_frozen_conv.visits=5.0", 'train_rpn_frozen_conv.schedule="one-cycle"')
+    store = foreseen(run.folder, run.recipe.config(run.recipe.steps[4]), None)
+    assert store is not None
+    assert store["reason"] == "0 MB, 2.5 visits of each image"  # mirror images are images here
+
+
 def test_plan_and_status_say_so(altopt, workplace):
     command = ["plan", "--recipe", "tiny.toml"]
     said = altopt(*command).out

@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_runs import TINY, Reports, hashes, link_or_copy, make_all, open_tiny, work_until_killed, write_recipe
 
 from altopt.batches.samples import make_batch, read_sample
+from altopt.config import TORCHVISION_PIXELS, Pixels
 from altopt.models.trunk import image_maps
 from cache.features import FeatureMapFile, FeatureMapWriter
 from cache.files import sha256_file
@@ -244,15 +245,15 @@ def test_the_digest_is_of_all_that_maps_depend_on(folder):
     inference = Inference([(folder / "M2.safetensors", ("conv",))], config, run.runtime)
     conv = inference.networks[0].conv
 
-    def path(flips=True, precision="float32", data="d", **network):
+    def path(flips=True, precision="float32", data="d", pixels=TORCHVISION_PIXELS, **network):
         frame = type(config.network)(**{**vars(config.network), **network})
         run.runtime.data_digest = data
-        store = FeatureStore(folder / "M3.safetensors", conv, frame, inference.dataset, run.runtime,
+        store = FeatureStore(folder / "M3.safetensors", conv, pixels, frame, inference.dataset, run.runtime,
                              precision=precision, device=inference.device)
         return store._path(flips)
 
     same, *others = [path(), path(flips=False), path(precision="bfloat16"), path(data="e"), path(short_side=81),
-                     path(max_side=99)]
+                     path(max_side=99), path(pixels=Pixels("BGR"))]
     assert path(anchor_scales=(1.0,)) == same  # maps know no anchors
     with torch.no_grad():
         conv.get_parameter("conv5.0.bias")[0] += 1

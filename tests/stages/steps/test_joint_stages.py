@@ -17,9 +17,10 @@ from stages import DETECTIONS
 from stages.shared.detection import Detect
 from stages.shared.events import Resumed, TrainingProgress, WeightsDrawn
 from stages.shared.inference import Inference
+from stages.shared.stage_config import PARTS
 from stages.shared.step import Facts, Runtime, Step
 from stages.steps.detect import detect_shared
-from stages.steps.joint import PARTS, train_approximate_joint, train_exact_joint
+from stages.steps.joint import train_approximate_joint, train_exact_joint
 
 STAGES: list[Callable[..., Facts]] = [train_approximate_joint, train_exact_joint]
 EACH_STAGE = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from altopt.datasets import download, voc07_archive
+from altopt.datasets import download, voc_archives
 from altopt.datasets.download import exclusive
-from altopt.datasets.voc07_archive import VOC07, Archive, is_extracted, obtain, read_manifest
+from altopt.datasets.voc_archives import VOC07, VOC12, Archive, is_extracted, obtain, read_manifest
 from altopt.errors import BusyError, DataError, DownloadError, ResourceError, UsageError
 
 FOLDER = "VOCdevkit/VOC2007"
@@ -77,6 +78,10 @@ def server(tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) ->
         thread.join()
 
 
+def sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **attributes: object) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
@@ -97,7 +102,7 @@ def make(path: Path, files: Mapping[str, bytes], base: str = "http://127.0.0.1:9
         add(tar, f"{FOLDER}/JPEGImages/000022.jpg", type=tarfile.FIFOTYPE)
         add(tar, f"{FOLDER}/JPEGImages/000023.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
     content = path.read_bytes()
-    return Archive(path.name, len(content), hashlib.sha256(content).hexdigest(), (base + path.name,))
+    return Archive(path.name, len(content), sha256(content), (base + path.name,))
 
 
 def make_both(folder: Path, base: str = "http://127.0.0.1:9/") -> tuple[Archive, Archive]:
@@ -204,7 +209,7 @@ def test_offline_says_everything_that_is_to_be_brought(server: str, tmp_path: Pa
     assert f"{server}mine/VOCtrainval.tar: HTTP 404" in message
     assert f"{server}gone/VOCtrainval.tar: HTTP 404" in message
     assert f"bring {trainval} and {test} with --archive FILE" in message
-    assert trainval.sha256 in message
+    assert trainval.checksum.removeprefix("sha256:") in message
     with pytest.raises(DownloadError, match=r"bring VOCtest\.tar") as caught:
         obtain(tmp_path / "data", archives=(trainval, test), archive_files=[tmp_path / "brought" / "VOCtrainval.tar"])
     assert "bring VOCtrainval" not in str(caught.value)
@@ -223,7 +228,7 @@ def test_half_done_extraction_is_redone(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(voc07_archive.json, "dumps", killed)  # what the marker is made with, last of all
+        patch.setattr(voc_archives.json, "dumps", killed)  # what the marker is made with, last of all
         with pytest.raises(KeyboardInterrupt):
             obtain(root, **options)
     assert content_of(root) == TRAINVAL_FILES
@@ -286,7 +291,7 @@ def test_files_of_somebody_else_are_not_overwritten(tmp_path: Path) -> None:
 def test_archive_that_is_no_tar(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "odd.tar"
     path.write_bytes(content)
-    archive = Archive("odd.tar", len(content), hashlib.sha256(content).hexdigest(), ())
+    archive = Archive("odd.tar", len(content), sha256(content), ())
     with pytest.raises(DataError, match=r"odd\.tar is not a whole tar archive"):
         obtain(tmp_path / "data", archives=[archive], archive_files=[path])
 
@@ -296,7 +301,7 @@ def test_archive_that_is_cut_or_holds_nothing_expected(tmp_path: Path) -> None:
     make(path, {f"{FOLDER}/JPEGImages/1.jpg": bytes(90_000)})
     content = path.read_bytes()[:50_000]
     path.write_bytes(content)
-    cut = Archive("cut.tar", len(content), hashlib.sha256(content).hexdigest(), ())
+    cut = Archive("cut.tar", len(content), sha256(content), ())
     with pytest.raises(DataError, match=r"cut\.tar is not a whole tar archive"):
         obtain(tmp_path / "data", archives=[cut], archive_files=[path])
     nothing = make(tmp_path / "nothing.tar", {})
@@ -338,21 +343,45 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_official_archives() -> None:
-    assert [(archive.name, archive.size, archive.sha256) for archive in VOC07] == [
+    assert [(archive.name, archive.size, archive.checksum) for archive in VOC07] == [
         (
             "VOCtrainval_06-Nov-2007.tar",
             460_032_000,
-            "7d8cd951101b0957ddfd7a530bdc8a94f06121cfc1e511bb5937e973020c7508",
+            "sha256:7d8cd951101b0957ddfd7a530bdc8a94f06121cfc1e511bb5937e973020c7508",
         ),
         (
             "VOCtest_06-Nov-2007.tar",
             451_020_800,
-            "6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892",
+            "sha256:6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892",
         ),
     ]
     for archive in VOC07:
         assert len(set(archive.urls)) == len(archive.urls) >= 3
         assert all(url.startswith(("https://", "http://")) and url.endswith("/" + archive.name) for url in archive.urls)
+
+
+def test_voc_2012_is_known_by_torchvisions_md5() -> None:
+    from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+    archive, = VOC12
+    theirs = DATASET_YEAR_DICT["2012"]
+    assert (archive.name, archive.checksum) == (theirs["filename"], f"md5:{theirs['md5']}")
+    assert archive.size == 1_999_639_040
+    assert (archive.urls[0], archive.folder) == (theirs["url"], theirs["base_dir"])
+
+
+def test_voc_2012_comes_into_a_folder_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "VOC2012.tar"
+    files = {name.replace("VOC2007", "VOC2012"): content for name, content in TRAINVAL_FILES.items()}
+    content = make(path, files).checksum  # of SHA-256; below it is known by MD5, as the official one is
+    archive = dataclasses.replace(VOC12[0], size=path.stat().st_size,
+                                  checksum=f"md5:{hashlib.md5(path.read_bytes()).hexdigest()}")
+    wrong = dataclasses.replace(archive, checksum=f"md5:{content[7:39]}")
+    with pytest.raises(DataError, match=r"is not an archive of VOC2012 \(it has [0-9]+ bytes, MD5 [0-9a-f]{32}\)"):
+        obtain(tmp_path / "data", archives=[wrong], archive_files=[path])
+    assert obtain(tmp_path / "data", archives=[archive], archive_files=[path]) == tmp_path / "data/VOCdevkit/VOC2012"
+    assert content_of(tmp_path / "data").keys() == {*files, "VOCdevkit/VOC2012/JPEGImages/000012.jpg"}
+    assert is_extracted(archive, tmp_path / "data")
 
 
 def entry(name: str = "a.tar", size: object = 5, sha256: str = "0" * 64, rest: str = "") -> str:
@@ -362,7 +391,8 @@ def entry(name: str = "a.tar", size: object = 5, sha256: str = "0" * 64, rest: s
 def test_manifest_names_other_archives(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(entry() + entry("b.tar", 7, "f" * 64))
-    assert read_manifest(path) == (Archive("a.tar", 5, "0" * 64, ()), Archive("b.tar", 7, "f" * 64, ()))
+    assert read_manifest(path) == (Archive("a.tar", 5, "sha256:" + "0" * 64, ()),
+                                   Archive("b.tar", 7, "sha256:" + "f" * 64, ()))
 
 
 @pytest.mark.parametrize(("text", "words"), [
