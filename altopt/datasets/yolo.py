@@ -97,9 +97,14 @@ class YoloDataset(OnDiskDataset):
             return self._source.names
         return None if self._name_list is None else _read_names(self._name_list)
 
-    @property
+    @cached_property
     def _name_list(self) -> Path | None:
-        return next((self._root / name for name in NAME_LISTS if (self._root / name).is_file()), None)
+        """The classes.txt of the root, or the one that LabelImg leaves among the labels."""
+        names = [self._root / name for name in NAME_LISTS]
+        names += [labels_of(images_of(target), self._root) / NAME_LISTS[0] for target, _ in self._targets
+                  if target.suffix != ".txt"]
+        found = next((path for path in names if path.is_file()), None)
+        return self._train._name_list if found is None and self._train is not None else found
 
     @cached_property
     def _numbered(self) -> tuple[str, ...]:
