@@ -46,7 +46,7 @@ GROUPS = {
     "train": ("run-all", "stage", "compare"),
     "look": ("plan", "status", "recall", "probe"),
     "use": ("predict", "evaluate", "score", "compare-published", "export"),
-    "data": ("check-data", "fetch", "proposals"),
+    "data": ("check-data", "split", "fetch", "proposals"),
     "keep": ("recipes", "recipe"),
 }
 RENAMED = {"beside": "compare-published", "frame": "box-format", "pictures": "images"}
@@ -449,6 +449,30 @@ def recipe(name: str, sets: tuple[str, ...], as_json: bool) -> None:
 
     resolved = read_recipe(name, sets)
     print_result(resolved.as_dict(), as_json, lambda _: resolved.text().rstrip("\n"))
+
+
+@main.command("split")
+@option("--data-root", type=click.Path(path_type=Path), default=Path("data"), help="Where the data set lies.")
+@option("--test", type=float, default=0.2, help="The share of images to test on.")
+@option("--val", type=float, default=0.0, help="The share for a list val.")
+@option("--seed", type=int, default=0, help="Another one draws other images.")
+@option("--out", type=click.Path(file_okay=False, path_type=Path),
+        help="A folder for the lists. Default: where the format has them.")
+@JSON_OPTION
+def split(data_root: Path, test: float, val: float, seed: int, out: Path | None, as_json: bool) -> None:
+    """Write lists of the images to train on and to test on, for a data set that has none.
+
+    Of each class the same share goes to each list; images of equal bytes stay together. The same seed draws the same
+    images. VOC gets ImageSets/Main/train.txt and test.txt, YOLO train.txt and test.txt (and a data.yaml, if it has
+    none), COCO instances_train.json and instances_test.json. No file is written over.
+
+    \b
+    altopt split --data-root mydata
+    altopt split --data-root mydata --test 0.1 --val 0.1 --seed 1
+    """
+    from stages.pipeline.splitting import split_data, split_lines
+
+    print_result(split_data(data_root, test=test, val=val, seed=seed, out=out), as_json, split_lines)
 
 
 FETCH_OPTIONS = [

@@ -163,8 +163,10 @@ def _list_names(folder: Path) -> list[str]:
 
 
 def _coco(root: Path) -> FoundData | None:
-    exported = [folder.name for folder in _folders(root) if (folder / ROBOFLOW).is_file()]
-    splits = {name: f"{name}/{ROBOFLOW}:{name}" for name in exported} or _coco_files(root)
+    exported = {folder.name: f"{folder.name}/{ROBOFLOW}:{folder.name}" for folder in _folders(root)
+                if (folder / ROBOFLOW).is_file()}
+    # One folder alone may have been split by lists since.
+    splits = exported if len(exported) > 1 else _coco_files(root) or exported
     if not splits:
         return None
     # train2017 and custom_train are called train.
@@ -212,24 +214,30 @@ def _coco_images(root: Path, path: Path, name: str) -> str:
 
 def _yolo(root: Path) -> FoundData | None:
     found = FoundData(root, "yolo", "images with YOLO's labels", spelled=("", ".txt"))
+    listed = _with_splits(found, [path.stem for path in sorted(root.glob("*.txt"))], "{}.txt".format)
+    listed = listed if listed is not None and listed.data is not None and _has_labels(root, root) else None
+    unsplit: FoundData | None = None
     if (file := find_yaml(root)) is not None:
         places = {key: place for key, paths in read_yaml(file).splits.items() if (place := _located(root, file, paths))}
         train, test, _ = _paired(places)
         if train and test and places[train] == places[test]:  # so examples have it that are made to be learnt by heart
             places = {train: places[train]}
         of_yaml = replace(found, words=f"YOLO as {file.name} has it", whole=f"{file.name}:{train}")
-        if (split := _with_splits(of_yaml, places, lambda key: f"{file.name}:{key}")) is not None:
-            return split
+        unsplit = _with_splits(of_yaml, places, lambda key: f"{file.name}:{key}")
+        if unsplit is not None and unsplit.data is not None:
+            return unsplit
     for before, behind, base in (("images/", "", root / IMAGES), ("", f"/{IMAGES}", root), ("", "", root)):
         names = [folder.name for folder in _folders(base) if _has_labels(root, root / f"{before}{folder.name}{behind}")]
         whole = f"{before}{names[0]}{behind}" if len(names) == 1 else None
         split = _with_splits(replace(found, whole=whole), names, lambda name: f"{before}{name}{behind}")  # noqa: B023
-        if split is not None:
+        if split is not None and split.data is not None:
             return split
-    if not _has_labels(root, root):
-        return None
-    found = replace(found, whole="./")
-    return _with_splits(found, [path.stem for path in sorted(root.glob("*.txt"))], "{}.txt".format) or found
+        unsplit = unsplit or split
+    if listed is not None:
+        return replace(listed, whole=None)
+    if unsplit is not None:
+        return unsplit
+    return replace(found, whole="./") if _has_labels(root, root) else None
 
 
 def _located(root: Path, file: Path, paths: list[str]) -> list[Path]:
@@ -260,6 +268,9 @@ def _voc_folders(root: Path) -> FoundData | None:
             whole = f"{before}{names[0]}/"
             unsplit = replace(found, words=f"images with xml files in {whole}", whole=whole, lists=Path(whole) / LISTS,
                               spelled=(whole, ""))
+            listed = _with_splits(unsplit, _list_names(root / whole), unsplit.split_called)
+            if listed is not None and listed.data is not None:
+                return listed
     return unsplit
 
 

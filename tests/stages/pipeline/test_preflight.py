@@ -275,8 +275,12 @@ def test_what_is_the_same_data_is_looked_at_once(tmp_path, plenty, monkeypatch):
 
     seen = []
     look = run_module.look_at_split
-    monkeypatch.setattr(run_module, "look_at_split", lambda recipe, split, root: seen.append(split) or look(
-        recipe, split, root))
+
+    def noted(recipe, split, root):
+        seen.append(split)
+        return look(recipe, split, root)
+
+    monkeypatch.setattr(run_module, "look_at_split", noted)
     runs = [open_tiny(tmp_path / name / "tiny", recipe=write_recipe(tmp_path / "tiny.toml")) for name in "ab"]
     look_ahead([(run, [*run.recipe.steps, *run.recipe.detections]) for run in runs])
     assert seen == ["train", "test"]
