@@ -6,9 +6,11 @@ from pathlib import Path
 
 from altopt.config import NetworkConfig
 from altopt.datasets.checking import Finding, Look, compare_splits, look_deeper
+from altopt.datasets.finding import look_for_data
 from altopt.datasets.opening import open_dataset
+from altopt.errors import DataError
 from cache.files import sha256_file
-from stages.pipeline.recipe import Recipe, choose_recipe, read_recipe
+from stages.pipeline.recipe import Recipe, choose_recipe, read_recipe, toml
 from stages.shared.stage_config import Split
 
 FOR_PHOTOGRAPHS = "photos"  # the recipe where none is named
@@ -19,7 +21,7 @@ class DataCheck:
     """What was found in a data set: each split by itself, then both beside each other; ``words`` say what it is."""
 
     words: str
-    looks: Mapping[Split, Look]
+    looks: Mapping[str, Look]  # by split; "all" where there are none yet
     between: list[Finding]
 
     @property
@@ -66,6 +68,17 @@ def check_data(recipe: str | None, run_name: str | None, sets: tuple[str, ...], 
         chosen = chosen.with_data_of(root)
         words = f"recipe {chosen.name}" + ("" if chosen.data.format == "shapes" else f" in {root}")
         return look_at_data(chosen, root, words, sha256_file)
-    chosen = read_recipe(FOR_PHOTOGRAPHS, sets).with_data_of(data_root)
+    chosen = read_recipe(FOR_PHOTOGRAPHS, sets)
+    try:
+        chosen = chosen.with_data_of(data_root)
+    except DataError as error:
+        found = look_for_data(data_root)
+        if found.whole is None:
+            raise
+        # Not split yet: that is a problem, and what else is wrong is worth knowing before lists are made.
+        spelled = [f"data.{split}={toml([found.whole])}" for split in ("train", "test")]
+        chosen = read_recipe(FOR_PHOTOGRAPHS, (*sets, *spelled)).with_data_of(data_root)
+        look = look_at_split(chosen, "train", data_root)
+        return DataCheck(f"{data_root}: {found.words}", {"all": look}, [Finding("no splits", str(error))])
     words = next(iter(chosen.found.values()), str(data_root)).removeprefix("found in ")
     return look_at_data(chosen, data_root, words, sha256_file)

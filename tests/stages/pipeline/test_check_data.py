@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from own_photographs import photographs, save_image, write, xml, yolo
+from own_photographs import beside, photographs, save_image, write, xml, yolo
 from tiny_runs import Reports, open_tiny
 
 from altopt.errors import DataError
@@ -125,3 +125,15 @@ def test_fields_that_came_later_make_nothing_stale(tmp_path):
     other = open_tiny(tmp_path / "runs" / "tiny", *VOC, "data.exif=apply", data_root=tmp_path / "data")
     assert differences(older, other.fingerprint(step)) == ['data.exif is new ("apply")']
     assert other.data_digest(step) != run.data_digest(step)
+
+
+def test_what_is_not_split_yet_is_looked_at_too(altopt, tmp_path):
+    beside(tmp_path, "abc")
+    (tmp_path / "b.jpg").write_bytes(b"not an image")
+    answer = altopt("check-data", "--data-root", str(tmp_path))
+    assert answer.code == 3
+    lines = answer.out.splitlines()
+    assert lines[:2] == [f"{tmp_path}: images with xml files", "2 problems"]
+    assert f"altopt split --data-root {tmp_path}" in answer.out
+    assert "b.jpg" in answer.out
+    assert lines[-1] == "all: VOC images: 3 images of 60 x 40, 6 objects (cat 3, dog 3)"
