@@ -1,5 +1,6 @@
 """Small data sets in files for tests: images of one colour, and their objects as people's tools write them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -42,7 +43,7 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
     return path
 
 
-def photographs(root: Path, **lists: str) -> Path:
+def photographs(root: Path, **lists: Iterable[str]) -> Path:
     """A folder in VOC layout with a list for each word, of images called by its letters."""
     for name, ids in lists.items():
         write(root / "ImageSets" / "Main" / f"{name}.txt", "".join(f"{image_id}\n" for image_id in ids))

@@ -15,6 +15,7 @@ from altopt.extents import input_size, scale_of, shortest_side
 Severity = Literal["problem", "warning"]
 NAMED = 3  # files or classes that one line names; it counts the others
 LEAKS = "images in both splits"
+OTHER_CLASSES = "objects of other classes"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Look:
             by_class = ", ".join(f"{name} {number}" for name, number in self.classes.items() if number)
             parts.append(_count(self.objects, "object") + (f" ({by_class})" if by_class else ""))
             parts += [f"{number} {what}" for number, what in (
-                (self.difficult, "difficult"), (self.crowd, "crowd"), (self.empty, "images without any")) if number]
+                (self.difficult, "difficult"), (self.crowd, "crowd")) if number]
+            parts += [f"{_count(self.empty, 'image')} without any"] if self.empty else []
         return ", ".join(parts)
 
 
@@ -117,6 +119,8 @@ def look_deeper(look: Look, split: Literal["train", "test"], frames: Sequence[Ne
         return
     if not look.counted:
         why = f"{look.objects} objects, all of them difficult or crowds" if look.objects else "no object"
+        if not look.objects and any(each.kind == OTHER_CLASSES for each in look.findings):
+            why += " of the classes that data.classes names"
         if split == "train":
             look.findings.append(Finding("nothing to train on", f"{look.name} has nothing to train on, {why}: "
                                          "annotate some, or choose another split"))

@@ -30,6 +30,7 @@ from altopt.datasets.on_disk import (
     OnDiskDataset,
     below,
     inside,
+    is_text,
     short,
 )
 from altopt.errors import DataError
@@ -234,7 +235,7 @@ def _categories(source: Path, loaded: Json) -> dict[int, str]:
             raise _error(source, f"category {short(entry)} has no whole-number id or no name: correct it")
         if abs(category_id) >= _LARGEST:
             raise _error(source, f"category {short(category_id)} has an id beyond 32 bits: give it a smaller one")
-        if not _is_text(name):
+        if not is_text(name):
             raise _error(source, f"category {category_id} has a name that is no text in Unicode, {short(name)}: "
                          "correct it")
         if category_id in categories or name in categories.values():
@@ -259,7 +260,7 @@ def _image(source: Path, folder: Path, entry: Json) -> Image:
     width, height = entry.get("width"), entry.get("height")
     if not isinstance(coco_id, int | str) or isinstance(coco_id, bool) or not isinstance(file_name, str):
         raise _error(source, f"image {short(coco_id)} has no id or no file_name: correct it")
-    if not _is_text(f"{short(coco_id)}{coco_id if isinstance(coco_id, str) else ''}{file_name}"):
+    if not is_text(f"{short(coco_id)}{coco_id if isinstance(coco_id, str) else ''}{file_name}"):
         raise _error(source, f"image {short(coco_id)} has an id or a file_name that is no text in Unicode: correct it")
     if type(width) is not int or type(height) is not int or not 0 < min(width, height) <= max(width, height) < _LARGEST:
         raise _error(source, f"image {short(coco_id)} has no whole-number width and height: correct it")
@@ -268,11 +269,6 @@ def _image(source: Path, folder: Path, entry: Json) -> Image:
 
 def _error(source: Path, text: str) -> FileError:
     return FileError("unreadable annotation", source, f"{source}: {text}")
-
-
-def _is_text(text: str) -> bool:
-    """Return whether a text can be written as UTF-8: JSON can spell half of a pair of surrogates."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _no_category(category: object) -> Fault:

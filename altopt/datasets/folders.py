@@ -1,12 +1,13 @@
 """The files of a folder by image id."""
 
 import os
+import unicodedata
 from functools import cached_property
 from pathlib import Path
 
 from altopt.datasets.checking import FileError
 from altopt.datasets.dataset import IMAGE_SUFFIXES
-from altopt.datasets.on_disk import IMAGE_FORMATS, inside
+from altopt.datasets.on_disk import IMAGE_FORMATS, inside, short
 
 # What an image may be called that is not read: a hint at it is better than that it is missing.
 OTHER_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".cr2", ".nef", ".dng", ".psd")
@@ -32,7 +33,15 @@ class FilesById:
                 name for suffix in OTHER_SUFFIXES for name in (image_id + suffix, image_id + suffix.upper())
                 if (self.folder / name).is_file()]):
             return f"{self.folder / others[0]} is not a {IMAGE_FORMATS} image by its name: convert it"
-        return f"{self.folder}: no file is called {image_id!r}, as is asked for: bring it, or take the id off its list"
+        sort = "image" if self._suffixes == IMAGE_SUFFIXES else f"{self._suffixes[0][1:]} file"
+        alike = self._by_folded_name.get(_folded(image_id))
+        hint = "" if alike is None else f" ({short(alike)!r} differs in capitals or in how accents are spelled)"
+        return (f"{self.folder}: no {sort} is called {short(image_id)!r}{hint}, as is asked for: bring it, or take the "
+                "id off its list")
+
+    @cached_property
+    def _by_folded_name(self) -> dict[str, str]:
+        return {_folded(name): name for name in self.names}
 
     @cached_property
     def names(self) -> dict[str, list[tuple[str, bool]]]:
@@ -48,3 +57,8 @@ class FilesById:
             raise FileError("missing folder", self.folder, f"{self.folder} cannot be listed ({error.strerror}): bring "
                             "it, or correct the data root") from error
         return names
+
+
+def _folded(name: str) -> str:
+    """Return a name without what tells equal-looking ones apart: capitals, and accents in one character or in two."""
+    return unicodedata.normalize("NFC", name).casefold()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 import struct
 import zlib
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
-from altopt.datasets.checking import FileError, Finding, Look, Severity, found
+from altopt.datasets.checking import OTHER_CLASSES, FileError, Finding, Look, Severity, found
 from altopt.datasets.dataset import DataConfig, Exif, Json, Objects, VocBoxes
 from altopt.errors import DataError
 
@@ -38,7 +39,7 @@ _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 4096  # of a file, in which its end marker lies even if a few bytes of something else follow
 OUTSIDE, UNKNOWN_CLASS, NO_AREA = "box outside the image", "unknown class", "box without area"
 IMAGE_FORMATS = "JPEG, PNG, WebP, BMP or TIFF"
-LEAVE_OUT = 'correct the file, or set invalid = "leave-out" to do without such objects'
+LEAVE_OUT = 'correct the file, or set data.invalid = "leave-out" to do without such objects'
 
 
 class Fault(NamedTuple):
@@ -273,7 +274,7 @@ class _Survey:
         if self._left_out:
             counts = ", ".join(f"{other} {number}{near(other, self._known)}"
                                for other, number in self._left_out.most_common())
-            warnings = [Finding("objects of other classes", f"{name}: {self._left_out.total()} objects of classes that "
+            warnings = [Finding(OTHER_CLASSES, f"{name}: {self._left_out.total()} objects of classes that "
                                 f"data.classes does not name are left out: {counts}", "warning"), *warnings]
         return [*problems, *warnings]
 
@@ -296,7 +297,10 @@ def inside(root: Path, folder: Path, name: str) -> Path:
     steps = [path, *path.parents][: len(path.parts) - len(folder.parts)]
     if not any(step.is_symlink() for step in steps):
         return path
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: what Python makes of links in a circle
+        raise DataError(f"{path} is a link that leads nowhere: put the file itself there") from None
     if not (real.is_relative_to(folder.resolve()) or real.is_relative_to(root.resolve())):
         raise DataError(f"{path} leads out of the data root to {real}: put the file itself there")
     return path
@@ -443,6 +447,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise FileError("unreadable image", path, f"{path} is not a file: bring the image")
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF")) as image:
             if image.mode[0] in "IF":
                 raise FileError("unreadable image", path, f"{path} has more than 8 bits a channel: convert it to 8 "
@@ -461,6 +467,11 @@ def short(value: object) -> str:
     text = str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else repr(value)
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:_LONGEST])
     return text if len(text) < _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def is_text(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: JSON, and names of files that are none, hold half characters."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def near(name: str, known: tuple[str, ...]) -> str:

@@ -384,6 +384,9 @@ def _check_tags(path: Path, tree: ET.Element) -> None:
     """Raise DataError for tags that would be passed over: VOC's in capitals, and objects in another place."""
     # Else what they hold would be background, without a word.
     objects = tree.findall("object")
+    if not objects and tree.tag.rpartition("}")[2].lower() != "annotation":
+        raise _error(path, f"{path} is XML of another kind, <{short(tree.tag)}> in place of VOC's <annotation>: bring "
+                     "VOC's")
     for node in (tree, *tree, *(child for obj in objects for child in obj.iter())):
         local = node.tag.rpartition("}")[2]
         if local != node.tag and local.lower() in _TAGS:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from altopt.datasets.finding import FoundData, look_for_data
-from altopt.datasets.on_disk import OnDiskDataset
+from altopt.datasets.on_disk import OnDiskDataset, is_text
 from altopt.datasets.yolo import YAMLS
-from altopt.errors import UsageError
+from altopt.errors import DataError, UsageError
 from cache.files import sha256_file, write_text_atomic
 
 NO_OBJECTS = ""  # what stands for a class where an image has none
@@ -59,9 +59,12 @@ def split_data(root: Path, *, test: float, val: float, seed: int, out: Path | No
         raise UsageError(f"{root} is split already ({found.words}): take its lists away first, or name other splits in "
                          "data.train and data.test")
     dataset = found.open_whole()
-    paths = dataset.look().paths
+    paths = {image_id: _path(dataset, image_id) for image_id in dataset.ids}
     shares = {"test": test} | ({"val": val} if val else {})
     lists = draw(_images(dataset, paths, seed), shares)
+    if empty := [name for name, ids in lists.items() if not ids]:
+        raise DataError(f"{root} has {len(paths)} image{'s'[: len(paths) != 1]} that differ, too few for these shares: "
+                        f"the list {empty[0]} would be empty: add images, or raise its share")
     files = _files(found, dataset, paths, lists, out)
     for path in files:
         if path.exists():
@@ -102,6 +105,17 @@ def draw(images: Sequence[_Image], shares: Mapping[str, float]) -> dict[str, lis
     return {name: sorted(id for image in chosen for id in image.ids) for name, chosen in lists.items()}
 
 
+def _path(dataset: OnDiskDataset, image_id: str) -> Path:
+    """Return where an image lies; DataError when it is missing, or its name cannot stand in a list."""
+    path = dataset.path(image_id)
+    if not path.is_file():
+        raise DataError(f"{path} is missing: bring the image")
+    if dataset.kind != "coco" and not (image_id.strip() == image_id and len(image_id.splitlines()) == 1
+                                       and is_text(image_id)):
+        raise DataError(f"the name of the image {str(path)!r} cannot stand in a list: rename it")
+    return path
+
+
 def _images(dataset: OnDiskDataset, paths: Mapping[str, Path], seed: int) -> list[_Image]:
     """Return the images, those of equal bytes as one."""
     by_size: dict[int, list[str]] = defaultdict(list)
@@ -128,7 +142,7 @@ def _files(found: FoundData, dataset: OnDiskDataset, paths: Mapping[str, Path], 
         assert found.whole is not None
         if out is None and found.lists not in (Path(), Path("annotations")):  # a folder of images has no other file
             folder = found.root / "annotations"
-        content = json.loads((found.root / found.whole.partition(":")[0]).read_text(encoding="utf-8"))
+        content = json.loads((found.root / found.whole.partition(":")[0]).read_bytes())
         return {folder / f"instances_{name}.json": _part_of_coco(content, set(ids))
                 for name, ids in lists.items()}
     if found.format == "voc":
@@ -147,7 +161,7 @@ def _files(found: FoundData, dataset: OnDiskDataset, paths: Mapping[str, Path], 
 
 def _part_of_coco(content: dict[str, list[dict[str, object]]], ids: set[str]) -> str:
     images = [image for image in content["images"] if str(image["id"]) in ids]
-    annotations = [each for each in content.get("annotations", []) if str(each["image_id"]) in ids]
+    annotations = [each for each in content.get("annotations", []) if str(each.get("image_id")) in ids]
     return json.dumps(content | {"images": images, "annotations": annotations})
 
 
@@ -171,7 +185,8 @@ def split_lines(result: Splitting) -> str:
     lines = [result["data"]]
     for name, part in result["lists"].items():
         counts = ", ".join(f"{each} {count['objects']} on {count['images']}" for each, count in part["classes"].items())
-        lines.append(f"{name}: {part['images']} images, {part['objects']} objects ({counts})")
+        images, objects = part["images"], part["objects"]
+        lines.append(f"{name}: {images} image{'s'[: images != 1]}, {objects} object{'s'[: objects != 1]} ({counts})")
     lines += [f"wrote {file}" for file in result["files"]]
     lines.append(f"Go on with: {result['go_on']}" if result["go_on"] else
                  "Go on by moving them to where the format has its lists, or name them in data.train and data.test")

@@ -46,7 +46,7 @@ def test_verdict_names_the_first_problem_and_counts_the_others():
 @pytest.mark.parametrize(("fields", "line"), [
     ({}, "VOC train: 2 images of 60 x 40-50, 4 objects (cat 3, dog 1)"),
     ({"difficult": 1, "crowd": 2, "empty": 1},
-     "VOC train: 2 images of 60 x 40-50, 4 objects (cat 3, dog 1), 1 difficult, 2 crowd, 1 images without any"),
+     "VOC train: 2 images of 60 x 40-50, 4 objects (cat 3, dog 1), 1 difficult, 2 crowd, 1 image without any"),
     ({"images": 1, "size_of": {"a": (60, 40)}, "classes": {"cat": 0}}, "VOC train: 1 image of 60 x 40, 0 objects"),
     ({"images": 0, "size_of": {}, "classes": {}}, "VOC train: 0 images, 0 objects"),
     ({"classes": None}, "VOC train: 2 images of 60 x 40-50"),

@@ -137,7 +137,7 @@ def test_missing_and_ambiguous_files_are_named(tmp_path):
     with pytest.raises(DataError, match="JPEGImages: 2 files are called 'a'"):
         dataset.files()
     add_list(tmp_path, "val", "b")
-    with pytest.raises(DataError, match="Annotations: no file is called 'b'"):
+    with pytest.raises(DataError, match="Annotations: no xml file is called 'b'"):
         VocDataset(tmp_path, ("val",)).files()
 
 
@@ -266,7 +266,7 @@ def test_listed_names_cannot_leave_the_root(tmp_path):
     data_set(root, thing("dog", 1, 1, 2, 2))
     add_image(outside, "secret", thing("dog", 1, 1, 2, 2))
     add_list(root, "up", "../../outside/JPEGImages/secret")
-    with pytest.raises(DataError, match="no file is called"):
+    with pytest.raises(DataError, match="no xml file is called"):
         VocDataset(root, ("up",), classes=("dog",)).check()
     (root / "JPEGImages" / "linked.jpg").symlink_to(outside / "JPEGImages" / "secret.jpg")
     (root / "Annotations" / "linked.xml").write_text("<annotation/>")
@@ -370,7 +370,7 @@ def test_images_without_xml_are_left_out_and_xml_without_image_is_a_problem(tmp_
     (tmp_path / "y.heic").touch()
     problems = [each for each in VocDataset(tmp_path, ("./",)).look().findings if each.severity == "problem"]
     assert [each.kind for each in problems] == ["xml without image"] * 2
-    assert "no file is called 'x'" in problems[0].text
+    assert "no image is called 'x'" in problems[0].text
     assert "y.heic is not a JPEG, PNG, WebP, BMP or TIFF image by its name: convert it" in problems[1].text
 
 
@@ -479,6 +479,39 @@ def test_another_difficult_is_a_problem(tmp_path, flag):
         dataset.check()
 
 
+def test_xml_of_another_kind_is_no_image_without_objects(tmp_path):
+    photographs(tmp_path, train="ab")
+    write(tmp_path / "Annotations" / "b.xml", "<html><body/></html>")
+    with pytest.raises(DataError, match=r"b\.xml is XML of another kind, <html>"):
+        VocDataset(tmp_path, ("train",)).check()
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    photographs(tmp_path, train="ab")
+    for name, make in (("a", lambda path: path.symlink_to(path)), ("b", os.mkfifo)):
+        path = tmp_path / "JPEGImages" / f"{name}.jpg"
+        path.unlink()
+        make(path)
+    looped, pipe = (finding.text for finding in VocDataset(tmp_path, ("train",)).look().problems[:2])
+    assert "a.jpg is a link that leads nowhere" in looped
+    assert "b.jpg is not a file" in pipe
+
+
+@pytest.mark.parametrize(("listed", "there"), [("B", "b"), ("caf\u00e9", "cafe\u0301")])
+def test_names_that_look_alike_are_hinted_at(tmp_path, listed, there):
+    photographs(tmp_path, train=["a", there])
+    add_list(tmp_path, "train", "a", listed)
+    with pytest.raises(DataError, match=f"no xml file is called '{listed}' \\('{there}' differs in capitals or in"):
+        VocDataset(tmp_path, ("train",)).files()
+
+
+def test_which_file_is_missing_is_said(tmp_path):
+    photographs(tmp_path, train="a")
+    (tmp_path / "JPEGImages" / "a.jpg").unlink()
+    with pytest.raises(DataError, match="JPEGImages: no image is called 'a'"):
+        VocDataset(tmp_path, ("train",)).files()
+
+
 @pytest.mark.parametrize(("old", "new", "named"), [
     ("object>", "Object>", "<Object> in place of VOC's <object>"), ("object>", "OBJECT>", "<OBJECT>"),
     ("bndbox>", "BndBox>", "<BndBox> in place of VOC's <bndbox>"), ("xmin>", "Xmin>", "<Xmin>"),
@@ -529,7 +562,7 @@ def test_a_look_counts(tmp_path):
     write(tmp_path / "Annotations" / "c.xml", xml(()))
     look = VocDataset(tmp_path, ("train",)).look()
     assert (look.images, look.objects, look.counted, look.difficult, look.empty) == (3, 4, 2, 2, 1)
-    assert look.line() == "VOC train: 3 images of 60 x 40, 4 objects (cat 2, dog 2), 2 difficult, 1 images without any"
+    assert look.line() == "VOC train: 3 images of 60 x 40, 4 objects (cat 2, dog 2), 2 difficult, 1 image without any"
     assert look.as_dict()["width"] == [60, 60]
 
 

@@ -1,6 +1,7 @@
 """Lists for data sets without any: where they lie, what is in them, and that they can be found."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from own_photographs import beside, photographs, save_image, write, xml, yolo
 
 from altopt.datasets.finding import find_data
 from altopt.datasets.opening import open_dataset
-from altopt.errors import UsageError
+from altopt.errors import DataError, UsageError
 from stages.pipeline.splitting import split_data
 
 IDS = "abcdefghij"
@@ -157,6 +158,47 @@ def test_out_is_where_they_go(tmp_path):
     assert sorted(contents(tmp_path / "lists")) == ["test.txt", "train.txt"]
     assert contents(tmp_path / "mine") == before
     assert result["go_on"] is None
+
+
+def test_images_that_exif_turns_are_split_like_others(tmp_path):
+    make_beside(tmp_path)
+    save_image(tmp_path / "a.jpg", orientation=6)
+    assert sum(part["images"] for part in split(tmp_path)["lists"].values()) == len(IDS)
+
+
+@pytest.mark.parametrize("ids", ["a", "ab"])
+def test_too_few_images_for_a_list(tmp_path, ids):
+    beside(tmp_path, ids)
+    (tmp_path / f"{ids[-1]}.jpg").write_bytes((tmp_path / "a.jpg").read_bytes())  # of equal bytes, so never parted
+    with pytest.raises(DataError, match="the list test would be empty: add images"):
+        split(tmp_path)
+    assert not (tmp_path / "ImageSets").exists()
+
+
+@pytest.mark.parametrize("name", ["two\nlines", " edge", os.fsdecode(b"\xff")])
+def test_a_name_that_no_list_can_hold(tmp_path, name):
+    make_beside(tmp_path)
+    for suffix in (".jpg", ".xml"):
+        (tmp_path / f"a{suffix}").rename(tmp_path / f"{name}{suffix}")
+    with pytest.raises(DataError, match="cannot stand in a list: rename it"):
+        split(tmp_path)
+
+
+def test_a_json_with_byte_order_mark_and_an_annotation_without_image(tmp_path):
+    make_coco_in_the_root(tmp_path)
+    content = json.loads((tmp_path / "all.json").read_text())
+    content["annotations"].append({"id": 99, "category_id": 1, "bbox": [2, 2, 9, 9]})
+    write(tmp_path / "all.json", json.dumps(content), "utf-8-sig")
+    split(tmp_path)
+    parts = [json.loads(path.read_text())["annotations"] for path in tmp_path.glob("instances_*.json")]
+    assert sum(map(len, parts)) == len(IDS)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    make_coco_in_the_root(tmp_path)
+    (tmp_path / "photos" / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"a\.jpg is missing: bring the image"):
+        split(tmp_path)
 
 
 @pytest.mark.parametrize(("test", "val"), [(0, 0), (1, 0), (0.5, 0.5), (-0.1, 0), (0.2, -1), (float("nan"), 0)])
