@@ -5,6 +5,7 @@ import io
 import json
 import os
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from PIL import Image
 
 from altopt.batches.reading import Prefetcher
 from altopt.datasets.dataset import IMAGE_SUFFIXES
-from altopt.datasets.on_disk import read_text
+from altopt.datasets.on_disk import is_text, read_text
 from altopt.drawing.boxes import class_colour, draw_boxes
 from altopt.errors import DataError, UsageError
 from altopt.evaluation.detections import Detections, Result, to_coco_results
@@ -89,7 +90,8 @@ def predict(network: str, inputs: Sequence[Path], *, run: str | None, sets: Sequ
     Images that cannot be used are reported, and the others go on. Raises UsageError, before anything is written, where
     a file would be written over that is not predict's own; DataError where there are no images.
     """
-    images = find_images(inputs)
+    everything = find_images(inputs)
+    images = {name: path for name, path in everything.items() if _named(name)}
     labels = _label_files(images) if as_yolo else {}
     others = [MANIFEST, "results.json", *(["results.csv"] if as_csv else []), *(["classes.txt"] if as_yolo else [])]
     files = _reserved(out, [*images, *labels.values(), *others])
@@ -103,6 +105,9 @@ def predict(network: str, inputs: Sequence[Path], *, run: str | None, sets: Sequ
     settings = {"network": network, "classes": detector.classes, "score": score, "detect": asdict(detector.settings)}
     write_json_atomic(out / MANIFEST, settings | {"files": files})  # first: a run that is stopped can be repeated
     predictions = Predictions(out, detector.classes, {}, {})
+    for name in everything.keys() - images.keys():
+        predictions.unusable[name] = f"the name of the image {name!r} cannot be written down: rename it"
+        runtime.report(Caution(predictions.unusable[name]))
 
     def write(found: Found | DataError) -> Found | DataError:
         if isinstance(found, Found):
@@ -186,10 +191,12 @@ def find_images(inputs: Sequence[Path]) -> dict[str, Path]:
                             "lists of them")
         paths += found
     top = os.path.commonpath([_absolute(root) for root in roots])
-    images = {_absolute(path).relative_to(top).as_posix(): path for path in paths}
-    if foreign := [name for name in images if not name.isprintable()]:  # it could not stand in a json file
-        raise DataError(f"the name of the image {foreign[0]!r} cannot be written down: rename it")
-    return images
+    return {_absolute(path).relative_to(top).as_posix(): path for path in paths}
+
+
+def _named(name: str) -> bool:
+    """Return whether a name can stand in a line of a table; macOS puts narrow spaces into those of screenshots."""
+    return is_text(name) and not any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in name)
 
 
 def _absolute(path: Path) -> Path:

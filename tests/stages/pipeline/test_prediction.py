@@ -268,7 +268,16 @@ def test_readers_change_nothing(altopt, photos, workers):
 
 
 def test_a_name_that_cannot_be_written_down(altopt, photos):
-    Path(os.fsdecode(b"photos/\xff.jpg")).write_bytes(b"")
+    for name in (b"photos/\xff.jpg", b"photos/a\nb.jpg"):
+        Path(os.fsdecode(name)).write_bytes(b"")
     answer = altopt("predict", "M5", "photos", *LOW)
     assert answer.code == 3
-    assert "cannot be written down: rename it" in answer.err
+    assert answer.err.count("cannot be written down: rename it") == 2
+    assert files("predictions")
+
+
+def test_a_screenshots_narrow_space_is_no_hindrance(altopt, photos):
+    (photos / "a.png").rename(photos / "at 3.04\u202fPM.png")
+    answer = altopt("predict", "M5", "photos", *LOW)
+    assert answer.code == 0
+    assert Path("predictions/at 3.04\u202fPM.png").is_file()
