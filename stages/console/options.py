@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -147,12 +147,27 @@ def find_recipe(arguments: Sequence[str]) -> "Recipe":
 
 @contextmanager
 def working_in(run: "Run") -> Iterator[None]:
-    """Hold the run folder, made if need be, and leave the recipe there for later commands."""
-    from cache.lock import run_lock
+    """Hold the run folder, made if need be, and leave the recipe there for later commands.
 
+    A folder that was made for a command which then makes nothing, for what it lacks, goes again.
+    """
+    from altopt.errors import AltoptError
+    from cache.lock import LOCK_NAME, run_lock
+
+    new = not run.folder.is_dir()
     with run_lock(run.folder):
         run.keep_recipe()
-        yield
+        try:
+            yield
+        except AltoptError:
+            left = [run.folder / name for name in ("recipe.toml", LOCK_NAME)]
+            if new and sorted(run.folder.iterdir()) == sorted(left):
+                for path in left:
+                    path.unlink()
+                run.folder.rmdir()
+                with suppress(OSError):  # other runs
+                    run.folder.parent.rmdir()
+            raise
 
 
 def locked(run: "Run") -> AbstractContextManager[None]:

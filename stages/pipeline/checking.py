@@ -28,7 +28,8 @@ class DataCheck:
     def findings(self) -> list[Finding]:
         """All of it, problems first."""
         every = [each for look in self.looks.values() for each in look.findings] + self.between
-        return sorted(every, key=lambda each: each.severity)  # "problem" comes before "warning"
+        # A broken list of training images keeps the classes of the test split from being known, too.
+        return sorted(dict.fromkeys(every), key=lambda each: each.severity)  # "problem" comes before "warning"
 
     def as_dict(self) -> dict[str, object]:
         """Return it JSON-able."""

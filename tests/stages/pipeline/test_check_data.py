@@ -47,6 +47,18 @@ def test_every_problem_is_listed_problems_first(tmp_path):
         ("unknown class", "d.xml", "object 1 (bear)"), ("box of one pixel", "c.xml", "object 1 (cat)")]
 
 
+def test_a_broken_list_that_both_splits_need_is_one_problem(tmp_path):
+    photographs(tmp_path, train="aa", test="c")
+    [problem] = check_data(None, None, (), tmp_path).findings
+    assert "image a occurs twice" in problem.text
+
+
+def test_asking_for_a_class_that_no_object_is_of(tmp_path):
+    photographs(tmp_path, train="a", test="c")
+    first = check_data(None, None, ('data.classes=["zebra"]',), tmp_path).findings[0]
+    assert "no object of the classes that data.classes names" in first.text
+
+
 def test_settings_go_over_what_was_found(tmp_path):
     photographs(tmp_path, train="a", test="b")
     save_image(tmp_path / "JPEGImages" / "a.jpg", (40, 60), orientation=6)

@@ -291,7 +291,7 @@ def test_commands_end_with_one_line_and_nothing_made(altopt, workplace, commands
     answer = altopt(*commands, "--recipe", "tiny.toml", "--device", "cuda:77")
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith("altopt: --device cuda:77")
-    assert not list(workplace.glob("runs/**/*.safetensors"))
+    assert not (workplace / "runs").exists()
 
 
 def test_plan_says_what_it_did_not_look_at(altopt, copied):
