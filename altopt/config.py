@@ -137,14 +137,16 @@ class Pixels:
         """
         held: Any = description.get("pixels", {})
         try:
-            pixels = cls(**{name: tuple(map(float, value)) if isinstance(value, list) else value
-                            for name, value in held.items()})
+            values: dict[str, Any] = {name: tuple(map(float, value)) if isinstance(value, list) else value
+                                      for name, value in held.items()}
+            pixels = cls(**values)
             if (pixels.order in ("RGB", "BGR") and len(pixels.mean) == len(pixels.std) == 3 and pixels.scale > 0
                     and all(map(isfinite, pixels.mean)) and all(0 < value < float("inf") for value in pixels.std)):
                 return pixels
         except (AttributeError, TypeError, ValueError):
             pass
-        raise ArtifactError(f"a checkpoint says that its weights want pixels as {held!r}, which cannot be: make it again")
+        raise ArtifactError(f"a checkpoint says that its weights want pixels as {held!r}, which cannot be: make it "
+                            "again")
 
 
 TORCHVISION_PIXELS = Pixels()

@@ -97,9 +97,14 @@ class YoloDataset(OnDiskDataset):
             return self._source.names
         return None if self._name_list is None else _read_names(self._name_list)
 
-    @property
+    @cached_property
     def _name_list(self) -> Path | None:
-        return next((self._root / name for name in NAME_LISTS if (self._root / name).is_file()), None)
+        """The classes.txt of the root, or the one that LabelImg leaves among the labels."""
+        names = [self._root / name for name in NAME_LISTS]
+        names += [labels_of(images_of(target), self._root) / NAME_LISTS[0] for target, _ in self._targets
+                  if target.suffix != ".txt"]
+        found = next((path for path in names if path.is_file()), None)
+        return self._train._name_list if found is None and self._train is not None else found
 
     @cached_property
     def _numbered(self) -> tuple[str, ...]:
@@ -177,9 +182,12 @@ class YoloDataset(OnDiskDataset):
         lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
         if not lines:
             raise FileError("empty list", file, f"{file} lists no image: fill it, or choose another split")
+        labels_in: dict[Path, Path] = {}
         for line in lines:
             path = locate(self._root, file, line)
-            labels = labels_of(path.parent, self._root)
+            if path.parent not in labels_in:
+                labels_in[path.parent] = labels_of(path.parent, self._root)
+            labels = labels_in[path.parent]
             name = path.relative_to(self._root).as_posix()
             stem = os.path.splitext(name)[0]  # noqa: PTH122
             yield stem, _Place(self._root, name, labels, f"{path.stem}.txt")
@@ -258,13 +266,12 @@ class YoloDataset(OnDiskDataset):
         labels = labels_of(images, self._root)
         named = {os.path.splitext(name)[0] for name in image_names(images)}  # noqa: PTH122
         there = set(_names_below(labels, (".txt",)))
-        alone = sorted(name for name in there
-                       if name.removesuffix(".txt") not in named and name not in ("classes.txt", "train.txt", "val.txt",
-                                                                                  "test.txt", "README.txt"))
-        if alone and labels != self._root:
-            yield Finding("label without image", f"{labels}: {len(alone)} label files have no image in {images}: bring "
-                          f"the images, or remove them: {some(alone)}", "warning", str(labels))
-        if not any(f"{name}.txt" in there for name in named):
+        alone = sorted(name for name in there if name.removesuffix(".txt") not in named and name != "classes.txt")
+        if any(f"{name}.txt" in there for name in named):
+            if alone and labels != self._root:  # where lists lie too
+                yield Finding("label without image", f"{labels}: {len(alone)} label files have no image in {images}: "
+                              f"bring the images, or remove them: {some(alone)}", "warning", str(labels))
+        else:
             yield Finding("no labels", f"{images}: none of the {len(named)} images has a label file; they are "
                           f"looked for in {labels}", "warning", str(images))
 
@@ -297,7 +304,9 @@ def labels_of(images: Path, root: Path) -> Path:
         candidates.append(root.joinpath(*parts[:last], LABELS, *parts[last + 1:]))
     candidates.append(images / LABELS)
     if images != root:
-        candidates += [images.parent / LABELS / images.name, images.parent / LABELS]
+        candidates.append(images.parent / LABELS / images.name)
+        if not any(images.glob("*.txt")):
+            candidates.append(images.parent / LABELS)
     return next((path for path in candidates if path.is_dir()), images)
 
 
@@ -368,7 +377,9 @@ def _checked(names: list[object], error: Callable[[str], FileError]) -> tuple[st
     """Return class names as texts; raises what ``error`` makes of the cause when one is none, or occurs twice."""
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | int | float):
-            raise error(f"a name is {short(str(name))}, which is no text in YAML: put it in quotes")
+            # Lists of aliases of lists grow beyond all bounds when they are written out.
+            shown = name if isinstance(name, bool) else f"a {type(name).__name__}"
+            raise error(f"a name is {shown}, which is no text in YAML: put it in quotes")
         if any("\ud800" <= char <= "\udfff" for char in str(name)):
             raise error(f"the name {short(str(name))} is no text in Unicode: correct it")
     texts = tuple(str(name).strip() for name in names)

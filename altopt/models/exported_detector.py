@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.detection import anchor_utils, faster_rcnn, image_list, rpn
-from torchvision.transforms.v2.functional import resize, to_dtype
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_dtype, to_pil_image
 
 
 class Sum(nn.Sequential):  # layers side by side on one input, whose outputs are added up
@@ -34,7 +34,6 @@ def layers(plan: dict[str, Any], container: type[nn.Sequential] = nn.Sequential)
 class Anchors(anchor_utils.AnchorGenerator):  # 16 pixels apart; torchvision's are image // map, which may be 15 or 17
     def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
         return super().grid_anchors(grid_sizes, [[torch.full_like(each, 16) for each in strides[0]]])
-
 class RPN(rpn.RegionProposalNetwork):  # drops small boxes before the best are taken; torchvision's does so afterwards
     def filter_proposals(self, proposals: Tensor, objectness: Tensor, sizes: Any, _: Any) -> tuple[list[Tensor], ...]:
         boxes, scores = ops.clip_boxes_to_image(proposals[0], sizes[0]), objectness.flatten().sigmoid()
@@ -48,7 +47,7 @@ class RoIPool(ops.RoIPool):  # rounds to whole cells, and rounds inclusive pixel
         return super().forward(features["0"], [each - each.new_tensor([0, 0, 1, 1]) for each in boxes])
 
 class Detector(faster_rcnn.FasterRCNN):
-    """Resizes by Pillow's bilinear filter, which smooths where it shrinks, and sees each image by itself, unpadded."""
+    """Resizes by Pillow, whose filter smooths where it shrinks, and sees each image by itself, without padding."""
     def __init__(self, settings: dict[str, Any]) -> None:
         backbone, anchors, hidden = layers(settings["backbone"]), Anchors(), settings["rpn_channels"]
         backbone.out_channels, anchors.cell_anchors = settings["channels"], [torch.tensor(settings["anchors"])]
@@ -65,7 +64,8 @@ class Detector(faster_rcnn.FasterRCNN):
             size = image.shape[-2:]
             scale = min(self.transform.min_size[0] / min(size), self.transform.max_size / max(size))
             target = [max(1, round(side * scale)) for side in size]
-            pixels = resize(to_dtype(image, torch.uint8, scale=True), target, antialias=True)[self.order] / 255
+            seen = resize(to_pil_image(to_dtype(image.cpu(), torch.uint8, scale=True)), target)
+            pixels = pil_to_tensor(seen)[self.order].to(image.device) / 255
             features = {"0": self.backbone(self.transform.normalize(pixels)[None])}
             self.rpn.min_size = self.min_side * scale  # from pixels of the image
             rois = self.rpn(image_list.ImageList(pixels[None], [target]), features)[0]

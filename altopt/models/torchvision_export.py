@@ -110,8 +110,8 @@ def plain(layer: nn.Module) -> nn.Module:
             return _sequence({"layer4": plain(layer.layer4), "mean": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()})
         case DropFirst():
             return nn.ZeroPad2d((-1, 0, -1, 0))
-        case Divide():
-            return nn.AvgPool2d(1, divisor_override=round(layer.by))  # of one cell, divided by more than one
+        case Divide() if layer.by == int(layer.by):
+            return nn.AvgPool2d(1, divisor_override=int(layer.by))  # of one cell, divided by more than one
     if type(layer) not in ARGUMENTS:
         raise TypeError(f"a {type(layer).__name__} has no counterpart in an export: give it one here")
     return layer

@@ -1,19 +1,19 @@
 """Looking at a data set before anything is trained on it: all that is wrong with both splits, and their numbers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from altopt.config import NetworkConfig
 from altopt.datasets.checking import Finding, Look, compare_splits, look_deeper
-from altopt.datasets.dataset import DataConfig
-from altopt.datasets.finding import find_data, look_for_data
+from altopt.datasets.finding import look_for_data
 from altopt.datasets.opening import open_dataset
+from altopt.errors import DataError
 from cache.files import sha256_file
 from stages.pipeline.recipe import Recipe, choose_recipe, read_recipe, toml
 from stages.shared.stage_config import Split
 
-FOR_PHOTOGRAPHS = "voc07-squeezenet-mini"  # whose network is to take the images where no recipe is named
+FOR_PHOTOGRAPHS = "photos"  # the recipe where none is named
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class DataCheck:
     """What was found in a data set: each split by itself, then both beside each other; ``words`` say what it is."""
 
     words: str
-    looks: Mapping[Split, Look]
+    looks: Mapping[str, Look]  # by split; "all" where there are none yet
     between: list[Finding]
 
     @property
@@ -65,18 +65,20 @@ def check_data(recipe: str | None, run_name: str | None, sets: tuple[str, ...], 
     if recipe or kept or data_root is None:
         chosen = choose_recipe(recipe, run_name, sets, None)[1]
         root = data_root or Path(chosen.header.get("data_root", "data"))
+        chosen = chosen.with_data_of(root)
         words = f"recipe {chosen.name}" + ("" if chosen.data.format == "shapes" else f" in {root}")
         return look_at_data(chosen, root, words, sha256_file)
-    chosen, words = recipe_for(data_root, sets)
-    return look_at_data(chosen, data_root, f"{data_root}: {words}", sha256_file)
-
-
-def recipe_for(root: Path, sets: tuple[str, ...]) -> tuple[Recipe, str]:
-    """Return a recipe with the data set that lies in a folder, and what it is in words; ``sets`` go over it."""
-    named = {text.partition("=")[0].strip() for text in sets}
-    found = look_for_data(root) if {"data.train", "data.test"} <= named else find_data(root)
-    data: dict[str, object] = {"format": found.format, "classes": []}
-    if found.data is not None:
-        data = {each.name: getattr(found.data, each.name) for each in fields(DataConfig)}
-    spelled = [f"data.{name}={toml(value)}" for name, value in data.items()]
-    return read_recipe(FOR_PHOTOGRAPHS, (*spelled, *sets)), found.words
+    chosen = read_recipe(FOR_PHOTOGRAPHS, sets)
+    try:
+        chosen = chosen.with_data_of(data_root)
+    except DataError as error:
+        found = look_for_data(data_root)
+        if found.whole is None:
+            raise
+        # Not split yet: that is a problem, and what else is wrong is worth knowing before lists are made.
+        spelled = [f"data.{split}={toml([found.whole])}" for split in ("train", "test")]
+        chosen = read_recipe(FOR_PHOTOGRAPHS, (*sets, *spelled)).with_data_of(data_root)
+        look = look_at_split(chosen, "train", data_root)
+        return DataCheck(f"{data_root}: {found.words}", {"all": look}, [Finding("no splits", str(error))])
+    words = next(iter(chosen.found.values()), str(data_root)).removeprefix("found in ")
+    return look_at_data(chosen, data_root, words, sha256_file)

@@ -12,7 +12,6 @@ from typing import Literal
 
 from altopt.config import AnchorTargets
 from altopt.datasets.checking import Look, compare_splits
-from altopt.datasets.dataset import DataConfig
 from altopt.datasets.opening import open_dataset
 from altopt.errors import ArtifactError, DataError, UsageError
 from altopt.machine.allocation import keep_freed_memory
@@ -156,11 +155,6 @@ class Run:
         if isinstance(data := fingerprint.get("data"), dict):
             # Else to evaluate on another test set would make all networks stale.
             data.pop("test" if step.config_class.split == "train" else "train")
-            # Fields that came later: what was made without them was made as their defaults have it.
-            usual = DataConfig(format="voc", train=(), test=())
-            for name in ("exif", "box_format"):
-                if data[name] == getattr(usual, name):
-                    del data[name]
         return fingerprint
 
     def check_data(self, step: Step) -> None:

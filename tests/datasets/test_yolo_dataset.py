@@ -197,6 +197,18 @@ def test_without_names_classes_are_numbers(tmp_path):
         test.check()
 
 
+def test_names_that_labelimg_leaves_among_the_labels(tmp_path):
+    yolo(tmp_path / "train", tmp_path / "train", "a")
+    yolo(tmp_path / "test", tmp_path / "test", "b")
+    write(tmp_path / "train" / "classes.txt", "cat\ndog\n")
+    config = DataConfig(format="yolo", train=("train",), test=("test",))
+    for split in ("train", "test"):
+        dataset = open_dataset(config, split, tmp_path)
+        assert dataset.classes == ("cat", "dog")
+        assert dataset.check() == []
+        assert "classes.txt" in [path.name for path in dataset.files()]
+
+
 def test_a_class_number_of_a_billion_takes_no_memory(tmp_path):
     yolo(tmp_path / "images", tmp_path / "labels", "a", "999999999 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2\n")
     dataset = YoloDataset(tmp_path, ("./",))

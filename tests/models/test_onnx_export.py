@@ -16,6 +16,7 @@ from exported_networks import (
     SIZES,
     drawn,
     found_by,
+    mean_ap,
     random_network,
     settings_of,
     share_found,
@@ -88,6 +89,16 @@ def test_the_whole_finds_what_ours_finds(name):
     for number, size in enumerate(sizes_for(name)):
         image = drawn(number, size)
         assert share_found(found_by(network, image, settings).detections, detected(run(model, image=image))) >= 0.99
+
+
+def test_the_map_is_the_same():
+    network = random_network("small")
+    model = graph_of(network)
+    images = [drawn(number, size) for number in range(3) for size in SIZES]
+    ours = [found_by(network, image).detections for image in images]
+    theirs = [detected(run(model, image=image)) for image in images]
+    assert 0.1 < mean_ap(ours, ours) < 0.9
+    assert abs(mean_ap(theirs, ours) - mean_ap(ours, ours)) <= 1e-3
 
 
 @pytest.mark.parametrize("size", [(64, 96), (250, 333), (400, 131), (131, 400), (40, 400)])

@@ -3,10 +3,11 @@ import json
 from pathlib import Path
 
 import pytest
-from own_photographs import photographs, save_image, write, xml, yolo
+from own_photographs import beside, photographs, save_image, write, xml, yolo
 from tiny_runs import Reports, open_tiny
 
 from altopt.errors import DataError
+from cache.records import differences
 from stages.pipeline.checking import check_data, frames_of, look_at_data
 from stages.pipeline.recipe import read_recipe
 from stages.shared.events import Caution, Note
@@ -59,8 +60,10 @@ def test_settings_go_over_what_was_found(tmp_path):
 def test_splits_may_be_named_where_nothing_says_which_they_are(tmp_path):
     yolo(tmp_path / "images", tmp_path / "labels", "ab")
     write(tmp_path / "one.txt", "images/a.jpg")
-    with pytest.raises(DataError, match="altopt split"):
-        check_data(None, None, (), tmp_path)
+    unsplit = check_data(None, None, (), tmp_path)
+    assert (unsplit.findings[0].kind, "altopt split" in unsplit.findings[0].text) == ("no splits", True)
+    assert [each.severity for each in unsplit.findings[1:]] == ["warning"]
+    assert unsplit.looks["all"].images == 2
     check = check_data(None, None, ('data.train=["one.txt"]', 'data.test=["images"]'), tmp_path)
     assert [look.images for look in check.looks.values()] == [1, 2]
 
@@ -115,15 +118,24 @@ def test_a_run_refuses_a_split_with_nothing_to_train_on(tmp_path):
     assert ["every score will be undefined" in event.text for event in run.runtime.report.of(Caution)] == [True]
 
 
-def data_of(run, step):
-    """What decides of the data set whether a step is stale."""
-    return run.fingerprint(step)["data"]
-
-
 def test_fields_that_came_later_make_nothing_stale(tmp_path):
     run = voc_run(tmp_path, train="a", test="b")
     step = run.recipe.steps[1]
-    assert not {"exif", "box_format"} & set(data_of(run, step))
+    older = run.fingerprint(step)
+    older["data"] = {name: value for name, value in older["data"].items() if name not in ("exif", "box_format")}
+    assert differences(older, run.fingerprint(step)) == []
     other = open_tiny(tmp_path / "runs" / "tiny", *VOC, "data.exif=apply", data_root=tmp_path / "data")
-    assert data_of(other, step)["exif"] == "apply"
+    assert differences(older, other.fingerprint(step)) == ['data.exif is new ("apply")']
     assert other.data_digest(step) != run.data_digest(step)
+
+
+def test_what_is_not_split_yet_is_looked_at_too(altopt, tmp_path):
+    beside(tmp_path, "abc")
+    (tmp_path / "b.jpg").write_bytes(b"not an image")
+    answer = altopt("check-data", "--data-root", str(tmp_path))
+    assert answer.code == 3
+    lines = answer.out.splitlines()
+    assert lines[:2] == [f"{tmp_path}: images with xml files", "2 problems"]
+    assert f"altopt split --data-root {tmp_path}" in answer.out
+    assert "b.jpg" in answer.out
+    assert lines[-1] == "all: VOC images: 3 images of 60 x 40, 6 objects (cat 3, dog 3)"
