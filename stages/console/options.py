@@ -90,8 +90,8 @@ def start_processes(ctx: click.Context, parameter: click.Parameter, count: int) 
 WORK_OPTIONS = [
     option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."),
     option("--workers", type=click.IntRange(0, 64), default=None,
-           help="Threads that read images ahead, or processes of selective search. Default: one thread, and a "
-                "process for each processor."),
+           help="Threads that read images ahead, or processes of selective search. Default: one thread (beside a GPU "
+                "up to 8), and a process for each processor."),
     option("--snapshot-seconds", type=click.FloatRange(0), default=30.0, callback=_a_number,
            help="Between snapshots inside a stage."),
     option("--log-every", type=click.IntRange(1), default=20, help="Iterations between reports."),

@@ -118,6 +118,9 @@ def split_of(artifact: str) -> Split:
                      "the test split")
 
 
+MOST_READERS = 8  # beside a GPU
+
+
 @dataclass(kw_only=True)
 class Runtime:
     """Everything a stage needs that does not change its result."""
@@ -136,12 +139,24 @@ class Runtime:
 
     @property
     def readers(self) -> int:
-        """Return how many threads read images ahead; 0: they are read when they are needed."""
-        return 1 if self.workers is None else self.workers
+        """Return how many threads read images ahead; 0: they are read when they are needed.
+
+        One, unless workers are given, on the CPU, where more would take it from the training; beside a GPU as many as
+        this process has processors, up to 8.
+        """
+        if self.workers is not None:
+            return self.workers
+        import torch
+
+        on_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
+        return 1 if on_cpu else max(1, min(MOST_READERS, processors() // self.ranks.count))
 
     @property
     def searchers(self) -> int:
         """Return how many processes search images: one for each processor that there is, unless workers are given."""
-        if self.workers is not None:
-            return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return processors() if self.workers is None else self.workers
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

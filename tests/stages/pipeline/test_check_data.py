@@ -72,8 +72,10 @@ def test_settings_go_over_what_was_found(tmp_path):
 def test_splits_may_be_named_where_nothing_says_which_they_are(tmp_path):
     yolo(tmp_path / "images", tmp_path / "labels", "ab")
     write(tmp_path / "one.txt", "images/a.jpg")
-    with pytest.raises(DataError, match="altopt split"):
-        check_data(None, None, (), tmp_path)
+    unsplit = check_data(None, None, (), tmp_path)
+    assert (unsplit.findings[0].kind, "altopt split" in unsplit.findings[0].text) == ("no splits", True)
+    assert [each.severity for each in unsplit.findings[1:]] == ["warning"]
+    assert unsplit.looks["all"].images == 2
     check = check_data(None, None, ('data.train=["one.txt"]', 'data.test=["images"]'), tmp_path)
     assert [look.images for look in check.looks.values()] == [1, 2]
 

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from altopt.errors import UsageError
 from stages import DETECTIONS, PRETRAINED, SCHEMES
@@ -81,3 +82,16 @@ def test_reading_and_searching_have_defaults_of_their_own():
     assert 1 <= runtime.searchers <= os.cpu_count()
     assert Runtime(workers=3).searchers == Runtime(workers=3).readers == 3
     assert Runtime(workers=0).searchers == Runtime(workers=0).readers == 0
+
+
+def test_readers_follow_the_device(monkeypatch):
+    monkeypatch.setattr("stages.shared.step.processors", lambda: 16)
+    assert Runtime(device="cpu").readers == 1
+    assert (Runtime(device="cpu", workers=3).readers, Runtime(device="cuda", workers=0).readers) == (3, 0)
+    assert Runtime(device="cuda:1").readers == 8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Runtime().readers == 8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Runtime().readers == 1
+    monkeypatch.setattr("stages.shared.step.processors", lambda: 2)
+    assert Runtime(device="cuda").readers == 2

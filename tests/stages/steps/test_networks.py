@@ -16,7 +16,7 @@ from stages.pipeline.evaluation import summary
 def random_weights(path, name):
     """M0 of a network, as ``load_imagenet_weights`` would write it."""
     backbone = backbones.build(name)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for part in ("conv", "fc"):
         if part == "fc" and not name.startswith("resnet"):
             continue  # fc6 and fc7 of the others may begin with new random weights
