@@ -224,6 +224,8 @@ class VocDataset(OnDiskDataset):
 
     def _thin(self, obj: Object) -> Fault | None:
         xmin, ymin, xmax, ymax = obj.corners or ()
+        if self._box_format == "xyxy" and min(xmax - xmin, ymax - ymin) < 1:
+            return Fault("box of less than a pixel", f"its box is {xmax - xmin:g} x {ymax - ymin:g}, less than a pixel")
         # A file that excludes the last pixel looks like this too, and then the object is nothing at all.
         thin = [f"{axis}min = {axis}max = {low:g}" for axis, low, high in (("x", xmin, xmax), ("y", ymin, ymax))
                 if low == high]

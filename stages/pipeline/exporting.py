@@ -101,7 +101,8 @@ def _export_detections(run: Run, artifact: str, form: str, out: Path | None, for
     if not source.is_file():
         raise ArtifactError(f"{artifact} is not in {run.folder}: make it with altopt evaluate")
     if form == "coco":  # which is what a run keeps
-        target = out or Path(f"{artifact}.coco.json")
+        name = f"{artifact}.coco.json"
+        target = out / name if out and out.is_dir() else out or Path(name)
         _require_free([target], force)
         with atomic_path(target) as temporary:
             temporary.write_bytes(source.read_bytes())

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import time
 import unicodedata
@@ -90,6 +91,8 @@ def predict(network: str, inputs: Sequence[Path], *, run: str | None, sets: Sequ
     Images that cannot be used are reported, and the others go on. Raises UsageError, before anything is written, where
     a file would be written over that is not predict's own; DataError where there are no images.
     """
+    if math.isnan(score):  # which click takes for a number between 0 and 1
+        raise UsageError("--score nan is no score: give a number from 0 to 1")
     everything = find_images(inputs)
     images = {name: path for name, path in everything.items() if _named(name)}
     labels = _label_files(images) if as_yolo else {}

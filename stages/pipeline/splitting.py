@@ -63,8 +63,8 @@ def split_data(root: Path, *, test: float, val: float, seed: int, out: Path | No
     shares = {"test": test} | ({"val": val} if val else {})
     lists = draw(_images(dataset, paths, seed), shares)
     if empty := [name for name, ids in lists.items() if not ids]:
-        raise DataError(f"{root} has {len(paths)} image{'s'[: len(paths) != 1]} that differ, too few for these shares: "
-                        f"the list {empty[0]} would be empty: add images, or raise its share")
+        raise DataError(f"the list {empty[0]} would be empty, of {len(paths)} image{'s'[: len(paths) != 1]} in {root}, "
+                        "those of equal bytes taken together: add images, or raise its share")
     files = _files(found, dataset, paths, lists, out)
     for path in files:
         if path.exists():

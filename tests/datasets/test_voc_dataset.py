@@ -486,6 +486,12 @@ def test_xml_of_another_kind_is_no_image_without_objects(tmp_path):
         VocDataset(tmp_path, ("train",)).check()
 
 
+def test_a_continuous_box_of_less_than_a_pixel_is_named(tmp_path):
+    data_set(tmp_path, thing("dog", 0.1, 0.2, 0.6, 9), thing("dog", 2, 2, 9, 9))
+    [warning] = VocDataset(tmp_path, ("train",), box_format="xyxy").check()
+    assert "object 1 (dog): its box is 0.5 x 8.8, less than a pixel" in warning
+
+
 def test_what_is_no_file_is_named(tmp_path):
     photographs(tmp_path, train="ab")
     for name, make in (("a", lambda path: path.symlink_to(path)), ("b", os.mkfifo)):

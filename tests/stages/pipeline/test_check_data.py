@@ -53,6 +53,12 @@ def test_a_broken_list_that_both_splits_need_is_one_problem(tmp_path):
     assert "image a occurs twice" in problem.text
 
 
+def test_objects_are_not_blamed_for_classes_that_nobody_could_read(tmp_path):
+    photographs(tmp_path, train="a", test="c")
+    write(tmp_path / "ImageSets" / "Main" / "train.txt", "photos/a.jpg\n")
+    assert [each.kind for each in check_data(None, None, (), tmp_path).findings] == ["missing or doubled file"]
+
+
 def test_asking_for_a_class_that_no_object_is_of(tmp_path):
     photographs(tmp_path, train="a", test="c")
     first = check_data(None, None, ('data.classes=["zebra"]',), tmp_path).findings[0]

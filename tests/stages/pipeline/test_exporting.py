@@ -142,6 +142,8 @@ def test_without_onnx_the_extra_is_named(copied, altopt, monkeypatch):
 
 def test_detections_as_coco_are_those_of_the_run(copied, altopt):
     assert altopt("export", "d5", "--format", "coco", "--run", "tiny").out == "D5.coco.json\n"
+    Path("there").mkdir()
+    assert altopt("export", "d5", "--format", "coco", "--run", "tiny", "--out", "there").out == "there/D5.coco.json\n"
     assert json.loads(Path("D5.coco.json").read_text()) == json.loads((copied / "D5.detections.json").read_text())
 
 

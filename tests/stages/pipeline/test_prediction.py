@@ -243,6 +243,7 @@ def test_a_held_run_is_no_hindrance(altopt, photos, copied):
     (["M5"], 2, "Missing argument"), (["M1", "photos"], 4, "M1.safetensors does not hold fc layers or a head"),
     (["weights.pth", "photos"], 2, "'weights.pth' is not a network of the run tiny"),
     (["M5", "photos", "--score", "0.01"], 2, "--score 0.01 is below detect.score, 0.05"),
+    (["M5", "photos", "--score", "nan"], 2, "--score nan is no score"),
     (["M5", "photos", "--score", "2"], 2, "Invalid value for '--score'"),
     (["M5", "photos", "--set", "train_rpn.lr=1"], 2, "these settings alone"),
     (["M5", "photos", "--yolo"], 2, "would share labels/"), (["M5", "photos", "--out", "a.bin"], 2, "'--out'"),
