@@ -226,6 +226,9 @@ def _yolo(root: Path) -> FoundData | None:
         unsplit = _with_splits(of_yaml, places, lambda key: f"{file.name}:{key}")
         if unsplit is not None and unsplit.data is not None:
             return unsplit
+        if named := read_yaml(file).splits.keys() - places.keys() - set(TEST):
+            found = replace(found, words=f"{found.words} (the {' and '.join(sorted(named))} that {file.name} names is "
+                            "not there)")
     for before, behind, base in (("images/", "", root / IMAGES), ("", f"/{IMAGES}", root), ("", "", root)):
         names = [folder.name for folder in _folders(base) if _has_labels(root, root / f"{before}{folder.name}{behind}")]
         whole = f"{before}{names[0]}{behind}" if len(names) == 1 else None

@@ -90,6 +90,13 @@ def test_yolo_as_roboflow_and_ultralytics_have_it(tmp_path):
         assert sound(root) == ("yolo", ("data.yaml:train",), ("data.yaml:val",), [2, 1])
 
 
+def test_a_yaml_file_that_names_what_is_not_there_is_said_to(tmp_path):
+    for split in ("train", "val"):
+        yolo(tmp_path / "images" / split, tmp_path / "labels" / split, "ab")
+    write(tmp_path / "data.yaml", "train: images/trian\nval: images/val\ntest: images/test\nnames: [cat, dog]\n")
+    assert "(the train that data.yaml names is not there)" in find_data(tmp_path).words
+
+
 def test_yolo_beside_the_images_and_by_lists(tmp_path):
     yolo(tmp_path / "train", tmp_path / "train", "ab")
     yolo(tmp_path / "test", tmp_path / "test", "c")

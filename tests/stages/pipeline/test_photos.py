@@ -45,7 +45,8 @@ def test_commands_find_it_too(altopt, workplace):
     checked = altopt("check-data", "--data-root", str(root))
     assert checked.code == 0
     assert checked.out.startswith(f"{root}: VOC with lists: train to train, test to test")
-    assert altopt("plan", "--recipe", "photos", "--data-root", str(workplace)).code == 3
+    (workplace / "empty").mkdir()
+    assert altopt("plan", "--recipe", "photos", "--data-root", str(workplace / "empty")).code == 3
 
 
 def test_auto_needs_a_data_root():
