@@ -123,7 +123,7 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
     altopt run-all --from M2 --until P2
     """
     from stages.console.reporting import summary_tables
-    from stages.pipeline.evaluation import summary
+    from stages.pipeline.evaluation import next_step, summary
     from stages.pipeline.preflight import prepared
     from stages.pipeline.run import find_step
 
@@ -136,6 +136,8 @@ def run_all(options: Options, given: tuple[str, ...], until: str | None, as_json
             return
         result = summary(run, run.protocol)
     print_result(result, as_json, summary_tables)
+    if words := next_step(run):
+        click.echo(words, err=True)
 
 
 @main.group("stage", cls=Stages)

@@ -165,7 +165,7 @@ class TrainingConfig(Precision):
 
     iterations: int = setting(80_000, SOLVER, at_least=0)
     visits: float = setting(0.0, "chosen: 0, as many iterations as said; else of each image, in iterations' place",
-                            at_least=0)
+                            at_least=0, at_most=10_000)
     images_per_batch: int = setting(1, "py-faster-rcnn TRAIN.IMS_PER_BATCH", at_least=1)
     lr: float = setting(1e-3, SOLVER, above=0)
     schedule: Literal["step", "one-cycle"] = setting("step", SOLVER)

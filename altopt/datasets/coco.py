@@ -124,7 +124,10 @@ class CocoDataset(OnDiskDataset):
     def path(self, image_id: str) -> Path:
         """Return where an image lies."""
         listed = self._content.images[image_id]
-        return inside(self._root, listed.folder, listed.file_name)
+        name = listed.file_name
+        if "\\" in name and not (listed.folder / name).exists():  # as Windows spells paths
+            name = name.replace("\\", "/")
+        return inside(self._root, listed.folder, name)
 
     def _judged(self, image_id: str) -> Iterator[Judged]:
         listed = self._content.images[image_id]

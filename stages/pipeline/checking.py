@@ -84,5 +84,5 @@ def check_data(recipe: str | None, run_name: str | None, sets: tuple[str, ...], 
         chosen = read_recipe(FOR_PHOTOGRAPHS, (*sets, *spelled)).with_data_of(data_root)
         look = look_at_split(chosen, "train", data_root)
         return DataCheck(f"{data_root}: {found.words}", {"all": look}, [Finding("no splits", str(error))])
-    words = next(iter(chosen.found.values()), str(data_root)).removeprefix("found in ")
+    words = chosen.found.get(("data", "format"), str(data_root)).removeprefix("found in ")
     return look_at_data(chosen, data_root, words, sha256_file)

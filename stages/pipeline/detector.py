@@ -149,7 +149,7 @@ def _require_parts(path: Path, tensors: Mapping[str, Any], parts: Sequence[str])
     held = {name.partition(".")[0] for name in tensors}
     if missing := [PARTS[part] for part in parts if part in PARTS and part not in held]:
         raise ArtifactError(f"{path} does not hold {' or '.join(missing)}: give a network with RPN and head, such as "
-                            "M5, or one with each, such as M1+M2")
+                            "M5 (predict also takes one with each, such as M1+M2)")
 
 
 def _network_of(path: Path, description: Mapping[str, Any]) -> NetworkConfig:

@@ -65,6 +65,16 @@ def networks(step: Step) -> str:
     return "+".join(name for name in step.inputs if Kind.of(name) is Kind.NETWORK)
 
 
+def next_step(run: Run) -> str:
+    """Return what can be done with the network of a run on images from files; nothing where it cannot detect alone."""
+    last = run.recipe.detections[-1]
+    name, folder = networks(last), run.folder.as_posix().removeprefix("runs/")
+    if run.recipe.data.format == "shapes" or "+" in name or len(last.inputs) > 1:
+        return ""
+    return (f"Go on with: altopt predict {name} IMAGES --run {folder}, or altopt export {name} --run {folder} "
+            "--format onnx")
+
+
 def name_of(run: Run, step: Step) -> str:
     """Return what a score is called: the networks, and what sets them apart from the others of the run."""
     return f"{networks(step)} ({step.label or run.recipe.scheme})"

@@ -159,7 +159,8 @@ class Recipe:
             values |= {split: list(getattr(found.data, split)) for split in open_splits}
             if found.data.classes and not self.data.classes:
                 values["classes"] = list(found.data.classes)
-        where = dict.fromkeys((("data", name) for name in values), f"found in {root}: {found.words}")
+        where = dict.fromkeys((("data", name) for name in values), "found with the format")
+        where["data", "format"] = f"found in {root}: {found.words}"
         return replace(self, tables=self.tables | {"data": self.tables["data"] | values}, found=where)
 
     def as_dict(self) -> dict[str, object]:
@@ -176,7 +177,7 @@ class Recipe:
             lines += ["", f"[{table}]"]
             for key, each in values.items():
                 assignment = f"{key} = {toml(each.value)}"
-                lines.append(f"{assignment:<44}# {each.source}" if each.source else assignment)
+                lines.append(f"{assignment:<43} # {each.source}" if each.source else assignment)
         return "\n".join(lines) + "\n"
 
 
@@ -287,6 +288,11 @@ def _check_names(recipe: Recipe, step: Step, config: StageConfig) -> None:
     if config.init and config.init not in networks:
         raise UsageError(f"{step.table}.init must be {' or '.join(networks)} (the networks made before {step.output}); "
                          f"it is {config.init!r}")
+    said = {name for table, name in recipe.assigned if table in (step.table, "all")}
+    if isinstance(config, TrainingConfig) and config.visits and "iterations" in said:
+        also = "" if "visits" in said else f", which the recipe has ({config.visits:g})"
+        raise UsageError(f"{step.table}.iterations says nothing beside {step.table}.visits{also}: set the latter, or "
+                         "set it to 0")
     if isinstance(config, TrainingConfig) and config.visits and config.schedule == "step":
         raise UsageError(f'{step.table}.visits leaves the number of iterations open, and lr_steps count them: set '
                          f'{step.table}.schedule to "one-cycle"')

@@ -1,17 +1,24 @@
 """The recipe for photographs: what it leaves open is found in the data root, and stays in the run's own recipe."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from own_photographs import beside, photographs
+from tiny_runs import open_tiny
 
+from altopt.config import TrainingConfig
 from altopt.errors import DataError, UsageError
+from stages.pipeline.evaluation import next_step
 from stages.pipeline.recipe import read_recipe
+from stages.pipeline.run import Run
 
 
 def test_format_and_splits_are_found(tmp_path):
     root = photographs(tmp_path / "mine", train="ab", test="c")
     recipe = read_recipe("photos").with_data_of(root)
     assert (recipe.data.format, recipe.data.train, recipe.data.test) == ("voc", ("train",), ("test",))
-    assert recipe.sources["data", "train"] == f"found in {root}: VOC with lists: train to train, test to test"
+    assert recipe.sources["data", "format"] == f"found in {root}: VOC with lists: train to train, test to test"
     assert "auto" not in recipe.text().replace("data root", "")
     again = read_recipe("photos", ('data.test=["train"]',)).with_data_of(root)  # what is said is not looked up
     assert (again.data.train, again.data.test) == (("train",), ("train",))
@@ -54,3 +61,32 @@ def test_auto_needs_a_data_root():
 
     with pytest.raises(UsageError, match="which is looked up in a data root"):
         open_dataset(read_recipe("photos").data, "train", None)
+
+
+@pytest.mark.parametrize(("sets", "message"), [
+    (("train_rpn.iterations=5",), "iterations says nothing beside train_rpn.visits, which the recipe has ("),
+    (("all.iterations=5", "train_fast_rcnn.visits=0"), "train_rpn.iterations says nothing beside train_rpn.visits"),
+    (("train_rpn.iterations=5", "train_rpn.visits=5"), "says nothing beside train_rpn.visits: set the latter"),
+    (("all.visits=1e12",), "visits must be at most 10000"),
+])
+def test_a_length_that_is_said_twice_or_cannot_be(sets, message):
+    with pytest.raises(UsageError) as caught:
+        read_recipe("photos", sets)
+    assert message in str(caught.value)
+
+
+def test_iterations_in_the_place_of_visits():
+    recipe = read_recipe("photos", ("train_rpn.iterations=5", "train_rpn.visits=0"))
+    config = recipe.config(recipe.steps[1])
+    assert isinstance(config, TrainingConfig)
+    assert config.for_images(300).iterations == 5
+
+
+def test_what_to_do_next(tmp_path):
+    run = open_tiny(tmp_path / "runs" / "tiny")
+    assert next_step(run) == ""  # nobody has photographs of drawn shapes
+    found = read_recipe("photos").with_data_of(photographs(tmp_path / "mine", train="ab", test="c"))
+    words = next_step(Run(Path("runs/cats"), found, run.runtime))
+    assert words.startswith("Go on with: altopt predict M5 IMAGES --run cats, or altopt export M5 --run cats")
+    region_based = replace(found, header=found.header | {"scheme": "fast-rcnn"})
+    assert next_step(Run(Path("runs/cats"), region_based, run.runtime)) == ""
