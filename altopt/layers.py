@@ -89,7 +89,7 @@ LAYERS = {
         [_inverted(24, KernelGeometry(3, 2, 0, more=1)), _inverted(24)],
         [_inverted(40, KernelGeometry(5, 2, 1, more=1)), _inverted(40)],
         [_inverted(80, KernelGeometry(3, 2, 0, more=1)), *[_inverted(80)] * 2, *[_inverted(112)] * 3],
-        [*[_inverted(192)] * 4, _inverted(320)]),
+        [Layer(112 + 320, None, tuple(f".{block}{part}" for block in range(5) for part in _inverted(0).weights))]),
     "resnet50": _resnet(6),
     "resnet101": _resnet(23),
 }

@@ -34,6 +34,7 @@ class Stage(NamedTuple):
 STAGES = (Stage(1, 3, 1, 1, 16), Stage(2, 3, 2, 6, 24), Stage(2, 5, 2, 6, 40), Stage(3, 3, 2, 6, 80),
           Stage(3, 5, 1, 6, 112), Stage(4, 5, 1, 6, 192, 2), Stage(1, 3, 1, 6, 320, 2))
 STEM = 32  # channels
+PARTS = ("expand", "depthwise", "project")  # of a block; the first has no ``expand``
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -68,6 +69,15 @@ class InvertedResidual(nn.Module):
         hidden = F.relu6(self.expand(input)) if hasattr(self, "expand") else input
         output: Tensor = self.project(F.relu6(self.depthwise(hidden)))
         return input + output if self.residual else output
+
+
+class Beside(nn.Sequential):
+    """Layers whose output stands beside their input, of the same size, as further channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``Tensor[B, C + C', H, W]`` for ``Tensor[B, C, H, W]``."""
+        output: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+        return torch.cat([input, output], dim=1)
 
 
 def stages() -> list[list[InvertedResidual]]:

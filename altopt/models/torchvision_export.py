@@ -20,7 +20,7 @@ from altopt.models.backbones import Divide
 from altopt.models.detector import FasterRCNN
 from altopt.models.dropout import FullyConnected
 from altopt.models.exported_detector import Concat, Detector, Sum
-from altopt.models.lite0 import InvertedResidual, PaddedConv2d
+from altopt.models.lite0 import Beside, InvertedResidual, PaddedConv2d
 from altopt.models.resnet import DropFirst, Res5
 from altopt.ops.anchors import reference_anchors
 
@@ -81,6 +81,8 @@ def plain(layer: nn.Module) -> nn.Module:
     Dropout is left out, and a frozen batch normalisation becomes part of the convolution before it.
     """
     match layer:
+        case Beside():
+            return Concat(OrderedDict(input=nn.Identity(), layers=_sequence(_children(layer))))
         case FullyConnected():
             return _sequence({"flatten": nn.Flatten(), **_children(layer)})
         case nn.Sequential():

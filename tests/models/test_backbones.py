@@ -206,7 +206,7 @@ def test_lite0_is_the_original_but_for_the_finer_grid_of_its_last_stages():
                             state[f"{bn}.bias"], eps=1e-3)
 
     image = torch.randn(1, 3, 64, 96, generator=random)
-    x = F.relu6(convolved(image, "_conv_stem", "_bn0", 2))
+    x = fifth = F.relu6(convolved(image, "_conv_stem", "_bn0", 2))
     number = 0
     for stage, stride in zip(lite0.STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True):
         for repeat in range(stage.blocks):
@@ -217,6 +217,7 @@ def test_lite0_is_the_original_but_for_the_finer_grid_of_its_last_stages():
             x = convolved(x, f"{block}_project_conv", f"{block}_bn2")
             x = x + before if x.shape == before.shape else x
             number += 1
+        fifth = x if stage.channels == 112 else fifth  # of the stages; the last two are behind it
     assert x.shape == (1, 320, 2, 3)
 
     tensors = from_foreign("efficientnet_lite0", state, "random weights")
@@ -227,8 +228,9 @@ def test_lite0_is_the_original_but_for_the_finer_grid_of_its_last_stages():
     stem.padding, stem.more = (0, 0), (0, 1, 0, 1)  # its own, without what brings cells and anchors together
     with torch.no_grad():
         features = conv(image) * 4
-    assert features.shape == (1, 320, 4, 6)
-    torch.testing.assert_close(features[:, :, 1::2, 1::2], x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+    assert features.shape == (1, 112 + 320, 4, 6)
+    torch.testing.assert_close(features[:, :112], fifth, rtol=1e-4, atol=1e-4 * fifth.abs().max().item())
+    torch.testing.assert_close(features[:, 112:, 1::2, 1::2], x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
 
 
 def test_resnet_is_torchvisions_but_for_its_padding():
