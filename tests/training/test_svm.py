@@ -99,5 +99,5 @@ def test_scale_brings_the_mean_norm_to_the_target():
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
-    with pytest.raises(UsageError, match=r'scikit-learn, which is not installed: .*extra "svm"'):
+    with pytest.raises(UsageError, match=r'scikit-learn, which is not installed: .*\.\[svm\]'):
         fit(cloud((0, 0), 2, 1), np.array([1, -1]), RULE, 3)

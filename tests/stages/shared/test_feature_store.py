@@ -257,7 +257,7 @@ def test_the_digest_is_of_all_that_maps_depend_on(folder):
     assert path(anchor_scales=(1.0,)) == same  # maps know no anchors
     with torch.no_grad():
         conv.get_parameter("conv5.0.bias")[0] += 1
-    assert len({same, *others, path()}) == 7
+    assert len({same, *others, path()}) == 8
     assert growing_path(same) != same
 
 
