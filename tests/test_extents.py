@@ -14,7 +14,7 @@ SIDES = [*range(33, 81), 96, 127, 224, 300, 375, 500, 600, 800, 997, 1000]
 def test_shapes_are_those_that_the_network_makes(name):
     with torch.device("meta"):
         conv = build(name).conv
-    for side in SIDES:
+    for side in SIDES[::8] if name == "resnet101" else SIDES:  # it has the layers of resnet50, and more of them
         height = side + 7
         network = NetworkConfig(name=name, short_side=side, max_side=height)
         features = torch.empty(1, 3, height, side, device="meta")
