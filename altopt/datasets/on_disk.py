@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 import struct
 import zlib
@@ -34,6 +35,7 @@ _TURNS = {
 }  # of EXIF's orientations, how the stored pixels become what is shown
 _SIDEWAYS = (5, 6, 7, 8)
 _BACK = {6: 8, 8: 6}  # what undoes an orientation, where that is another one
+_DEEP = re.compile(r";16[A-Z]")  # Pillow's names of layouts with 16 bits a channel: RGB;16B and the like
 _LONGEST = 60  # characters of a value that a message shows
 _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 4096  # of a file, in which its end marker lies even if a few bytes of something else follow
@@ -450,7 +452,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise FileError("unreadable image", path, f"{path} is not a file: bring the image")
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF")) as image:
-            if image.mode[0] in "IF":
+            # Of colour images Pillow keeps 8 bits without a word; what the file has stands in how it is decoded.
+            if image.mode[0] in "IF" or any(_DEEP.search(str(tile[3])) for tile in image.tile):
                 raise FileError("unreadable image", path, f"{path} has more than 8 bits a channel: convert it to 8 "
                                 "bits")
             yield image

@@ -48,7 +48,7 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-IMAGE_FOLDERS, XML_FOLDERS = ("JPEGImages", "images"), ("Annotations", "annotations")
+IMAGE_FOLDERS, XML_FOLDERS = ("JPEGImages", "images", "Images"), ("Annotations", "annotations")
 LISTS = Path("ImageSets", "Main")
 
 _YEAR_SPLIT = re.compile(r"(\d{4})_(.+)")

@@ -1,3 +1,6 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -71,6 +74,25 @@ def test_other_images_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(DataError, match="8 bits"):
         read_image(tmp_path / "deep.png", (4, 4))
+
+
+def test_colours_of_sixteen_bits_are_refused_and_those_of_few_bits_read(tmp_path):
+    """Pillow writes no such png, so it is put together here; it reads one, and keeps half of the bits."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(6 * 4) for _ in range(3))
+    deep = tmp_path / "deep.png"
+    deep.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    with Image.open(deep) as image:
+        assert image.mode == "RGB"
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits a channel"):
+        check_image(deep)
+    for name in ("a.png", "a.bmp", "a.tif", "a.webp", "a.jpg"):
+        for mode in ("RGB", "L"):
+            Image.new(mode, (4, 3)).save(tmp_path / name)
+            assert read_image(tmp_path / name, (4, 3)).shape == (3, 4, 3)
 
 
 def test_image_of_another_size_is_refused(tmp_path):
