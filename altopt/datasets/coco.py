@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeGuard, cast
 
-from altopt.datasets.checking import FileError, Finding
+from altopt.datasets.checking import FileError, Finding, Severity
 from altopt.datasets.dataset import IMAGE_SUFFIXES, Json, as_flag
 from altopt.datasets.on_disk import (
     NO_AREA,
@@ -163,9 +163,9 @@ class CocoDataset(OnDiskDataset):
         return files
 
     def _as_a_whole(self) -> Iterator[Finding]:
-        severity = "warning" if self._invalid == "leave-out" else "problem"
+        severity: Severity = "warning" if self._invalid == "leave-out" else "problem"
         for stray in self._content.strays:
-            yield replace(stray, severity=severity)  # type: ignore[arg-type]
+            yield replace(stray, severity=severity)
         if self._train is not None and not self._asked:  # labels are positions in the order of the category ids
             here, there = (dict(zip(d.category_ids, d.classes, strict=True)) for d in (self, self._train))
             if here != there:

@@ -116,6 +116,7 @@ class Dataset(Protocol):
         """Look at every image and object; return warnings, raise one DataError that names the first problem."""
 
 
+Format = Literal["voc", "coco", "yolo", "shapes", "auto"]
 Exif = Literal["error", "apply", "ignore"]
 VocBoxes = Literal["inclusive-1", "inclusive-0", "xyxy"]  # named as the formats of proposals are
 NAMES = Bounds(non_empty=True, distinct=True)
@@ -128,7 +129,7 @@ class DataConfig:
     Format, train and test may be "auto" in a recipe: a run puts in what it finds in its data root.
     """
 
-    format: Literal["voc", "coco", "yolo", "shapes", "auto"]
+    format: Format
     train: tuple[str, ...] = field(metadata={"bounds": NAMES})
     test: tuple[str, ...] = field(metadata={"bounds": NAMES})
     classes: tuple[str, ...] = setting((), "the format's own rule", distinct=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from altopt.datasets.checking import some
 from altopt.datasets.coco import ROBOFLOW
-from altopt.datasets.dataset import IMAGE_SUFFIXES, DataConfig
+from altopt.datasets.dataset import IMAGE_SUFFIXES, DataConfig, Format
 from altopt.datasets.on_disk import OnDiskDataset
 from altopt.datasets.opening import open_dataset
 from altopt.datasets.voc import LISTS, VOC_CLASSES, layout, parse_annotation
@@ -37,7 +37,7 @@ class FoundData:
     """
 
     root: Path
-    format: str
+    format: Format
     words: str
     data: DataConfig | None = None
     validation: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class FoundData:
 
     def config(self, train: str, test: str, classes: tuple[str, ...] = ()) -> DataConfig:
         """Return how a recipe spells two splits of it."""
-        return DataConfig(format=self.format, train=(train,), test=(test,), classes=classes)  # type: ignore[arg-type]
+        return DataConfig(format=self.format, train=(train,), test=(test,), classes=classes)
 
     def split_called(self, name: str) -> str:
         """Return how a recipe spells the split of the list NAME.txt (of "coco" NAME.json) in ``lists``."""
@@ -232,7 +232,7 @@ def _yolo(root: Path) -> FoundData | None:
     for before, behind, base in (("images/", "", root / IMAGES), ("", f"/{IMAGES}", root), ("", "", root)):
         names = [folder.name for folder in _folders(base) if _has_labels(root, root / f"{before}{folder.name}{behind}")]
         whole = f"{before}{names[0]}{behind}" if len(names) == 1 else None
-        split = _with_splits(replace(found, whole=whole), names, lambda name: f"{before}{name}{behind}")  # noqa: B023
+        split = _with_splits(replace(found, whole=whole), names, f"{before}{{}}{behind}".format)
         if split is not None and split.data is not None:
             return split
         unsplit = unsplit or split
@@ -264,7 +264,7 @@ def _voc_folders(root: Path) -> FoundData | None:
     unsplit = replace(found, whole="./", lists=LISTS) if _has_xml(root, root) else None
     for before, base in (("", root), ("images/", root / "images"), ("JPEGImages/", root / "JPEGImages")):
         names = [folder.name for folder in _folders(base) if _has_xml(root, base / folder.name)]
-        split = _with_splits(found, names, lambda name: f"{before}{name}/")  # noqa: B023
+        split = _with_splits(found, names, f"{before}{{}}/".format)
         if split is not None and split.data is not None:
             return split
         if len(names) == 1 and unsplit is None:

@@ -121,6 +121,15 @@ class OnDiskDataset(ABC):
     def classes(self) -> tuple[str, ...]:
         """Class names without background."""
 
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """1, 2, ... where a format has no ids of its own, or begins with 0."""
+        return tuple(range(1, len(self.classes) + 1))
+
+    def coco_image_id(self, image_id: str) -> int | str:
+        """Return the id itself, where a format has no other."""
+        return image_id
+
     @abstractmethod
     def size(self, image_id: str) -> tuple[int, int]:
         """Return the annotated (width, height), or the image's own where none is annotated."""

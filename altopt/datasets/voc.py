@@ -138,11 +138,6 @@ class VocDataset(OnDiskDataset):
         return None if self._asked or dated else source
 
     @property
-    def category_ids(self) -> tuple[int, ...]:
-        """1, 2, ...: VOC has no ids of its own."""
-        return tuple(range(1, len(self.classes) + 1))
-
-    @property
     def ids(self) -> tuple[str, ...]:
         """Image ids in the order of the lists; DataError when an id occurs twice or a list is missing or empty."""
         return tuple(self._places)
@@ -185,10 +180,6 @@ class VocDataset(OnDiskDataset):
         if parsed is None:
             parsed = self._parsed[image_id] = parse_annotation(self._xml(image_id))
         return parsed
-
-    def coco_image_id(self, image_id: str) -> int | str:
-        """Return the id itself."""
-        return image_id
 
     def size(self, image_id: str) -> tuple[int, int]:
         """Return the annotated (width, height), or the image's own where the annotation has none."""

@@ -127,11 +127,6 @@ class YoloDataset(OnDiskDataset):
         return self._asked or self._numbered
 
     @property
-    def category_ids(self) -> tuple[int, ...]:
-        """1, 2, ...: YOLO's own begin with 0."""
-        return tuple(range(1, len(self.classes) + 1))
-
-    @property
     def ids(self) -> tuple[str, ...]:
         """Image ids, in the order of the folders or lists."""
         return tuple(self._places)
@@ -195,10 +190,6 @@ class YoloDataset(OnDiskDataset):
     @cached_property
     def _sizes(self) -> dict[str, tuple[int, int]]:
         return {}
-
-    def coco_image_id(self, image_id: str) -> int | str:
-        """Return the id itself."""
-        return image_id
 
     def size(self, image_id: str) -> tuple[int, int]:
         """Return the image's own (width, height)."""

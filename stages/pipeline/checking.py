@@ -44,7 +44,7 @@ def frames_of(recipe: Recipe) -> list[NetworkConfig]:
     for step in [*recipe.steps, *recipe.detections]:
         config = recipe.config(step)
         if config.scales:
-            frames += recipe.network.at_scales(config.scales, getattr(config, "max_side", recipe.network.max_side))
+            frames += recipe.network.at_scales(config.scales, config.max_side)
     return list(dict.fromkeys(frames))
 
 

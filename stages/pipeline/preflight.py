@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from altopt.config import ProposalSettings
 from altopt.datasets.checking import Look
 from altopt.datasets.opening import open_dataset
 from altopt.errors import AltoptError, ArtifactError, ResourceError
@@ -21,6 +22,8 @@ from stages.shared.feature_plan import counted, freezes_all, gigabytes
 from stages.shared.stage_config import CachesRegions, Split, StageConfig, Trains, TrainsOnData
 from stages.shared.step import Kind, Step
 from stages.steps.pretrained import LoadImageNetWeights, read_weights
+from stages.steps.selective_search import SelectiveSearch
+from stages.steps.spp_net import CacheConvFeatures
 
 PROPOSAL_BYTES = 20  # four coordinates and a score
 REGION_BYTES = 20  # four coordinates and a label
@@ -246,12 +249,13 @@ def _output_bytes(run: Run, step: Step, config: StageConfig, weights: int) -> tu
     if step.kind is Kind.NETWORK:
         return weights, weights
     if step.kind in (Kind.PROPOSALS, Kind.TEST_PROPOSALS):
-        limit = getattr(config, "post_nms", getattr(config, "proposals", 0))
+        limit = (config.post_nms if isinstance(config, ProposalSettings) else
+                 config.proposals if isinstance(config, SelectiveSearch) else 0)
         return 0, look.images * limit * PROPOSAL_BYTES
-    if step.kind is Kind.FEATURES and config.scales:
-        frames = network.at_scales(config.scales, getattr(config, "max_side", 0))
-        flips, precision = getattr(config, "flips", False), getattr(config, "precision", "float32")
-        exact = sum(maps_bytes(counted(look.size_of.values()), frame, flips, precision) for frame in frames)
+    if isinstance(config, CacheConvFeatures):
+        frames = network.at_scales(config.scales, config.max_side)
+        exact = sum(maps_bytes(counted(look.size_of.values()), frame, config.flips, config.precision)
+                    for frame in frames)
         return exact, exact
     if isinstance(config, CachesRegions):
         value_bytes = 4 if config.stored == "float32" else 2

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from altopt.config import NetworkConfig
+from altopt.config import NetworkConfig, Precision
 from altopt.extents import input_size, scale_of
 from altopt.machine.memory import Memory
 from altopt.models.detector import FasterRCNN
@@ -70,10 +70,10 @@ def footprint(config: StageConfig, network: NetworkConfig, num_classes: int, siz
     trains = isinstance(config, TrainsOnData)
     learning = [weight for part in work.parts if trains for weight in getattr(made, part).parameters()
                 if weight.requires_grad]
-    frames = network.at_scales(config.scales, getattr(config, "max_side", 0)) if config.scales else [network]
+    frames = network.at_scales(config.scales, config.max_side) if config.scales else [network]
     known = list(sizes)
     activations = max(_activations(made, work, _largest(frame, known, work), trains) for frame in frames)
-    if getattr(config, "precision", "float32") == "bfloat16":
+    if isinstance(config, Precision) and config.precision == "bfloat16":
         activations //= 2
     # Of a checkpoint only what is used or saved comes into memory; conv layers run in another layout than it has.
     held = PARTS if config.keeps_parts else work.parts

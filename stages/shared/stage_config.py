@@ -57,6 +57,11 @@ class StageConfig:
         return ()
 
     @property
+    def max_side(self) -> int:
+        """How long the longer side may become at those scales; without scales nobody asks."""
+        return 0
+
+    @property
     def work(self) -> Work | None:
         """What it runs of a network; None: nothing that is worth an estimate."""
         return None
